@@ -1,0 +1,186 @@
+// The contract between the kernels and whoever calls them.
+//
+// A caller describes the problem (`Problem`), fills in raw pointers (`ForwardArgs`, ...), asks how
+// much workspace the call needs, and passes the means to run: a `Parallel` on CPUs (cpu/kernels.h),
+// a stream on NVIDIA GPUs (cuda/kernels.h). The kernels allocate nothing, throw nothing, log
+// nothing and never synchronise with anything but their own tasks; they return a `Status`. Nothing
+// here knows TensorFlow, Eigen, pybind11 or Python.
+//
+// Words (see README): `x` is the feature map, N samples of P = H·W positions and C channels. The
+// *compute type* is float for float32, float16 and bfloat16 maps and double for float64 maps;
+// weights, descriptors, gates and their gradients always have the compute type, maps (x, residual,
+// y and their gradients) have `Problem::dtype`.
+#ifndef CBAM_OPS_CORE_CONTRACT_H_
+#define CBAM_OPS_CORE_CONTRACT_H_
+
+#include <cstddef>
+#include <cstdint>
+
+namespace cbam_ops {
+
+enum class DataType : int32_t { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2, kFloat64 = 3 };
+
+// kNHWC: a sample is a row-major matrix positions x channels; kNCHW: channels x positions.
+enum class Layout : int32_t { kNHWC = 0, kNCHW = 1 };
+
+// Which channel descriptors feed the MLP.
+enum class Pooling : int32_t { kAvgMax = 0, kAvg = 1, kMax = 2 };
+
+enum class Activation : int32_t { kNone = 0, kRelu = 1 };
+
+// Which gates the module has and what the spatial descriptors are taken from.
+enum class Gates : int32_t {
+  kChannelFirst = 0,  // y = u * g_s(u),         u = x * g_c(x)      (CBAM)
+  kParallel = 1,      // y = x * g_c(x) * g_s(x)
+  kChannelOnly = 2,   // y = x * g_c(x)
+  kSpatialOnly = 3,   // y = x * g_s(x)
+};
+
+// Sizes are elements; a size may be 0 (an empty batch is legal, so are empty positions or
+// channels).
+struct Problem {
+  DataType dtype = DataType::kFloat32;
+  Layout layout = Layout::kNHWC;
+  Gates gates = Gates::kChannelFirst;
+  int64_t batch = 0;
+  int64_t height = 0;
+  int64_t width = 0;
+  int64_t channels = 0;
+
+  // The channel gate: sigmoid of the sum over the pooled descriptors t of f(relu(t.W0 + b0).W1 +
+  // b1).
+  int64_t hidden = 1;
+  Pooling pooling = Pooling::kAvgMax;
+  Activation mlp_activation = Activation::kNone;  // f
+
+  // The spatial gate: sigmoid(z), z = conv_kxk(descriptors) + bias, zero padding, odd k. With
+  // batch_norm, z is normalised by its own mean and (biased) variance over batch and positions: z =
+  // gamma * (conv - mean) / sqrt(variance + epsilon) + bias.
+  int64_t kernel_size = 7;
+  bool batch_norm = false;
+  double epsilon = 1e-3;
+
+  // y = activation(gated x + residual); the residual is there when its pointer is.
+  Activation activation = Activation::kNone;
+};
+
+inline bool HasChannelGate(const Problem& problem) { return problem.gates != Gates::kSpatialOnly; }
+inline bool HasSpatialGate(const Problem& problem) { return problem.gates != Gates::kChannelOnly; }
+
+// Optional pointers are marked; the others are required when the problem has the gate they belong
+// to, and ignored when not.
+struct ForwardArgs {
+  const void* x = nullptr;         // [N, H, W, C] or [N, C, H, W]
+  const void* residual = nullptr;  // optional, like x
+  const void* w0 = nullptr;        // [C, hidden]
+  const void* b0 = nullptr;        // [hidden], optional
+  const void* w1 = nullptr;        // [hidden, C]
+  const void* b1 = nullptr;        // [C], optional
+  const void* kernel = nullptr;    // [k, k, 2], plane 0 = mean, plane 1 = max
+  const void* bias = nullptr;      // [1], optional
+  const void* gamma = nullptr;     // [1], with batch_norm
+
+  void* y = nullptr;  // like x
+  void* channel_descriptors =
+      nullptr;  // [2, N, C]: mean, max over positions (a descriptor that `pooling` leaves out is 0)
+  void* channel_gate = nullptr;         // [N, C]
+  void* spatial_descriptors = nullptr;  // [N, 2, H, W]: mean, max over channels, for both layouts
+  void* spatial_gate = nullptr;         // [N, H, W]
+  void* batch_statistics =
+      nullptr;  // [2]: mean, biased variance of conv over batch and positions; with batch_norm
+};
+
+struct BackwardArgs {
+  const void* x = nullptr;
+  const void* dy = nullptr;
+  const void* y = nullptr;  // with activation == kRelu
+  const void* w0 = nullptr;
+  const void* b0 = nullptr;  // optional
+  const void* w1 = nullptr;
+  const void* b1 = nullptr;  // optional
+  const void* kernel = nullptr;
+  const void* gamma = nullptr;  // with batch_norm
+  // What the forward pass wrote.
+  const void* channel_descriptors = nullptr;
+  const void* channel_gate = nullptr;
+  const void* spatial_descriptors = nullptr;
+  const void* spatial_gate = nullptr;
+  const void* batch_statistics = nullptr;  // with batch_norm
+  // Gradients that reach the gates by other ways than y; optional.
+  const void* d_channel_gate = nullptr;
+  const void* d_spatial_gate = nullptr;
+
+  void* dx = nullptr;
+  // Only with activation == kRelu and a residual; without an activation the residual's gradient is
+  // dy itself. Optional.
+  void* d_residual = nullptr;
+  void* dw0 = nullptr;
+  void* db0 = nullptr;
+  void* dw1 = nullptr;
+  void* db1 = nullptr;
+  void* dkernel = nullptr;
+  void* dbias = nullptr;
+  void* dgamma = nullptr;  // with batch_norm
+};
+
+// The pools on their own. Outputs have the map's type. Only dtype, layout and the four sizes of the
+// problem are read.
+struct ChannelPoolArgs {
+  const void* x = nullptr;
+  void* mean = nullptr;     // [N, C]
+  void* maximum = nullptr;  // [N, C]
+};
+struct ChannelPoolGradArgs {
+  const void* x = nullptr;
+  const void* maximum = nullptr;    // [N, C], what the forward pass wrote
+  const void* d_mean = nullptr;     // [N, C]
+  const void* d_maximum = nullptr;  // [N, C]
+  void* dx = nullptr;
+};
+struct SpatialPoolArgs {
+  const void* x = nullptr;
+  void* descriptors =
+      nullptr;  // [N, H, W, 2] (NHWC) or [N, 2, H, W] (NCHW): mean, max over channels
+};
+struct SpatialPoolGradArgs {
+  const void* x = nullptr;
+  const void* descriptors = nullptr;    // what the forward pass wrote
+  const void* d_descriptors = nullptr;  // like descriptors
+  void* dx = nullptr;
+};
+
+enum class StatusCode : int32_t {
+  kOk = 0,
+  kInvalidProblem = 1,  // a size or option the kernels cannot take; `message` says which
+  kDeviceError = 2,     // a launch failed; `kernel` and `message` say which and why
+  kUnsupported = 3,     // this build or this device has no kernel for the problem
+};
+
+// Strings are static: a status owns nothing.
+struct Status {
+  StatusCode code = StatusCode::kOk;
+  const char* message = "";
+  const char* kernel = "";
+  bool ok() const { return code == StatusCode::kOk; }
+};
+
+// The checks that every implementation makes first.
+inline Status CheckProblem(const Problem& problem) {
+  const auto invalid = [](const char* message) {
+    return Status{StatusCode::kInvalidProblem, message, ""};
+  };
+  if (problem.batch < 0 || problem.height < 0 || problem.width < 0 || problem.channels < 0) {
+    return invalid("batch, height, width and channels must not be negative");
+  }
+  if (HasChannelGate(problem) && problem.hidden < 1) return invalid("hidden must be at least 1");
+  if (HasSpatialGate(problem) && (problem.kernel_size < 1 || problem.kernel_size % 2 == 0)) {
+    return invalid("kernel_size must be odd and positive");
+  }
+  if (problem.batch_norm && !HasSpatialGate(problem))
+    return invalid("batch_norm needs a spatial gate");
+  return {};
+}
+
+}  // namespace cbam_ops
+
+#endif  // CBAM_OPS_CORE_CONTRACT_H_

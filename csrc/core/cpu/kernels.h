@@ -1,0 +1,65 @@
+// The kernels on CPUs: entry points, the means to run that a caller gives, and the choice of
+// instruction set.
+#ifndef CBAM_OPS_CORE_CPU_KERNELS_H_
+#define CBAM_OPS_CORE_CPU_KERNELS_H_
+
+#include <cstddef>
+#include <cstdint>
+
+#include "core/contract.h"
+
+namespace cbam_ops {
+namespace cpu {
+
+// How a caller lends its threads. `run` calls task(argument, i) once for every i in [0, tasks), in
+// any order and on any threads, the calling one included, and returns when all have returned.
+// `threads` is how many may run at once: it sizes the work, never the results, which are bitwise
+// the same for any value. With `run` null everything happens on the calling thread.
+struct Parallel {
+  int threads = 1;
+  void* context = nullptr;
+  void (*run)(void* context, int64_t tasks, void (*task)(void* argument, int64_t index),
+              void* argument) = nullptr;
+};
+
+// Instruction sets in rising order. kBaseline is what the compiler may assume on any machine (SSE2
+// on x86-64).
+enum class InstructionSet : int32_t { kBaseline = 0, kAvx2 = 1, kAvx512 = 2 };
+
+// The best set this processor and this build have, unless the environment variable
+// CBAM_OPS_INSTRUCTION_SET (baseline, avx2 or avx512, read once) asks for a lower one.
+InstructionSet ActiveInstructionSet();
+// Sets the choice for the process (for tests); false, and no change, where the processor or the
+// build lacks it.
+bool SetInstructionSet(InstructionSet instruction_set);
+bool IsAvailable(InstructionSet instruction_set);
+const char* Name(InstructionSet instruction_set);  // "baseline", "avx2", "avx512"
+
+// Bytes of scratch memory that a call needs, to be aligned to 64 bytes. 0 is a possible answer.
+size_t ForwardWorkspace(const Problem& problem, const Parallel& parallel);
+size_t BackwardWorkspace(const Problem& problem, const Parallel& parallel);
+size_t ChannelPoolWorkspace(const Problem& problem,
+                            const Parallel& parallel);  // also for the gradient
+size_t SpatialPoolWorkspace(const Problem& problem,
+                            const Parallel& parallel);  // also for the gradient
+
+// The module and its gradient. Maps are streamed from memory once (forward) or once each
+// (backward); see pipeline.h.
+Status Forward(const Problem& problem, const ForwardArgs& args, void* workspace,
+               const Parallel& parallel);
+Status Backward(const Problem& problem, const BackwardArgs& args, void* workspace,
+                const Parallel& parallel);
+
+Status ChannelPool(const Problem& problem, const ChannelPoolArgs& args, void* workspace,
+                   const Parallel& parallel);
+Status ChannelPoolGrad(const Problem& problem, const ChannelPoolGradArgs& args, void* workspace,
+                       const Parallel& parallel);
+Status SpatialPool(const Problem& problem, const SpatialPoolArgs& args, void* workspace,
+                   const Parallel& parallel);
+Status SpatialPoolGrad(const Problem& problem, const SpatialPoolGradArgs& args, void* workspace,
+                       const Parallel& parallel);
+
+}  // namespace cpu
+}  // namespace cbam_ops
+
+#endif  // CBAM_OPS_CORE_CPU_KERNELS_H_
