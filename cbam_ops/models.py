@@ -1,0 +1,804 @@
+"""Residual networks with a CBAM in every block, in the manner of `keras.applications`.
+
+Two families, which differ in more than their depth:
+
+- `CBAMResNet18/34/50/101/152`: the network of the paper as its authors released it (the PyTorch
+  repository Jongchan/attention-module): no biases in the convolutions, symmetric padding, stride on
+  the 3x3 convolution, a projection shortcut with batch norm only where the shape changes, batch
+  norm on the spatial attention's convolution.
+- `SeedCBAMResNet50/101/152`: an older TensorFlow network that this project grew from: biases
+  everywhere, TensorFlow's `same` padding, stride on the first 1x1 convolution, a projection shortcut
+  without batch norm in every block, a ReLU after the second dense layer of the channel attention.
+
+Both put the module after the last batch norm of a block and before the addition; the addition and
+the ReLU after it are computed by the same fused op (`CBAM(activation="relu")(x, residual=shortcut)`).
+
+No pretrained weights are published for them. `build_resnet` is what all of them call: it can also
+build the same network without attention, or with the module made of stock Keras layers, which is
+what comparisons need.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+import os
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import keras
+import numpy as np
+
+from cbam_ops.layers import CBAM
+
+__all__ = [
+    "CBAMResNet18",
+    "CBAMResNet34",
+    "CBAMResNet50",
+    "CBAMResNet101",
+    "CBAMResNet152",
+    "SeedCBAMResNet50",
+    "SeedCBAMResNet101",
+    "SeedCBAMResNet152",
+    "build_resnet",
+    "decode_predictions",
+    "preprocess_input",
+]
+
+# Blocks per stage. 18 and 34 are built of basic blocks (two 3x3), the others of bottlenecks.
+_BLOCKS_PER_STAGE = {
+    18: (2, 2, 2, 2),
+    34: (3, 4, 6, 3),
+    50: (3, 4, 6, 3),
+    101: (3, 4, 23, 3),
+    152: (3, 8, 36, 3),
+}
+_BASIC_DEPTHS = (18, 34)
+_STAGE_FILTERS = (64, 128, 256, 512)
+_BOTTLENECK_EXPANSION = 4
+_MINIMUM_SIZE = 32  # five halvings, as in keras.applications
+_DEFAULT_SIZE = 224
+
+_ARGUMENTS_DOC = """
+    Args:
+        include_top: whether to end in global average pooling and a dense classifier.
+        weights: `None` (random initialization) or the path of a weights file of this very network,
+            as `Model.save_weights` writes it. No pretrained weights exist by name.
+        input_tensor: optional Keras tensor (the output of `keras.Input()` or of another layer) to
+            use as the image input.
+        input_shape: optional shape without the batch, `(H, W, channels)` for `channels_last` or
+            `(channels, H, W)` for `channels_first` (`keras.config.image_data_format()` decides).
+            H and W are at least 32, or `None` for any size, with or without the top. Default:
+            224 x 224 x 3 with the top, any size and 3 channels without it.
+        pooling: what follows the last block when `include_top` is `False`: `None` (the 4-D
+            feature map is the output), `"avg"` or `"max"` (global pooling, 2-D output). Ignored
+            with the top.
+        classes: number of classes, with the top only.
+        classifier_activation: activation of the classifier, with the top only; `None` returns
+            logits. The classifier computes in the type of the variables, so that a mixed precision
+            policy still gives float32 probabilities.
+        name: name of the model.
+        ratio: reduction ratio of the channel attention: hidden units = C // ratio.
+        kernel_size: odd size of the spatial attention's convolution.
+
+    Returns:
+        A `keras.Model`. Its input is a batch of images as `preprocess_input` makes them{input}; its
+        output has shape `[N, classes]`, or without the top `[N, H/32, W/32, F]` (`[N, F, H/32,
+        W/32]` for `channels_first`; sizes rounded up) or `[N, F]`, F = {features}.
+
+    Raises:
+        ValueError: for a `weights` that is neither `None` nor an existing file, an `input_shape` or
+            `input_tensor` that does not fit, an unknown `pooling`, `classes` below 1, a
+            `ratio` larger than the narrowest block's {narrowest} channels, an even `kernel_size`.
+
+    TensorFlow's CPU kernels convolve `channels_last` images only: a `channels_first` model can be
+    built anywhere, and runs on a GPU.
+
+    Source: {source}
+    """
+_RELEASED_SOURCE = (
+    "Woo et al., CBAM: Convolutional Block Attention Module, ECCV 2018, sections 3 and 4.1;\n"
+    "    the authors' release, Jongchan/attention-module, `MODELS/model_resnet.py`."
+)
+_SEED_SOURCE = (
+    "the Keras network this project grew from (module docstring); the module itself is\n"
+    "    Woo et al. 2018, section 3, with a ReLU added after the MLP."
+)
+
+
+def preprocess_input(x: Any, data_format: str | None = None) -> Any:
+    """Scales images from [0, 255] as the released networks were trained: ImageNet mean and std.
+
+    The pixels are divided by 255, then each channel (RGB order) is centred and scaled by ImageNet's
+    mean (0.485, 0.456, 0.406) and standard deviation (0.229, 0.224, 0.225): the mode `"torch"` of
+    `keras.applications.imagenet_utils`. The seed's network names no preprocessing; this one serves.
+
+    Args:
+        x: numpy array or tensor, `[H, W, 3]` or `[N, H, W, 3]` (channels first: `[3, H, W]` or
+            `[N, 3, H, W]`), RGB, values in [0, 255], of any integer or floating type.
+        data_format: `"channels_last"`, `"channels_first"` or `None`
+            (`keras.config.image_data_format()`).
+
+    Returns:
+        Array or tensor of the shape of `x`; of its type where that is floating, else
+        `keras.config.floatx()`. Unlike in `keras.applications`, an array `x` is never written to.
+
+    Raises:
+        ValueError: for a `data_format` not named above, or an `x` without 3 channels.
+    """
+    data_format = _data_format(data_format)
+    if isinstance(x, np.ndarray):
+        floating = np.issubdtype(x.dtype, np.floating)
+        x = np.array(x, dtype=x.dtype if floating else keras.config.floatx())  # always a copy
+    else:
+        x = keras.ops.convert_to_tensor(x) if not keras.utils.is_keras_tensor(x) else x
+        if "float" not in keras.backend.standardize_dtype(x.dtype):
+            x = keras.ops.cast(x, keras.config.floatx())
+    rank = len(x.shape)
+    channels = x.shape[-1 if data_format == "channels_last" else -3] if rank in (3, 4) else None
+    if channels != 3:
+        raise ValueError(
+            f"preprocess_input: `x` must be a {data_format} image or batch of images of 3 channels, "
+            f"got shape {tuple(x.shape)}"
+        )
+    return keras.applications.imagenet_utils.preprocess_input(
+        x, data_format=data_format, mode="torch"
+    )
+
+
+def decode_predictions(preds: Any, top: int = 5) -> list[list[tuple[str, str, float]]]:
+    """Names the ImageNet classes with the highest scores: `keras.applications`' own function.
+
+    The names come from a small file that Keras downloads at the first call.
+
+    Args:
+        preds: scores `[N, 1000]`, array or tensor, from a model trained on ImageNet in its usual
+            order of classes.
+        top: how many classes to return per image.
+
+    Returns:
+        For each image a list of `(class_name, class_description, score)`, best first.
+
+    Raises:
+        ValueError: for scores of another shape.
+    """
+    return keras.applications.imagenet_utils.decode_predictions(preds, top=top)
+
+
+def _data_format(data_format: str | None = None) -> str:
+    if data_format is None:
+        return keras.config.image_data_format()
+    if data_format not in ("channels_last", "channels_first"):
+        raise ValueError(
+            f'`data_format` must be "channels_last", "channels_first" or None, got {data_format!r}'
+        )
+    return data_format
+
+
+# --- the module's three forms ---------------------------------------------------------------------
+#
+# Each takes the block's last feature map, the shortcut, the name of the CBAM layer, the name of the
+# closing ReLU and the arguments of the `CBAM` layer, and returns relu(cbam(x) + shortcut).
+
+
+def _fused_module(x: Any, shortcut: Any, name: str, out_name: str, options: dict[str, Any]) -> Any:
+    return CBAM(activation="relu", name=name, **options)(x, residual=shortcut)
+
+
+def _no_module(x: Any, shortcut: Any, name: str, out_name: str, options: dict[str, Any]) -> Any:
+    x = keras.layers.Add(name=f"{out_name}_add")([x, shortcut])
+    return keras.layers.ReLU(name=out_name)(x)
+
+
+def _stock_module(x: Any, shortcut: Any, name: str, out_name: str, options: dict[str, Any]) -> Any:
+    """The stock layers that one CBAM layer stands for; the same weights in the same order."""
+    data_format = options["data_format"]
+    channel_axis = _channel_axis(data_format)
+    channels = x.shape[channel_axis]
+    column = (1, 1, channels) if channel_axis == -1 else (channels, 1, 1)
+
+    average = keras.layers.GlobalAveragePooling2D(data_format, name=f"{name}_channel_mean")(x)
+    maximum = keras.layers.GlobalMaxPooling2D(data_format, name=f"{name}_channel_max")(x)
+    hidden_layer = keras.layers.Dense(
+        channels // options["ratio"],
+        activation="relu",
+        kernel_initializer=options.get("mlp_kernel_initializer", "glorot_uniform"),
+        name=f"{name}_mlp_0",
+    )
+    logits_layer = keras.layers.Dense(
+        channels,
+        activation=options.get("mlp_activation"),
+        kernel_initializer=options.get("mlp_kernel_initializer", "glorot_uniform"),
+        name=f"{name}_mlp_1",
+    )
+    logits = keras.layers.Add(name=f"{name}_mlp_sum")(
+        [logits_layer(hidden_layer(average)), logits_layer(hidden_layer(maximum))]
+    )
+    gate = keras.layers.Activation("sigmoid", name=f"{name}_channel_gate")(logits)
+    gate = keras.layers.Reshape(column, name=f"{name}_channel_gate_map")(gate)
+    x = keras.layers.Multiply(name=f"{name}_channel_scale")([x, gate])
+
+    descriptors = keras.layers.Concatenate(axis=channel_axis, name=f"{name}_spatial_descriptors")(
+        [
+            keras.ops.mean(x, axis=channel_axis, keepdims=True),
+            keras.ops.max(x, axis=channel_axis, keepdims=True),
+        ]
+    )
+    batch_norm = options.get("spatial_batch_norm", False)
+    gate = keras.layers.Conv2D(
+        1,
+        options["kernel_size"],
+        padding="same",
+        use_bias=not batch_norm,
+        data_format=data_format,
+        kernel_initializer=options.get("spatial_kernel_initializer", "glorot_uniform"),
+        name=f"{name}_spatial_conv",
+    )(descriptors)
+    if batch_norm:
+        gate = keras.layers.BatchNormalization(
+            axis=channel_axis,
+            epsilon=options["batch_norm_epsilon"],
+            momentum=options["batch_norm_momentum"],
+            gamma_initializer=options["batch_norm_gamma_initializer"],
+            name=f"{name}_spatial_bn",
+        )(gate)
+    gate = keras.layers.Activation("sigmoid", name=f"{name}_spatial_gate")(gate)
+    x = keras.layers.Multiply(name=f"{name}_spatial_scale")([x, gate])
+    return _no_module(x, shortcut, name, out_name, options)
+
+
+_MODULES: dict[str | None, Callable[[Any, Any, str, str, dict[str, Any]], Any]] = {
+    "cbam": _fused_module,
+    "stock": _stock_module,
+    None: _no_module,
+}
+
+# --- the released network -------------------------------------------------------------------------
+
+
+def _channel_axis(data_format: str) -> int:
+    return -1 if data_format == "channels_last" else 1
+
+
+def _he_normal_fan_out() -> Any:
+    # A new object every time: a Keras initializer draws the same values for every variable it makes.
+    return keras.initializers.VarianceScaling(2.0, "fan_out", "untruncated_normal")
+
+
+def _torch_default() -> Any:
+    # U(-1/sqrt(fan_in), 1/sqrt(fan_in)), what PyTorch gives a convolution or a dense layer.
+    return keras.initializers.VarianceScaling(1.0 / 3.0, "fan_in", "uniform")
+
+
+def _released_conv(
+    x: Any, filters: int, size: int, stride: int, name: str, data_format: str, initializer: Any
+) -> Any:
+    """Convolution without bias, zero padding of size // 2 on every side (not TensorFlow's same)."""
+    if stride > 1 and size > 1:
+        x = keras.layers.ZeroPadding2D(size // 2, data_format=data_format, name=f"{name}_pad")(x)
+        padding = "valid"
+    else:  # at stride 1, TensorFlow's same padding is symmetric
+        padding = "same"
+    return keras.layers.Conv2D(
+        filters,
+        size,
+        strides=stride,
+        padding=padding,
+        use_bias=False,
+        data_format=data_format,
+        kernel_initializer=initializer,
+        name=f"{name}_conv",
+    )(x)
+
+
+def _released_batch_norm(x: Any, name: str, data_format: str) -> Any:
+    return keras.layers.BatchNormalization(
+        axis=_channel_axis(data_format), momentum=0.9, epsilon=1e-5, name=f"{name}_bn"
+    )(x)
+
+
+def _released_features(
+    x: Any, depth: int, module: Any, ratio: int, kernel_size: int, data_format: str
+) -> Any:
+    x = _released_conv(x, 64, 7, 2, "conv1", data_format, _he_normal_fan_out())
+    x = _released_batch_norm(x, "conv1", data_format)
+    x = keras.layers.ReLU(name="conv1_relu")(x)
+    # The release pads its max-pool with -inf. After a ReLU zeros give the same output, and the same
+    # gradient: where a padded zero wins the window is all zeros, whose gradient the ReLU stops.
+    x = keras.layers.ZeroPadding2D(1, data_format=data_format, name="pool1_pad")(x)
+    x = keras.layers.MaxPooling2D(3, 2, data_format=data_format, name="pool1_pool")(x)
+
+    for stage, blocks in enumerate(_BLOCKS_PER_STAGE[depth]):
+        filters = _STAGE_FILTERS[stage]
+        for block in range(blocks):
+            name = f"conv{stage + 2}_block{block + 1}"
+            stride = 2 if stage > 0 and block == 0 else 1
+            if depth in _BASIC_DEPTHS:
+                convs = [(filters, 3, stride), (filters, 3, 1)]
+            else:
+                convs = [
+                    (filters, 1, 1),
+                    (filters, 3, stride),
+                    (filters * _BOTTLENECK_EXPANSION, 1, 1),
+                ]
+            x = _released_block(x, convs, name, module, ratio, kernel_size, data_format)
+    return x
+
+
+def _released_block(
+    x: Any,
+    convs: Sequence[tuple[int, int, int]],
+    name: str,
+    module: Any,
+    ratio: int,
+    kernel_size: int,
+    data_format: str,
+) -> Any:
+    """One block; `convs` lists (filters, kernel size, stride)."""
+    filters = convs[-1][0]
+    stride = math.prod(conv[2] for conv in convs)
+    shortcut = x
+    if stride != 1 or x.shape[_channel_axis(data_format)] != filters:
+        shortcut = _released_conv(x, filters, 1, stride, f"{name}_0", data_format, _torch_default())
+        shortcut = _released_batch_norm(shortcut, f"{name}_0", data_format)
+    for index, (conv_filters, size, conv_stride) in enumerate(convs, start=1):
+        conv_name = f"{name}_{index}"
+        if index > 1:
+            x = keras.layers.ReLU(name=f"{name}_{index - 1}_relu")(x)
+        x = _released_conv(
+            x, conv_filters, size, conv_stride, conv_name, data_format, _he_normal_fan_out()
+        )
+        x = _released_batch_norm(x, conv_name, data_format)
+    options = {
+        "ratio": ratio,
+        "kernel_size": kernel_size,
+        "data_format": data_format,
+        "mlp_kernel_initializer": _torch_default(),
+        "spatial_kernel_initializer": _he_normal_fan_out(),
+        "spatial_batch_norm": True,
+        "batch_norm_epsilon": 1e-5,
+        "batch_norm_momentum": 0.99,
+        "batch_norm_gamma_initializer": "zeros",  # every spatial gate starts at 0.5
+    }
+    return module(x, shortcut, f"{name}_cbam", f"{name}_out", options)
+
+
+# --- the seed's network ---------------------------------------------------------------------------
+
+
+def _seed_features(
+    x: Any, depth: int, module: Any, ratio: int, kernel_size: int, data_format: str
+) -> Any:
+    def conv(x: Any, filters: int, size: int, stride: int, name: str) -> Any:
+        return keras.layers.Conv2D(
+            filters, size, stride, padding="same", data_format=data_format, name=name
+        )(x)
+
+    def batch_norm(x: Any, name: str) -> Any:
+        return keras.layers.BatchNormalization(axis=_channel_axis(data_format), name=name)(x)
+
+    x = conv(x, 64, 7, 2, "stem_conv")
+    x = batch_norm(x, "stem_bn")
+    x = keras.layers.ReLU(name="stem_relu")(x)
+    x = keras.layers.MaxPooling2D(3, 2, "same", data_format=data_format, name="stem_pool")(x)
+
+    for stage, blocks in enumerate(_BLOCKS_PER_STAGE[depth]):
+        filters = _STAGE_FILTERS[stage]
+        for block in range(blocks):
+            name = f"conv{stage + 1}" + (f"_block{block}" if block else "")
+            stride = 2 if stage > 0 and block == 0 else 1
+            shortcut = conv(x, filters * _BOTTLENECK_EXPANSION, 1, stride, f"{name}_residual")
+            x = conv(x, filters, 1, stride, f"{name}_conv1")
+            x = batch_norm(x, f"{name}_bn1")
+            x = keras.layers.ReLU(name=f"{name}_relu1")(x)
+            x = conv(x, filters, 3, 1, f"{name}_conv2")
+            x = batch_norm(x, f"{name}_bn2")
+            x = keras.layers.ReLU(name=f"{name}_relu2")(x)
+            x = conv(x, filters * _BOTTLENECK_EXPANSION, 1, 1, f"{name}_conv3")
+            x = batch_norm(x, f"{name}_bn3")
+            options = {
+                "ratio": ratio,
+                "kernel_size": kernel_size,
+                "data_format": data_format,
+                "mlp_activation": "relu",
+            }
+            x = module(x, shortcut, f"{name}_cbam", f"{name}_relu3", options)
+    return x
+
+
+# --- around the network ---------------------------------------------------------------------------
+
+
+def _image_input(input_tensor: Any, input_shape: Any, include_top: bool, data_format: str) -> Any:
+    """The Keras tensor of the images, checked."""
+    layout = "(H, W, channels)" if data_format == "channels_last" else "(channels, H, W)"
+    channel_index = 2 if data_format == "channels_last" else 0
+
+    def check(argument: str, shape: Any) -> tuple[int | None, ...]:
+        try:
+            sizes = tuple(None if size is None else operator.index(size) for size in shape)
+        except TypeError:
+            sizes = ()
+        if len(sizes) != 3:
+            raise ValueError(
+                f"`{argument}` must have shape {layout} for {data_format}, without the batch, "
+                f"got {shape}"
+            )
+        for index, size in enumerate(sizes):
+            if index == channel_index and (size is None or size < 1):
+                raise ValueError(
+                    f"`{argument}` must have a known number of channels, at least 1, at index "
+                    f"{index} ({layout} for {data_format}), got {sizes}"
+                )
+            if index != channel_index and size is not None and size < _MINIMUM_SIZE:
+                raise ValueError(
+                    f"`{argument}` must be at least {_MINIMUM_SIZE} x {_MINIMUM_SIZE} pixels "
+                    f"({layout} for {data_format}), got {sizes}"
+                )
+        return sizes
+
+    if input_shape is not None:
+        input_shape = check("input_shape", input_shape)
+    if input_tensor is not None:
+        if not keras.utils.is_keras_tensor(input_tensor):
+            raise ValueError(
+                "`input_tensor` must be a Keras tensor, as keras.Input() returns it, got "
+                f"{type(input_tensor).__name__}"
+            )
+        shape = check("input_tensor", tuple(input_tensor.shape)[1:])
+        if input_shape is not None and input_shape != shape:
+            raise ValueError(
+                "`input_shape` must be left out or equal the shape of `input_tensor`, "
+                f"{shape}, got {input_shape}"
+            )
+        return input_tensor
+    if input_shape is None:
+        size = _DEFAULT_SIZE if include_top else None
+        input_shape = (size, size, 3) if channel_index == 2 else (3, size, size)
+    return keras.Input(shape=input_shape)
+
+
+def build_resnet(
+    depth: int,
+    *,
+    network: str = "released",
+    attention: str | None = "cbam",
+    include_top: bool = True,
+    weights: str | os.PathLike[str] | None = None,
+    input_tensor: Any = None,
+    input_shape: Sequence[int | None] | None = None,
+    pooling: str | None = None,
+    classes: int = 1000,
+    classifier_activation: Any = "softmax",
+    name: str | None = None,
+    ratio: int = 16,
+    kernel_size: int = 7,
+) -> keras.Model:
+    """Builds a residual network of one family and depth with the wanted attention in its blocks.
+
+    The constructors `CBAMResNet50` and so on call it; call it yourself to compare a network with
+    its plain form or with its form in stock Keras layers, all else equal.
+
+    Args:
+        depth: 18, 34, 50, 101 or 152; the seed's network has 50, 101 and 152.
+        network: `"released"` (the paper's, as its authors released it) or `"seed"`.
+        attention: `"cbam"` (the fused layer), `"stock"` (the same function in stock Keras layers,
+            whose weights have the same shapes) or `None` (the plain residual network).
+        include_top, weights, input_tensor, input_shape, pooling, classes, classifier_activation,
+            ratio, kernel_size: as in `CBAMResNet50`.
+        name: name of the model; default e.g. `cbam_resnet50`, `stock_cbam_resnet50`, `resnet50`,
+            with `seed_` before it for the seed's network.
+
+    Returns:
+        A `keras.Model`.
+
+    Raises:
+        ValueError: for an argument that is none of the above, and as `CBAMResNet50` raises.
+    """
+    families = {
+        "released": (_released_features, tuple(_BLOCKS_PER_STAGE)),
+        "seed": (_seed_features, (50, 101, 152)),
+    }
+    if network not in families:
+        raise ValueError(f'`network` must be "released" or "seed", got {network!r}')
+    features, depths = families[network]
+    if depth not in depths:
+        raise ValueError(f"`depth` must be one of {depths} for the {network} network, got {depth}")
+    if attention not in _MODULES:
+        raise ValueError(f'`attention` must be "cbam", "stock" or None, got {attention!r}')
+    if weights is not None and not os.path.isfile(weights):
+        raise ValueError(
+            "`weights` must be None (random initialization) or the path of an existing weights "
+            f"file; no pretrained weights exist by name; got {weights!r}"
+        )
+    if pooling not in (None, "avg", "max"):
+        raise ValueError(f'`pooling` must be None, "avg" or "max", got {pooling!r}')
+    if include_top and (isinstance(classes, bool) or operator.index(classes) < 1):
+        raise ValueError(f"`classes` must be at least 1, got {classes!r}")
+    if name is None:
+        prefix = {"cbam": "cbam_", "stock": "stock_cbam_", None: ""}[attention]
+        name = f"{'seed_' if network == 'seed' else ''}{prefix}resnet{depth}"
+
+    data_format = _data_format()
+    images = _image_input(input_tensor, input_shape, include_top, data_format)
+    x = features(images, depth, _MODULES[attention], ratio, kernel_size, data_format)
+
+    if include_top:
+        x = keras.layers.GlobalAveragePooling2D(data_format, name="avg_pool")(x)
+        # The release draws the classifier He-normal; the seed leaves it to Keras.
+        initializer = (
+            keras.initializers.VarianceScaling(2.0, "fan_in", "untruncated_normal")
+            if network == "released"
+            else "glorot_uniform"
+        )
+        x = keras.layers.Dense(
+            classes,
+            activation=classifier_activation,
+            kernel_initializer=initializer,
+            dtype=keras.config.dtype_policy().variable_dtype,
+            name="predictions" if network == "released" else "fc",
+        )(x)
+    elif pooling == "avg":
+        x = keras.layers.GlobalAveragePooling2D(data_format, name="avg_pool")(x)
+    elif pooling == "max":
+        x = keras.layers.GlobalMaxPooling2D(data_format, name="max_pool")(x)
+
+    inputs = images if input_tensor is None else keras.utils.get_source_inputs(input_tensor)
+    model = keras.Model(inputs, x, name=name)
+    if weights is not None:
+        model.load_weights(weights)
+    return model
+
+
+def CBAMResNet18(
+    include_top: bool = True,
+    weights: str | os.PathLike[str] | None = None,
+    input_tensor: Any = None,
+    input_shape: Sequence[int | None] | None = None,
+    pooling: str | None = None,
+    classes: int = 1000,
+    classifier_activation: Any = "softmax",
+    name: str = "cbam_resnet18",
+    *,
+    ratio: int = 16,
+    kernel_size: int = 7,
+) -> keras.Model:
+    """Instantiates ResNet-18 with a CBAM in every block, as the paper's authors released it."""
+    return build_resnet(
+        18,
+        include_top=include_top,
+        weights=weights,
+        input_tensor=input_tensor,
+        input_shape=input_shape,
+        pooling=pooling,
+        classes=classes,
+        classifier_activation=classifier_activation,
+        name=name,
+        ratio=ratio,
+        kernel_size=kernel_size,
+    )
+
+
+def CBAMResNet34(
+    include_top: bool = True,
+    weights: str | os.PathLike[str] | None = None,
+    input_tensor: Any = None,
+    input_shape: Sequence[int | None] | None = None,
+    pooling: str | None = None,
+    classes: int = 1000,
+    classifier_activation: Any = "softmax",
+    name: str = "cbam_resnet34",
+    *,
+    ratio: int = 16,
+    kernel_size: int = 7,
+) -> keras.Model:
+    """Instantiates ResNet-34 with a CBAM in every block, as the paper's authors released it."""
+    return build_resnet(
+        34,
+        include_top=include_top,
+        weights=weights,
+        input_tensor=input_tensor,
+        input_shape=input_shape,
+        pooling=pooling,
+        classes=classes,
+        classifier_activation=classifier_activation,
+        name=name,
+        ratio=ratio,
+        kernel_size=kernel_size,
+    )
+
+
+def CBAMResNet50(
+    include_top: bool = True,
+    weights: str | os.PathLike[str] | None = None,
+    input_tensor: Any = None,
+    input_shape: Sequence[int | None] | None = None,
+    pooling: str | None = None,
+    classes: int = 1000,
+    classifier_activation: Any = "softmax",
+    name: str = "cbam_resnet50",
+    *,
+    ratio: int = 16,
+    kernel_size: int = 7,
+) -> keras.Model:
+    """Instantiates ResNet-50 with a CBAM in every block, as the paper's authors released it."""
+    return build_resnet(
+        50,
+        include_top=include_top,
+        weights=weights,
+        input_tensor=input_tensor,
+        input_shape=input_shape,
+        pooling=pooling,
+        classes=classes,
+        classifier_activation=classifier_activation,
+        name=name,
+        ratio=ratio,
+        kernel_size=kernel_size,
+    )
+
+
+def CBAMResNet101(
+    include_top: bool = True,
+    weights: str | os.PathLike[str] | None = None,
+    input_tensor: Any = None,
+    input_shape: Sequence[int | None] | None = None,
+    pooling: str | None = None,
+    classes: int = 1000,
+    classifier_activation: Any = "softmax",
+    name: str = "cbam_resnet101",
+    *,
+    ratio: int = 16,
+    kernel_size: int = 7,
+) -> keras.Model:
+    """Instantiates ResNet-101 with a CBAM in every block, as the paper's authors released it."""
+    return build_resnet(
+        101,
+        include_top=include_top,
+        weights=weights,
+        input_tensor=input_tensor,
+        input_shape=input_shape,
+        pooling=pooling,
+        classes=classes,
+        classifier_activation=classifier_activation,
+        name=name,
+        ratio=ratio,
+        kernel_size=kernel_size,
+    )
+
+
+def CBAMResNet152(
+    include_top: bool = True,
+    weights: str | os.PathLike[str] | None = None,
+    input_tensor: Any = None,
+    input_shape: Sequence[int | None] | None = None,
+    pooling: str | None = None,
+    classes: int = 1000,
+    classifier_activation: Any = "softmax",
+    name: str = "cbam_resnet152",
+    *,
+    ratio: int = 16,
+    kernel_size: int = 7,
+) -> keras.Model:
+    """Instantiates ResNet-152 with a CBAM in every block, as the paper's authors released it."""
+    return build_resnet(
+        152,
+        include_top=include_top,
+        weights=weights,
+        input_tensor=input_tensor,
+        input_shape=input_shape,
+        pooling=pooling,
+        classes=classes,
+        classifier_activation=classifier_activation,
+        name=name,
+        ratio=ratio,
+        kernel_size=kernel_size,
+    )
+
+
+def SeedCBAMResNet50(
+    include_top: bool = True,
+    weights: str | os.PathLike[str] | None = None,
+    input_tensor: Any = None,
+    input_shape: Sequence[int | None] | None = None,
+    pooling: str | None = None,
+    classes: int = 1000,
+    classifier_activation: Any = "softmax",
+    name: str = "seed_cbam_resnet50",
+    *,
+    ratio: int = 16,
+    kernel_size: int = 7,
+) -> keras.Model:
+    """Instantiates the seed's ResNet-50 with a CBAM in every block."""
+    return build_resnet(
+        50,
+        network="seed",
+        include_top=include_top,
+        weights=weights,
+        input_tensor=input_tensor,
+        input_shape=input_shape,
+        pooling=pooling,
+        classes=classes,
+        classifier_activation=classifier_activation,
+        name=name,
+        ratio=ratio,
+        kernel_size=kernel_size,
+    )
+
+
+def SeedCBAMResNet101(
+    include_top: bool = True,
+    weights: str | os.PathLike[str] | None = None,
+    input_tensor: Any = None,
+    input_shape: Sequence[int | None] | None = None,
+    pooling: str | None = None,
+    classes: int = 1000,
+    classifier_activation: Any = "softmax",
+    name: str = "seed_cbam_resnet101",
+    *,
+    ratio: int = 16,
+    kernel_size: int = 7,
+) -> keras.Model:
+    """Instantiates the seed's ResNet-101 with a CBAM in every block."""
+    return build_resnet(
+        101,
+        network="seed",
+        include_top=include_top,
+        weights=weights,
+        input_tensor=input_tensor,
+        input_shape=input_shape,
+        pooling=pooling,
+        classes=classes,
+        classifier_activation=classifier_activation,
+        name=name,
+        ratio=ratio,
+        kernel_size=kernel_size,
+    )
+
+
+def SeedCBAMResNet152(
+    include_top: bool = True,
+    weights: str | os.PathLike[str] | None = None,
+    input_tensor: Any = None,
+    input_shape: Sequence[int | None] | None = None,
+    pooling: str | None = None,
+    classes: int = 1000,
+    classifier_activation: Any = "softmax",
+    name: str = "seed_cbam_resnet152",
+    *,
+    ratio: int = 16,
+    kernel_size: int = 7,
+) -> keras.Model:
+    """Instantiates the seed's ResNet-152 with a CBAM in every block."""
+    return build_resnet(
+        152,
+        network="seed",
+        include_top=include_top,
+        weights=weights,
+        input_tensor=input_tensor,
+        input_shape=input_shape,
+        pooling=pooling,
+        classes=classes,
+        classifier_activation=classifier_activation,
+        name=name,
+        ratio=ratio,
+        kernel_size=kernel_size,
+    )
+
+
+def _complete_docstrings() -> None:
+    """Appends to every constructor's line the arguments that all of them share."""
+    for depth in _BLOCKS_PER_STAGE:
+        for prefix, source in (("", _RELEASED_SOURCE), ("Seed", _SEED_SOURCE)):
+            constructor = globals().get(f"{prefix}CBAMResNet{depth}")
+            if constructor is None or constructor.__doc__ is None:  # no docstrings under python -OO
+                continue
+            basic = depth in _BASIC_DEPTHS
+            constructor.__doc__ += "\n" + _ARGUMENTS_DOC.format(
+                input=" (or as you trained it)" if prefix else "",
+                features=512 if basic else 2048,
+                narrowest=64 if basic else 256,
+                source=source,
+            )
+
+
+_complete_docstrings()
