@@ -28,8 +28,7 @@ argument, what was expected and what was received.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import tensorflow as tf
 
@@ -84,18 +83,29 @@ def cbam(
         ``y``, like ``x``; with ``return_gates`` the tuple ``(y, channel_gate, spatial_gate)`` with
         gates ``[N, C]`` and ``[N, H, W]`` in the compute type.
     """
-    _checks.option("cbam", "order", order, _checks.ORDERS)
-    x, residual = _map("cbam", x, residual, activation, data_format)
-    mlp = _mlp("cbam", x, w0, b0, w1, b1, mlp_activation, data_format)
-    kernel, bias = _spatial_weights("cbam", x, kernel, bias=bias)
-    _checks.same_type("cbam", w0=mlp.w0, kernel=kernel, bias=bias)
+    args = _checks.check_cbam(
+        x,
+        w0,
+        b0,
+        w1,
+        b1,
+        kernel,
+        bias,
+        data_format=data_format,
+        mlp_activation=mlp_activation,
+        residual=residual,
+        activation=activation,
+        order=order,
+    )
 
     def spatial_gate(t: tf.Tensor) -> tf.Tensor:
-        return tf.sigmoid(_spatial_logits(t, kernel, bias, data_format))
+        return tf.sigmoid(_spatial_logits(t, args.kernel, args.bias, data_format))
 
-    gated, g_c, g_s = _both_gates(x, mlp, spatial_gate, order, data_format)
-    y = _finish(gated, residual, activation)
-    return (y, _out(g_c, x), _out(g_s, x)) if return_gates else y
+    gated, g_c, g_s = _both_gates(args, mlp_activation, data_format, order, spatial_gate)
+    y = _finish(gated, args.residual, activation)
+    if return_gates:
+        return y, tf.cast(g_c, args.compute_type), tf.cast(g_s, args.compute_type)
+    return y
 
 
 def cbam_with_batch_norm(
@@ -131,7 +141,7 @@ def cbam_with_batch_norm(
         kernel: See :func:`cbam`.
         gamma: ``[1]``, scale of the batch norm.
         beta: ``[1]``, offset of the batch norm.
-        epsilon: Added to the variance.
+        epsilon: Added to the variance; rounded to float32, the type of the op's attribute.
         data_format: See :func:`cbam`.
         mlp_activation: See :func:`cbam`.
         residual: See :func:`cbam`.
@@ -143,23 +153,35 @@ def cbam_with_batch_norm(
         ``(y, batch_mean, batch_variance)`` with statistics of shape ``[1]`` in the compute type,
         through which no gradient flows; with ``return_gates`` followed by the two gates.
     """
-    op = "cbam_with_batch_norm"
-    _checks.option(op, "order", order, _checks.ORDERS)
-    epsilon = _checks.epsilon(op, epsilon)
-    x, residual = _map(op, x, residual, activation, data_format)
-    mlp = _mlp(op, x, w0, b0, w1, b1, mlp_activation, data_format)
-    kernel, gamma, beta = _spatial_weights(op, x, kernel, gamma=gamma, beta=beta)
-    _checks.same_type(op, w0=mlp.w0, kernel=kernel, gamma=gamma, beta=beta)
+    args = _checks.check_cbam_with_batch_norm(
+        x,
+        w0,
+        b0,
+        w1,
+        b1,
+        kernel,
+        gamma,
+        beta,
+        epsilon=epsilon,
+        data_format=data_format,
+        mlp_activation=mlp_activation,
+        residual=residual,
+        activation=activation,
+        order=order,
+    )
     statistics: list[tf.Tensor] = []
 
     def spatial_gate(t: tf.Tensor) -> tf.Tensor:
-        gate, *moments = _normalised_spatial_gate(t, kernel, gamma, beta, epsilon, data_format)
+        gate, *moments = _normalised_spatial_gate(t, args, data_format)
         statistics.extend(moments)
         return gate
 
-    gated, g_c, g_s = _both_gates(x, mlp, spatial_gate, order, data_format)
-    y = _finish(gated, residual, activation)
-    return (y, *statistics, _out(g_c, x), _out(g_s, x)) if return_gates else (y, *statistics)
+    gated, g_c, g_s = _both_gates(args, mlp_activation, data_format, order, spatial_gate)
+    y = _finish(gated, args.residual, activation)
+    if return_gates:
+        gates = tf.cast(g_c, args.compute_type), tf.cast(g_s, args.compute_type)
+        return (y, *statistics, *gates)
+    return (y, *statistics)
 
 
 def channel_attention(
@@ -195,13 +217,21 @@ def channel_attention(
         ``y``, like ``x``; with ``return_gates`` the tuple ``(y, channel_gate)``, the gate ``[N, C]``
         in the compute type.
     """
-    op = "channel_attention"
-    _checks.option(op, "pooling", pooling, _checks.POOLINGS)
-    x, residual = _map(op, x, residual, activation, data_format)
-    mlp = _mlp(op, x, w0, b0, w1, b1, mlp_activation, data_format)
-    gate = _channel_gate(x, mlp, pooling, data_format)
-    y = _finish(_scale_channels(x, gate, data_format), residual, activation)
-    return (y, _out(gate, x)) if return_gates else y
+    args = _checks.check_channel_attention(
+        x,
+        w0,
+        b0,
+        w1,
+        b1,
+        pooling=pooling,
+        data_format=data_format,
+        mlp_activation=mlp_activation,
+        residual=residual,
+        activation=activation,
+    )
+    gate = _channel_gate(args.x, args, pooling, mlp_activation, data_format)
+    y = _finish(_scale_channels(args.x, gate, data_format), args.residual, activation)
+    return (y, tf.cast(gate, args.compute_type)) if return_gates else y
 
 
 def spatial_attention(
@@ -229,12 +259,12 @@ def spatial_attention(
         ``y``, like ``x``; with ``return_gates`` the tuple ``(y, spatial_gate)``, the gate
         ``[N, H, W]`` in the compute type.
     """
-    op = "spatial_attention"
-    x, residual = _map(op, x, residual, activation, data_format)
-    kernel, bias = _spatial_weights(op, x, kernel, bias=bias)
-    gate = tf.sigmoid(_spatial_logits(x, kernel, bias, data_format))
-    y = _finish(_scale_positions(x, gate, data_format), residual, activation)
-    return (y, _out(gate, x)) if return_gates else y
+    args = _checks.check_spatial_attention(
+        x, kernel, bias, data_format=data_format, residual=residual, activation=activation
+    )
+    gate = tf.sigmoid(_spatial_logits(args.x, args.kernel, args.bias, data_format))
+    y = _finish(_scale_positions(args.x, gate, data_format), args.residual, activation)
+    return (y, tf.cast(gate, args.compute_type)) if return_gates else y
 
 
 def spatial_attention_with_batch_norm(
@@ -256,7 +286,7 @@ def spatial_attention_with_batch_norm(
         kernel: ``[k, k, 2, 1]`` with odd k.
         gamma: ``[1]``, scale of the batch norm.
         beta: ``[1]``, offset of the batch norm.
-        epsilon: Added to the variance.
+        epsilon: Added to the variance; rounded to float32, the type of the op's attribute.
         data_format: "NHWC" or "NCHW".
         residual: Like ``x`` or None; added to the gated map.
         activation: None or "relu", applied last.
@@ -266,13 +296,21 @@ def spatial_attention_with_batch_norm(
         ``(y, batch_mean, batch_variance)`` as :func:`cbam_with_batch_norm`; with ``return_gates``
         followed by the spatial gate.
     """
-    op = "spatial_attention_with_batch_norm"
-    epsilon = _checks.epsilon(op, epsilon)
-    x, residual = _map(op, x, residual, activation, data_format)
-    kernel, gamma, beta = _spatial_weights(op, x, kernel, gamma=gamma, beta=beta)
-    gate, *statistics = _normalised_spatial_gate(x, kernel, gamma, beta, epsilon, data_format)
-    y = _finish(_scale_positions(x, gate, data_format), residual, activation)
-    return (y, *statistics, _out(gate, x)) if return_gates else (y, *statistics)
+    args = _checks.check_spatial_attention_with_batch_norm(
+        x,
+        kernel,
+        gamma,
+        beta,
+        epsilon=epsilon,
+        data_format=data_format,
+        residual=residual,
+        activation=activation,
+    )
+    gate, mean, variance = _normalised_spatial_gate(args.x, args, data_format)
+    y = _finish(_scale_positions(args.x, gate, data_format), args.residual, activation)
+    if return_gates:
+        return y, mean, variance, tf.cast(gate, args.compute_type)
+    return y, mean, variance
 
 
 def channel_pool(x: Any, *, data_format: str = "NHWC") -> tuple[tf.Tensor, tf.Tensor]:
@@ -285,9 +323,9 @@ def channel_pool(x: Any, *, data_format: str = "NHWC") -> tuple[tf.Tensor, tf.Te
     Returns:
         ``(mean, maximum)``, each ``[N, C]`` in the type of ``x``.
     """
-    x, _ = _map("channel_pool", x, None, None, data_format)
-    axes = _position_axes(data_format)
-    return tf.reduce_mean(x, axes), tf.reduce_max(x, axes)
+    args = _checks.check_channel_pool(x, data_format=data_format)
+    axes = _checks.position_axes(data_format)
+    return tf.reduce_mean(args.x, axes), tf.reduce_max(args.x, axes)
 
 
 def spatial_pool(x: Any, *, data_format: str = "NHWC") -> tf.Tensor:
@@ -300,89 +338,44 @@ def spatial_pool(x: Any, *, data_format: str = "NHWC") -> tf.Tensor:
     Returns:
         ``[N, H, W, 2]`` (NHWC) or ``[N, 2, H, W]`` (NCHW) in the type of ``x``.
     """
-    x, _ = _map("spatial_pool", x, None, None, data_format)
-    axis = _channel_axis(data_format)
-    return tf.stack([tf.reduce_mean(x, axis), tf.reduce_max(x, axis)], axis)
-
-
-class _Mlp(NamedTuple):
-    """The shared MLP's weights, and what follows its second layer."""
-
-    w0: tf.Tensor
-    b0: tf.Tensor | None
-    w1: tf.Tensor
-    b1: tf.Tensor | None
-    activation: str | None
-
-    def __call__(self, t: tf.Tensor) -> tf.Tensor:
-        t = tf.matmul(tf.cast(t, self.w0.dtype), self.w0)
-        t = tf.nn.relu(t if self.b0 is None else t + self.b0)
-        t = tf.matmul(t, self.w1)
-        t = t if self.b1 is None else t + self.b1
-        return tf.nn.relu(t) if self.activation == "relu" else t
-
-
-def _map(
-    op: str, x: Any, residual: Any, activation: str | None, data_format: str
-) -> tuple[tf.Tensor, tf.Tensor | None]:
-    _checks.option(op, "activation", activation, _checks.ACTIVATIONS)
-    x = _checks.feature_map(op, x, data_format)
-    if x.shape.rank is None:
-        x = tf.ensure_shape(x, [None] * 4)
-    if residual is not None:
-        residual = _checks.like(op, x, residual, data_format, "residual")
-    return x, residual
-
-
-def _mlp(
-    op: str,
-    x: tf.Tensor,
-    w0: Any,
-    b0: Any,
-    w1: Any,
-    b1: Any,
-    mlp_activation: str | None,
-    data_format: str,
-) -> _Mlp:
-    _checks.option(op, "mlp_activation", mlp_activation, _checks.ACTIVATIONS)
-    return _Mlp(*_checks.mlp(op, x, w0, b0, w1, b1, data_format), mlp_activation)
-
-
-def _spatial_weights(op: str, x: tf.Tensor, kernel: Any, **scalars: Any) -> list[Any]:
-    """The checked kernel, and the scalars in the order given; only the bias may be None."""
-    kernel = _checks.spatial_kernel(op, x, kernel)
-    given = {
-        name: None
-        if name == "bias" and value is None
-        else _checks.scalar_weight(op, x, value, name)
-        for name, value in scalars.items()
-    }
-    _checks.same_type(op, kernel=kernel, **given)
-    return [kernel, *given.values()]
+    args = _checks.check_spatial_pool(x, data_format=data_format)
+    axis = _checks.channel_axis(data_format)
+    return tf.stack([tf.reduce_mean(args.x, axis), tf.reduce_max(args.x, axis)], axis)
 
 
 def _both_gates(
-    x: tf.Tensor,
-    mlp: _Mlp,
-    spatial_gate: Callable[[tf.Tensor], tf.Tensor],
-    order: str,
-    data_format: str,
+    args: _checks.Arguments, mlp_activation: str | None, data_format: str, order: str, spatial: Any
 ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
-    """The gated map, the channel gate and the spatial gate, in the given order."""
+    """Applies both gates to ``args.x`` in the given order; ``spatial`` maps a map to its gate."""
+    x = args.x
     if order == "spatial_first":
-        g_s = spatial_gate(x)
+        g_s = spatial(x)
         u = _scale_positions(x, g_s, data_format)
-        g_c = _channel_gate(u, mlp, "avg+max", data_format)
+        g_c = _channel_gate(u, args, "avg+max", mlp_activation, data_format)
         return _scale_channels(u, g_c, data_format), g_c, g_s
-    g_c = _channel_gate(x, mlp, "avg+max", data_format)
+    g_c = _channel_gate(x, args, "avg+max", mlp_activation, data_format)
     u = _scale_channels(x, g_c, data_format)
-    g_s = spatial_gate(x if order == "parallel" else u)
+    g_s = spatial(x if order == "parallel" else u)
     return _scale_positions(u, g_s, data_format), g_c, g_s
 
 
-def _channel_gate(x: tf.Tensor, mlp: _Mlp, pooling: str, data_format: str) -> tf.Tensor:
+def _channel_gate(
+    x: tf.Tensor,
+    args: _checks.Arguments,
+    pooling: str,
+    mlp_activation: str | None,
+    data_format: str,
+) -> tf.Tensor:
     """``[N, C]`` in the weights' type: sigmoid of the shared MLP's summed logits."""
-    axes = _position_axes(data_format)
+
+    def mlp(t: tf.Tensor) -> tf.Tensor:
+        t = tf.matmul(tf.cast(t, args.w0.dtype), args.w0)
+        t = tf.nn.relu(t if args.b0 is None else t + args.b0)
+        t = tf.matmul(t, args.w1)
+        t = t if args.b1 is None else t + args.b1
+        return tf.nn.relu(t) if mlp_activation == "relu" else t
+
+    axes = _checks.position_axes(data_format)
     if pooling == "avg":
         return tf.sigmoid(mlp(tf.reduce_mean(x, axes)))
     if pooling == "max":
@@ -394,7 +387,7 @@ def _spatial_logits(
     x: tf.Tensor, kernel: tf.Tensor, bias: tf.Tensor | None, data_format: str
 ) -> tf.Tensor:
     """``[N, H, W]`` in the kernel's type: the convolution of the spatial descriptors."""
-    axis = _channel_axis(data_format)
+    axis = _checks.channel_axis(data_format)
     # The two descriptor planes are put last in both layouts: CPUs have no NCHW convolution.
     descriptors = tf.stack([tf.reduce_mean(x, axis), tf.reduce_max(x, axis)], 3)
     z = tf.nn.conv2d(tf.cast(descriptors, kernel.dtype), kernel, strides=1, padding="SAME")
@@ -402,32 +395,16 @@ def _spatial_logits(
 
 
 def _normalised_spatial_gate(
-    x: tf.Tensor,
-    kernel: tf.Tensor,
-    gamma: tf.Tensor,
-    beta: tf.Tensor,
-    epsilon: float,
-    data_format: str,
+    x: tf.Tensor, args: _checks.Arguments, data_format: str
 ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
     """The spatial gate after batch norm, the batch's mean and its variance, both ``[1]`` in U."""
     # The statistics span the whole batch: at least float32, as in Keras's batch norm.
-    z = _out(_spatial_logits(x, kernel, None, data_format), x)
+    z = tf.cast(_spatial_logits(x, args.kernel, None, data_format), args.compute_type)
     mean, variance = tf.nn.moments(tf.reshape(z, [-1, 1]), [0])
-    gamma, beta = tf.cast(gamma, z.dtype), tf.cast(beta, z.dtype)
-    gate = tf.sigmoid(tf.nn.batch_normalization(z, mean, variance, beta, gamma, epsilon))
-    return tf.cast(gate, kernel.dtype), tf.stop_gradient(mean), tf.stop_gradient(variance)
-
-
-def _out(gate: tf.Tensor, x: tf.Tensor) -> tf.Tensor:
-    return tf.cast(gate, _checks.compute_dtype(x.dtype))
-
-
-def _channel_axis(data_format: str) -> int:
-    return data_format.index("C")
-
-
-def _position_axes(data_format: str) -> list[int]:
-    return [data_format.index("H"), data_format.index("W")]
+    gamma, beta = tf.cast(args.gamma, z.dtype), tf.cast(args.beta, z.dtype)
+    gate = tf.sigmoid(tf.nn.batch_normalization(z, mean, variance, beta, gamma, args.epsilon))
+    gate = tf.cast(gate, args.kernel.dtype)
+    return gate, tf.stop_gradient(mean), tf.stop_gradient(variance)
 
 
 def _scale_channels(x: tf.Tensor, gate: tf.Tensor, data_format: str) -> tf.Tensor:
@@ -437,7 +414,7 @@ def _scale_channels(x: tf.Tensor, gate: tf.Tensor, data_format: str) -> tf.Tenso
 
 
 def _scale_positions(x: tf.Tensor, gate: tf.Tensor, data_format: str) -> tf.Tensor:
-    return tf.multiply(x, tf.expand_dims(tf.cast(gate, x.dtype), _channel_axis(data_format)))
+    return tf.multiply(x, tf.expand_dims(tf.cast(gate, x.dtype), _checks.channel_axis(data_format)))
 
 
 def _finish(y: tf.Tensor, residual: tf.Tensor | None, activation: str | None) -> tf.Tensor:
