@@ -1,0 +1,183 @@
+"""Finds and loads the library with the TensorFlow ops, or says why it cannot be loaded.
+
+Nothing happens at import. `load_ops()` does the work once per process and returns the module of ops
+that `tf.load_op_library` makes, or a `Cause`: what is wrong and the one command that mends it.
+
+A library built for one minor release of TensorFlow does not load in another (C++ symbols differ), so
+versions are compared before anything is loaded. The minor is the one in the build record, a file
+that the build writes beside the library.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import json
+import struct
+import threading
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Literal
+
+LIBRARY = "libcbam_ops_tf.so"
+BUILD_RECORD = "_build_record.json"
+
+CauseKind = Literal[
+    "no_tensorflow", "source_tree", "not_built", "other_tensorflow", "corrupt", "load_failed"
+]
+
+
+@dataclasses.dataclass(frozen=True)
+class Cause:
+    """Why the native ops cannot be used: the kind, one sentence on it, and what mends it."""
+
+    kind: CauseKind
+    reason: str
+    cure: str
+
+    def __str__(self) -> str:
+        return f"{self.reason} {self.cure}"
+
+
+_PACKAGE = Path(__file__).resolve().parent
+_REINSTALL = "pip install --force-reinstall --no-deps cbam-ops"
+
+
+def _source_root(package: Path) -> Path | None:
+    """The source tree that `package` (the directory of the Python files) lies in, if it does."""
+    root = package.parent
+    return root if (root / "CMakeLists.txt").is_file() and (root / "csrc").is_dir() else None
+
+
+def _rebuild_command(package: Path) -> str:
+    root = _source_root(package)
+    return f"pip install --force-reinstall --no-deps {root}" if root else _REINSTALL
+
+
+def compiled_directory() -> Path | None:
+    """The directory of the compiled parts, or None where there are none.
+
+    It is where the pybind11 module lies: in an editable install that is in site-packages, while the
+    Python files are in the source tree.
+    """
+    spec = importlib.util.find_spec("cbam_ops._core")
+    if spec is None or not spec.origin:
+        return None
+    return Path(spec.origin).resolve().parent
+
+
+def read_build_record(directory: Path | None) -> dict[str, Any]:
+    """The build record in `directory`; empty where there is none or it cannot be read."""
+    if directory is None:
+        return {}
+    try:
+        record = json.loads((directory / BUILD_RECORD).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return record if isinstance(record, dict) else {}
+
+
+def build_record() -> dict[str, Any]:
+    """What the build wrote about itself: versions, compiler, flags, CUDA. Empty if not built."""
+    return read_build_record(compiled_directory())
+
+
+def _minor(version: str) -> str:
+    return ".".join(version.split(".")[:2])
+
+
+def _damage(library: Path) -> str | None:
+    """What is visibly wrong with an ELF file; loading a cut-off one can end the process."""
+    size = library.stat().st_size
+    with library.open("rb") as file:
+        header = file.read(64)
+    if len(header) < 64 or header[:4] != b"\x7fELF":
+        return "is not a shared library"
+    if header[4] != 2 or header[5] != 1:  # not 64 bit, little endian: leave it to the loader
+        return None
+    (sections_at,) = struct.unpack_from("<Q", header, 0x28)
+    section_size, sections = struct.unpack_from("<HH", header, 0x3A)
+    if size < sections_at + section_size * sections:
+        return f"is cut off after {size} bytes"
+    return None
+
+
+def find_cause(directory: Path | None, tensorflow_version: str) -> Cause | None:
+    """What would keep the library in `directory` from loading, as far as that shows beforehand."""
+    source = _source_root(_PACKAGE)
+    if directory is None and source is not None:
+        return Cause(
+            "source_tree",
+            f"cbam_ops was imported from the source tree ({_PACKAGE}), which has no compiled "
+            "parts.",
+            "Run Python from another folder to use the installed package, or build the source "
+            f"tree's: pip install -e {source}",
+        )
+    library = (directory or _PACKAGE) / LIBRARY
+    if directory is None or not library.is_file():
+        return Cause(
+            "not_built",
+            f"The compiled ops are missing: there is no {library}.",
+            f"Build and install them: {_rebuild_command(_PACKAGE)}",
+        )
+    record = read_build_record(directory)
+    built_for = str(record.get("tensorflow", {}).get("version", ""))
+    if built_for and _minor(built_for) != _minor(tensorflow_version):
+        return Cause(
+            "other_tensorflow",
+            f"The compiled ops were built for TensorFlow {_minor(built_for)} ({built_for}), but "
+            f"TensorFlow {tensorflow_version} is installed.",
+            f"Install the release they were built for: pip install "
+            f"'tensorflow=={_minor(built_for)}.*'",
+        )
+    damage = _damage(library)
+    if damage is not None:
+        return Cause(
+            "corrupt",
+            f"The compiled ops are damaged: {library} {damage}.",
+            f"Install them again: {_rebuild_command(_PACKAGE)}",
+        )
+    return None
+
+
+def load_from(directory: Path | None) -> ModuleType | Cause:
+    """Loads the ops from `directory`; see `load_ops`. Not cached."""
+    try:
+        import tensorflow as tf
+    except ImportError as error:
+        return Cause(
+            "no_tensorflow",
+            f"TensorFlow cannot be imported ({error}).",
+            "Install it: pip install 'tensorflow>=2.21,<2.22'",
+        )
+    cause = find_cause(directory, tf.__version__)
+    if cause is not None or directory is None:
+        return cause or Cause("not_built", "There are no compiled ops.", _REINSTALL)
+    library = directory / LIBRARY
+    try:
+        ops: ModuleType = tf.load_op_library(str(library))
+    except Exception as error:  # tf.errors.NotFoundError with dlopen's words, and whatever else
+        return Cause(
+            "load_failed",
+            f"The compiled ops in {library} do not load: {error}.",
+            f"Build them anew for this machine: {_rebuild_command(_PACKAGE)}",
+        )
+    return ops
+
+
+_lock = threading.Lock()
+_loaded: ModuleType | Cause | None = None
+
+
+def load_ops() -> ModuleType | Cause:
+    """The module of native ops, or the cause why there is none. Loads at the first call.
+
+    Returns:
+      The module that `tf.load_op_library` makes, with one function per op, or a `Cause`.
+    """
+    global _loaded
+    if _loaded is None:
+        with _lock:
+            if _loaded is None:
+                _loaded = load_from(compiled_directory())
+    return _loaded

@@ -1,0 +1,226 @@
+"""Which implementation computes, and what this installation is.
+
+"native" are the compiled kernels, "reference" plain TensorFlow (`cbam_ops.reference`), "auto" the
+native ones where they run and else the reference, with one warning per cause.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import threading
+import warnings
+from importlib import metadata
+from types import ModuleType, TracebackType
+from typing import Any, Literal, get_args
+
+from . import _loader
+
+
+Implementation = Literal["auto", "native", "reference"]
+ENVIRONMENT_VARIABLE = "CBAM_OPS_IMPLEMENTATION"
+IMPLEMENTATIONS: tuple[str, ...] = get_args(Implementation)
+
+
+class NativeUnavailableError(RuntimeError):
+    """Raised where "native" was asked for and the compiled ops cannot be used.
+
+    Attributes:
+      cause: the `Cause`, with `kind`, `reason` and `cure`.
+    """
+
+    def __init__(self, cause: _loader.Cause) -> None:
+        super().__init__(f"The native implementation cannot be used. {cause}")
+        self.cause = cause
+
+
+class _Local(threading.local):
+    def __init__(self) -> None:
+        self.overrides: list[str] = []
+
+
+_lock = threading.Lock()
+_default: str | None = None  # None until first used: then the environment variable decides
+_generation = 0  # counts changes of _default
+_local = _Local()
+_warned: set[str] = set()
+
+
+def _check(name: object, source: str) -> str:
+    if name not in IMPLEMENTATIONS:
+        expected = ", ".join(f'"{known}"' for known in IMPLEMENTATIONS)
+        raise ValueError(f"{source} must be one of {expected}, got {name!r}")
+    return str(name)
+
+
+def _read_default() -> str:
+    """The process-wide choice; call with the lock held."""
+    global _default
+    if _default is None:
+        value = os.environ.get(ENVIRONMENT_VARIABLE, "").strip()
+        _default = _check(value or "auto", f"the environment variable {ENVIRONMENT_VARIABLE}")
+    return _default
+
+
+def implementation() -> str:
+    """The choice in force in this thread: "auto", "native" or "reference".
+
+    Raises:
+      ValueError: the environment variable CBAM_OPS_IMPLEMENTATION holds something else.
+    """
+    if _local.overrides:
+        return _local.overrides[-1]
+    with _lock:
+        return _read_default()
+
+
+class use_implementation:
+    """Chooses who computes: "auto", "native" or "reference".
+
+    Called on its own, it sets the choice for the whole process. In a `with` statement it holds for
+    the calling thread until the end of the block, whatever other threads choose.
+
+        cbam_ops.use_implementation("reference")
+
+        with cbam_ops.use_implementation("native"):
+            y = cbam_ops.cbam(x, w0, b0, w1, b1, kernel)
+
+    The choice is made where a function is called or traced: a `tf.function` keeps the one it was
+    traced with. The initial choice is the environment variable CBAM_OPS_IMPLEMENTATION, read at
+    first use, else "auto".
+
+    Args:
+      name: "auto": native where it runs, else the reference with one warning per cause. "native":
+        a `NativeUnavailableError`, a RuntimeError, where it does not run. "reference": plain
+        TensorFlow.
+
+    Raises:
+      ValueError: `name` is something else.
+    """
+
+    def __init__(self, name: Implementation) -> None:
+        global _default, _generation
+        self._name = _check(name, "use_implementation: `name`")
+        with _lock:
+            self._previous = _default
+            _default = self._name
+            _generation += 1
+            self._generation = _generation
+
+    def __enter__(self) -> use_implementation:
+        global _default
+        with _lock:
+            # It is a block, so the process keeps what it had (unless somebody set that since).
+            if _generation == self._generation:
+                _default = self._previous
+        _local.overrides.append(self._name)
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        _local.overrides.pop()
+
+
+def warn_once(cause: _loader.Cause) -> None:
+    """Says once per process and cause that the reference computes instead."""
+    text = str(cause)
+    with _lock:
+        if text in _warned:
+            return
+        _warned.add(text)
+    warnings.warn(
+        f"cbam_ops computes with plain TensorFlow (the reference), which is slower. {cause}",
+        RuntimeWarning,
+        stacklevel=4,
+    )
+
+
+def native_ops() -> ModuleType | None:
+    """The module of native ops if they are to compute, None if the reference is.
+
+    This is the one place that turns the choice and the state of the installation into a decision.
+
+    Raises:
+      NativeUnavailableError: the choice is "native" and the ops cannot be used.
+      ValueError: the environment variable CBAM_OPS_IMPLEMENTATION holds an unknown word.
+    """
+    choice = implementation()
+    if choice == "reference":
+        return None
+    loaded = _loader.load_ops()
+    if not isinstance(loaded, _loader.Cause):
+        return loaded
+    if choice == "native":
+        raise NativeUnavailableError(loaded)
+    warn_once(loaded)
+    return None
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _devices() -> list[str]:
+    try:
+        import tensorflow as tf
+
+        return [device.name for device in tf.config.list_physical_devices()]
+    except Exception as error:  # a report about a broken installation must still come out
+        return [f"unknown ({error})"]
+
+
+def _instruction_sets() -> dict[str, Any]:
+    try:
+        from . import _core
+    except ImportError as error:
+        return {"active": None, "available": [], "error": str(error)}
+    return {
+        "active": _core.instruction_set(),
+        "available": list(_core.available_instruction_sets()),
+    }
+
+
+def build_info() -> dict[str, Any]:
+    """What this installation is: for bug reports, and to see why native is off.
+
+    Loads TensorFlow and the ops if they are not loaded yet; does not fail where they cannot be.
+
+    Returns:
+      A dictionary of plain values (it can be written as JSON):
+        version: this package's; python, tensorflow, keras, numpy: theirs, None if not installed.
+        platform: operating system and machine.
+        package, compiled: the directories of the Python files and of the compiled parts (or None).
+        build: the build record: versions, compiler, flags, CUDA and why not; empty if not built.
+        devices: the physical devices that TensorFlow sees.
+        instruction_set: `active` and `available` ones of the CPU kernels.
+        implementation: the choice in force; native: whether the native ops run;
+        native_off_because: if not, why and what mends it, else None.
+    """
+    from . import __version__
+
+    loaded = _loader.load_ops()
+    cause = loaded if isinstance(loaded, _loader.Cause) else None
+    directory = _loader.compiled_directory()
+    return {
+        "version": __version__,
+        "python": platform.python_version(),
+        "tensorflow": _version("tensorflow"),
+        "keras": _version("keras"),
+        "numpy": _version("numpy"),
+        "platform": platform.platform(),
+        "package": str(_loader._PACKAGE),
+        "compiled": None if directory is None else str(directory),
+        "build": _loader.build_record(),
+        "devices": _devices(),
+        "instruction_set": _instruction_sets(),
+        "implementation": implementation(),
+        "native": cause is None,
+        "native_off_because": None if cause is None else str(cause),
+    }

@@ -1,0 +1,84 @@
+# CUDA kernels, if wanted and possible.
+#
+#   CBAM_OPS_CUDA=AUTO  where nvcc is found and there are kernels; else CPU only, and why is recorded
+#   CBAM_OPS_CUDA=ON    or stop
+#   CBAM_OPS_CUDA=OFF
+#
+# Given as -DCBAM_OPS_CUDA=..., through pip as `-C cmake.define.CBAM_OPS_CUDA=...`.
+#
+# Defines: CBAM_OPS_CUDA_ENABLED, CBAM_OPS_CUDA_WHY_NOT, CBAM_OPS_CUDA_VERSION,
+#          CMAKE_CUDA_ARCHITECTURES.
+
+set(CBAM_OPS_CUDA_ENABLED OFF)
+set(CBAM_OPS_CUDA_WHY_NOT "")
+set(CBAM_OPS_CUDA_VERSION "")
+
+string(TOUPPER "${CBAM_OPS_CUDA}" CBAM_OPS_CUDA_MODE)
+if(NOT CBAM_OPS_CUDA_MODE MATCHES "^(AUTO|ON|OFF)$")
+  message(FATAL_ERROR "CBAM_OPS_CUDA must be AUTO, ON or OFF, got '${CBAM_OPS_CUDA}'.")
+endif()
+
+file(GLOB CBAM_OPS_CUDA_SOURCES CONFIGURE_DEPENDS "${PROJECT_SOURCE_DIR}/csrc/core/cuda/*.cu")
+
+include(CheckLanguage)
+if(NOT CBAM_OPS_CUDA_MODE STREQUAL "OFF")
+  check_language(CUDA)
+endif()
+
+if(CBAM_OPS_CUDA_MODE STREQUAL "OFF")
+  set(CBAM_OPS_CUDA_WHY_NOT "switched off (CBAM_OPS_CUDA=OFF)")
+elseif(NOT CMAKE_CUDA_COMPILER)
+  set(CBAM_OPS_CUDA_WHY_NOT "no nvcc was found")
+  if(CBAM_OPS_CUDA_MODE STREQUAL "ON")
+    message(FATAL_ERROR "CBAM_OPS_CUDA=ON, but no CUDA compiler was found. Put nvcc on PATH or set "
+      "CUDACXX=/path/to/nvcc (CUDA 13 is on PyPI: pip install nvidia-cuda-nvcc), or build with "
+      "CBAM_OPS_CUDA=AUTO or OFF.")
+  endif()
+elseif(NOT CBAM_OPS_CUDA_SOURCES)
+  set(CBAM_OPS_CUDA_WHY_NOT "this version has no CUDA kernels")
+  if(CBAM_OPS_CUDA_MODE STREQUAL "ON")
+    message(FATAL_ERROR "CBAM_OPS_CUDA=ON, but this version has no CUDA kernels (csrc/core/cuda is "
+      "empty). Build with CBAM_OPS_CUDA=AUTO or OFF.")
+  endif()
+else()
+  # Machine code for every architecture that this nvcc knows from Turing on, and PTX of the newest
+  # for those to come. To be set before the language is enabled.
+  if(NOT CMAKE_CUDA_ARCHITECTURES)
+    execute_process(
+      COMMAND "${CMAKE_CUDA_COMPILER}" --list-gpu-arch
+      OUTPUT_VARIABLE architectures OUTPUT_STRIP_TRAILING_WHITESPACE COMMAND_ERROR_IS_FATAL ANY)
+    string(REGEX MATCHALL "[0-9]+" architectures "${architectures}")
+    list(SORT architectures COMPARE NATURAL)
+    list(REMOVE_DUPLICATES architectures)
+    set(wanted "")
+    foreach(architecture IN LISTS architectures)
+      if(architecture GREATER_EQUAL 75)
+        list(APPEND wanted "${architecture}-real")
+        set(newest "${architecture}")
+      endif()
+    endforeach()
+    set(CMAKE_CUDA_ARCHITECTURES "${wanted};${newest}-virtual")
+  endif()
+  enable_language(CUDA)
+  find_package(CUDAToolkit REQUIRED)
+  set(CMAKE_CUDA_STANDARD 17)
+  set(CMAKE_CUDA_STANDARD_REQUIRED ON)
+  set(CMAKE_CUDA_RUNTIME_LIBRARY Static)
+  set(CBAM_OPS_CUDA_ENABLED ON)
+  set(CBAM_OPS_CUDA_VERSION "${CMAKE_CUDA_COMPILER_VERSION}")
+endif()
+
+if(CBAM_OPS_CUDA_ENABLED)
+  message(STATUS "CUDA kernels: ${CBAM_OPS_CUDA_VERSION}, for ${CMAKE_CUDA_ARCHITECTURES}")
+else()
+  message(STATUS "CUDA kernels: none, ${CBAM_OPS_CUDA_WHY_NOT}")
+endif()
+
+function(cbam_ops_add_cuda_kernels library)
+  target_sources(${library} PRIVATE ${CBAM_OPS_CUDA_SOURCES})
+  target_compile_definitions(${library} PUBLIC CBAM_HAVE_CUDA=1)
+  target_compile_options(${library} PRIVATE
+    $<$<COMPILE_LANGUAGE:CUDA>:-Xcompiler=-Wall,-Wextra>
+    $<$<AND:$<BOOL:${CBAM_OPS_WERROR}>,$<COMPILE_LANGUAGE:CUDA>>:-Werror=all-warnings>)
+  target_link_libraries(${library} PUBLIC CUDA::cudart_static)
+endfunction()
