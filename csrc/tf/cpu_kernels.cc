@@ -1,0 +1,64 @@
+// The ops' kernels for CPUs: the core's, on TensorFlow's intra-op thread pool.
+#include <cstddef>
+#include <functional>
+#include <utility>
+
+#include "absl/status/status.h"
+#include "core/contract.h"
+#include "core/cpu/kernels.h"
+#include "core/cpu/work_sharing.h"
+#include "tensorflow/core/framework/device_base.h"
+#include "tensorflow/core/framework/op_kernel.h"
+#include "tensorflow/core/framework/tensor.h"
+#include "tensorflow/core/lib/core/threadpool.h"
+#include "tf/fused_op.h"
+
+namespace cbam_ops {
+namespace tf {
+namespace {
+
+// The core's entry points under one name, told apart by their arguments.
+#define CBAM_OPS_ENTRY_POINT(Args, Function, WorkspaceFunction)                                 \
+  inline size_t Workspace(const Problem& problem, const Args&, const cpu::Parallel& parallel) { \
+    return cpu::WorkspaceFunction(problem, parallel);                                           \
+  }                                                                                             \
+  inline Status Call(const Problem& problem, const Args& args, void* workspace,                 \
+                     const cpu::Parallel& parallel) {                                           \
+    return cpu::Function(problem, args, workspace, parallel);                                   \
+  }
+CBAM_OPS_ENTRY_POINT(ForwardArgs, Forward, ForwardWorkspace)
+CBAM_OPS_ENTRY_POINT(BackwardArgs, Backward, BackwardWorkspace)
+CBAM_OPS_ENTRY_POINT(ChannelPoolArgs, ChannelPool, ChannelPoolWorkspace)
+CBAM_OPS_ENTRY_POINT(ChannelPoolGradArgs, ChannelPoolGrad, ChannelPoolWorkspace)
+CBAM_OPS_ENTRY_POINT(SpatialPoolArgs, SpatialPool, SpatialPoolWorkspace)
+CBAM_OPS_ENTRY_POINT(SpatialPoolGradArgs, SpatialPoolGrad, SpatialPoolWorkspace)
+#undef CBAM_OPS_ENTRY_POINT
+
+struct CpuDevice {
+  template <typename Args>
+  static absl::Status Launch(tensorflow::OpKernelContext* context, const Problem& problem,
+                             const Args& args, Status* status) {
+    const auto* workers = context->device()->tensorflow_cpu_worker_threads();
+    tensorflow::thread::ThreadPool* pool = workers->workers;
+    cpu::WorkSharing sharing(workers->num_threads, [pool](std::function<void()> work) {
+      pool->Schedule(std::move(work));
+    });
+    const cpu::Parallel parallel = sharing.parallel();
+    // TensorFlow's CPU allocator aligns to 64 bytes, what the core asks for.
+    tensorflow::Tensor workspace;
+    const size_t bytes = Workspace(problem, args, parallel);
+    if (bytes > 0) {
+      TF_RETURN_IF_ERROR(context->allocate_temp(
+          tensorflow::DT_UINT8, tensorflow::TensorShape({static_cast<int64_t>(bytes)}),
+          &workspace));
+    }
+    *status = Call(problem, args, bytes > 0 ? workspace.data() : nullptr, parallel);
+    return absl::OkStatus();
+  }
+};
+
+CBAM_OPS_REGISTER_KERNELS(tensorflow::DEVICE_CPU, CpuDevice);
+
+}  // namespace
+}  // namespace tf
+}  // namespace cbam_ops
