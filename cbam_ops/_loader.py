@@ -23,7 +23,13 @@ LIBRARY = "libcbam_ops_tf.so"
 BUILD_RECORD = "_build_record.json"
 
 CauseKind = Literal[
-    "no_tensorflow", "source_tree", "not_built", "other_tensorflow", "corrupt", "load_failed"
+    "no_tensorflow",
+    "source_tree",
+    "not_built",
+    "other_tensorflow",
+    "corrupt",
+    "load_failed",
+    "no_kernel",
 ]
 
 
