@@ -1,0 +1,357 @@
+"""CBAM forward and backward in plain numpy: the definition the kernels are measured against.
+
+Written from the equations alone (Woo et al., 2018, section 3, and the README's "what it computes"),
+without TensorFlow and without the kernels' tricks: every intermediate is stored, nothing is fused.
+Evaluated in float64 it is the truth of the tests; evaluated in float32 it says what error an
+ordinary evaluation in that type has.
+
+Words and shapes: ``x`` is the feature map, ``[N, H, W, C]`` or ``[N, C, H, W]``; channel gate and
+channel descriptors ``[N, C]`` and ``[2, N, C]``; spatial gate and spatial descriptors ``[N, H, W]``
+and ``[N, 2, H, W]`` (mean, then max, for both layouts); ``w0 [C, hidden]``, ``w1 [hidden, C]``,
+``kernel [k, k, 2, 1]`` (plane 0 reads the mean, plane 1 the max).
+
+``gates`` is one of
+
+* ``channel_first``: ``y = u * g_s(u)`` with ``u = x * g_c(x)`` (the paper),
+* ``spatial_first``: ``y = u * g_c(u)`` with ``u = x * g_s(x)``,
+* ``parallel``: ``y = x * g_c(x) * g_s(x)``,
+* ``channel_only``, ``spatial_only``: one gate.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import DTypeLike
+
+Array = np.ndarray
+Tensors = dict[str, Array]
+
+
+def to_nhwc(x: Array, layout: str) -> Array:
+    """``x`` with its channels last."""
+    return x if layout == "NHWC" else np.transpose(x, (0, 2, 3, 1))
+
+
+def from_nhwc(x: Array, layout: str) -> Array:
+    """The inverse of :func:`to_nhwc`."""
+    return x if layout == "NHWC" else np.transpose(x, (0, 3, 1, 2))
+
+
+def sigmoid(z: Array) -> Array:
+    """``1 / (1 + exp(-z))`` without overflow at either end."""
+    small = np.exp(-np.abs(z))
+    return np.where(z >= 0, np.ones_like(z), small) / (1 + small)
+
+
+def _relu(v: Array) -> Array:
+    return np.maximum(v, 0)  # NaN stays NaN
+
+
+def _share(values: Array, largest: Array, axes: tuple[int, ...]) -> Array:
+    """How the gradient of a maximum falls on ``values``: evenly over those equal to it.
+
+    Without any equal (the maximum is NaN) the share is 0 / 0 = NaN, as in ``tf.reduce_max``.
+    """
+    equal = values == largest
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return equal / np.sum(equal, axis=axes, keepdims=True).astype(values.dtype)
+
+
+def conv(planes: Array, kernel: Array) -> Array:
+    """``[N, 2, H, W]`` by ``[k, k, 2, 1]`` to ``[N, H, W]``, stride 1, zero padding, same size."""
+    k = kernel.shape[0]
+    height, width = planes.shape[2:]
+    r = k // 2
+    padded = np.pad(planes, ((0, 0), (0, 0), (r, r), (r, r)))
+    out = np.zeros((planes.shape[0], height, width), planes.dtype)
+    for i in range(k):
+        for j in range(k):
+            for plane in range(2):
+                window = padded[:, plane, i : i + height, j : j + width]
+                out += window * kernel[i, j, plane, 0]
+    return out
+
+
+def conv_grad(planes: Array, kernel: Array, dz: Array) -> tuple[Array, Array]:
+    """Gradients of :func:`conv` with respect to ``planes`` and ``kernel``."""
+    k = kernel.shape[0]
+    height, width = planes.shape[2:]
+    r = k // 2
+    padded = np.pad(planes, ((0, 0), (0, 0), (r, r), (r, r)))
+    d_padded = np.zeros_like(padded)
+    d_kernel = np.zeros_like(kernel)
+    for i in range(k):
+        for j in range(k):
+            for plane in range(2):
+                window = padded[:, plane, i : i + height, j : j + width]
+                d_kernel[i, j, plane, 0] = np.sum(window * dz)
+                d_padded[:, plane, i : i + height, j : j + width] += dz * kernel[i, j, plane, 0]
+    return d_padded[:, :, r : r + height, r : r + width], d_kernel
+
+
+def channel_pool(x: Array, layout: str = "NHWC", dtype: DTypeLike = np.float64) -> Tensors:
+    """Mean and maximum over positions, each ``[N, C]``."""
+    v = to_nhwc(x, layout).astype(dtype)
+    return {"mean": v.mean(axis=(1, 2)), "maximum": v.max(axis=(1, 2))}
+
+
+def channel_pool_grad(
+    x: Array, d_mean: Array, d_maximum: Array, layout: str = "NHWC", dtype: DTypeLike = np.float64
+) -> Tensors:
+    """Gradient of :func:`channel_pool` with respect to ``x``."""
+    v = to_nhwc(x, layout).astype(dtype)
+    positions = v.shape[1] * v.shape[2]
+    share = _share(v, v.max(axis=(1, 2), keepdims=True), (1, 2))
+    dx = d_mean.astype(dtype)[:, None, None, :] / positions
+    dx = dx + share * d_maximum.astype(dtype)[:, None, None, :]
+    return {"dx": from_nhwc(dx, layout)}
+
+
+def spatial_pool(x: Array, layout: str = "NHWC", dtype: DTypeLike = np.float64) -> Tensors:
+    """Mean and maximum over channels in one tensor, ``[N, H, W, 2]`` or ``[N, 2, H, W]``."""
+    v = to_nhwc(x, layout).astype(dtype)
+    return {"descriptors": from_nhwc(np.stack([v.mean(axis=3), v.max(axis=3)], axis=3), layout)}
+
+
+def spatial_pool_grad(
+    x: Array, d_descriptors: Array, layout: str = "NHWC", dtype: DTypeLike = np.float64
+) -> Tensors:
+    """Gradient of :func:`spatial_pool` with respect to ``x``."""
+    v = to_nhwc(x, layout).astype(dtype)
+    d = to_nhwc(d_descriptors, layout).astype(dtype)
+    share = _share(v, v.max(axis=3, keepdims=True), (3,))
+    return {"dx": from_nhwc(d[..., :1] / v.shape[3] + share * d[..., 1:], layout)}
+
+
+def forward(
+    x: Array,
+    w0: Array | None = None,
+    b0: Array | None = None,
+    w1: Array | None = None,
+    b1: Array | None = None,
+    kernel: Array | None = None,
+    bias: Array | None = None,
+    gamma: Array | None = None,
+    residual: Array | None = None,
+    *,
+    layout: str = "NHWC",
+    gates: str = "channel_first",
+    pooling: str = "avg+max",
+    mlp_activation: str = "none",
+    activation: str = "none",
+    batch_norm: bool = False,
+    epsilon: float = 1e-3,
+    dtype: DTypeLike = np.float64,
+) -> Tensors:
+    """The module, with every intermediate a gradient needs.
+
+    All inputs are cast to ``dtype`` and everything is computed and returned in it. Gates the module
+    does not have, and what belongs to them, are absent from the result. The names without an
+    underscore are those of the kernels' outputs; those with one are for :func:`backward`.
+    """
+    if gates == "spatial_first":
+        first = forward(
+            x, kernel=kernel, bias=bias, gamma=gamma, layout=layout, gates="spatial_only",
+            batch_norm=batch_norm, epsilon=epsilon, dtype=dtype,
+        )  # fmt: skip
+        second = forward(
+            first["y"], w0, b0, w1, b1, residual=residual, layout=layout, gates="channel_only",
+            pooling=pooling, mlp_activation=mlp_activation, activation=activation, dtype=dtype,
+        )  # fmt: skip
+        return {**first, **second}
+
+    def cast(v: Array) -> Array:
+        return np.asarray(v).astype(dtype)
+
+    v = cast(to_nhwc(x, layout))
+    out: Tensors = {}
+    u = v
+    if gates != "spatial_only":
+        mean, maximum = v.mean(axis=(1, 2)), v.max(axis=(1, 2))
+        if pooling == "max":
+            mean = np.zeros_like(mean)
+        if pooling == "avg":
+            maximum = np.zeros_like(maximum)
+        out["channel_descriptors"] = np.stack([mean, maximum])
+        logits = np.zeros_like(mean)
+        for used, name, t in (
+            (pooling != "max", "mean", mean),
+            (pooling != "avg", "max", maximum),
+        ):
+            if used:
+                pre = t @ cast(w0) + (0 if b0 is None else cast(b0))
+                hidden = _relu(pre)
+                branch = hidden @ cast(w1) + (0 if b1 is None else cast(b1))
+                out["_hidden_" + name], out["_branch_" + name] = hidden, branch
+                logits = logits + (_relu(branch) if mlp_activation == "relu" else branch)
+        out["channel_gate"] = sigmoid(logits)
+        u = v * out["channel_gate"][:, None, None, :]
+    gated = u
+    if gates != "channel_only":
+        s = v if gates == "parallel" else u
+        out["spatial_descriptors"] = np.stack([s.mean(axis=3), s.max(axis=3)], axis=1)
+        z = conv(out["spatial_descriptors"], cast(kernel))
+        if batch_norm:
+            # An empty batch has no statistics: 0 here.
+            mean, variance = (z.mean(), z.var()) if z.size else (z.sum(), z.sum())
+            out["batch_statistics"] = np.stack([mean, variance])
+            out["_normalised"] = (z - mean) / np.sqrt(variance + cast(np.asarray(epsilon)))
+            z = out["_normalised"] * cast(gamma)
+        if bias is not None:
+            z = z + cast(bias)
+        out["spatial_gate"] = sigmoid(z)
+        gated = u * out["spatial_gate"][..., None]
+    if residual is not None:
+        gated = gated + cast(to_nhwc(residual, layout))
+    if activation == "relu":
+        gated = _relu(gated)
+    out["y"] = from_nhwc(gated, layout)
+    return out
+
+
+def backward(
+    x: Array,
+    dy: Array,
+    w0: Array | None = None,
+    b0: Array | None = None,
+    w1: Array | None = None,
+    b1: Array | None = None,
+    kernel: Array | None = None,
+    bias: Array | None = None,
+    gamma: Array | None = None,
+    residual: Array | None = None,
+    *,
+    layout: str = "NHWC",
+    gates: str = "channel_first",
+    pooling: str = "avg+max",
+    mlp_activation: str = "none",
+    activation: str = "none",
+    batch_norm: bool = False,
+    epsilon: float = 1e-3,
+    dtype: DTypeLike = np.float64,
+    d_channel_gate: Array | None = None,
+    d_spatial_gate: Array | None = None,
+    y: Array | None = None,
+    tie_gate: Array | None = None,
+    magnitude: bool = False,
+) -> Tensors:
+    """Gradients of :func:`forward` with respect to every input, by the chain rule.
+
+    Args (beside those of :func:`forward`):
+      dy: gradient with respect to ``y``; ``d_channel_gate``, ``d_spatial_gate``: with respect to
+        the gates where they are results themselves.
+      y: the module's result whose sign decides where ``activation="relu"`` lets gradients pass;
+        default: the one computed here. Given, a result rounded to a narrow type decides alone.
+      tie_gate: ``[N, C]`` channel gate whose products with ``x``, *in the gate's type*, decide
+        which channels are equal maxima (``channel_first``); default: the one computed here. Two
+        products can be equal in float32 and different in float64, so a comparison needs it.
+      magnitude: with every factor and term replaced by its absolute value: how large the sums were
+        before they cancelled, which is what rounding errors are proportional to.
+    """
+    options: dict[str, Any] = {"layout": layout, "dtype": dtype}
+    mlp = {"pooling": pooling, "mlp_activation": mlp_activation}
+    norm = {"batch_norm": batch_norm, "epsilon": epsilon}
+    if gates == "spatial_first":
+        u = forward(
+            x, kernel=kernel, bias=bias, gamma=gamma, gates="spatial_only", **norm, **options
+        )["y"]
+        second = backward(
+            u, dy, w0, b0, w1, b1, residual=residual, gates="channel_only", activation=activation,
+            d_channel_gate=d_channel_gate, y=y, magnitude=magnitude, **mlp, **options,
+        )  # fmt: skip
+        first = backward(
+            x, second.pop("dx"), kernel=kernel, bias=bias, gamma=gamma, gates="spatial_only",
+            d_spatial_gate=d_spatial_gate, magnitude=magnitude, **norm, **options,
+        )  # fmt: skip
+        return {**second, **first}
+
+    saved = forward(
+        x, w0, b0, w1, b1, kernel, bias, gamma, residual,
+        gates=gates, activation=activation, **mlp, **norm, **options,
+    )  # fmt: skip
+    absolute = np.abs if magnitude else np.asarray
+    minus = 1 if magnitude else -1
+
+    def cast(v: Array) -> Array:
+        return absolute(np.asarray(v).astype(dtype))
+
+    exact = to_nhwc(x, layout).astype(dtype)  # not absolute: decides the ties
+    v = cast(exact)
+    n, height, width, c = v.shape
+    dv = cast(to_nhwc(dy, layout))
+    out: Tensors = {}
+    if activation == "relu":
+        dv = dv * (to_nhwc(saved["y"] if y is None else y, layout) > 0)
+    if residual is not None:
+        out["d_residual"] = from_nhwc(dv, layout)
+
+    has_channel, has_spatial = gates != "spatial_only", gates != "channel_only"
+    g_c = saved["channel_gate"][:, None, None, :] if has_channel else np.ones((1, 1, 1, 1), dtype)
+    g_s = saved["spatial_gate"][..., None] if has_spatial else np.ones((1, 1, 1, 1), dtype)
+
+    # What reaches the map the spatial gate is taken from by way of that gate.
+    d_spatial_input = np.zeros_like(v)
+    if has_spatial:
+        t = np.sum(dv * v * g_c, axis=3)
+        if d_spatial_gate is not None:
+            t = t + cast(d_spatial_gate)
+        dz = t * (g_s * (1 - g_s))[..., 0]
+        if bias is not None:
+            out["dbias"] = np.sum(dz).reshape(1)
+        if batch_norm:
+            normalised = absolute(saved["_normalised"])
+            variance = saved["batch_statistics"][1]
+            out["dgamma"] = np.sum(dz * normalised).reshape(1)
+            centred = dz + minus * dz.mean() if n else dz
+            if n:
+                centred = centred + minus * normalised * np.mean(dz * normalised)
+            dz = centred * cast(gamma) / np.sqrt(variance + np.asarray(epsilon).astype(dtype))
+        d_planes, out["dkernel"] = conv_grad(
+            absolute(saved["spatial_descriptors"]), cast(kernel), dz
+        )
+        if gates == "channel_first":
+            gate = g_c if tie_gate is None else tie_gate[:, None, None, :]
+            u = to_nhwc(x, layout).astype(gate.dtype) * gate
+        else:
+            u = exact
+        share = _share(u, u.max(axis=3, keepdims=True), (3,)).astype(dtype)
+        d_spatial_input = d_planes[:, 0, ..., None] / c + d_planes[:, 1, ..., None] * share
+
+    if gates == "parallel":
+        d_gated = dv * g_s
+        dx = dv * g_c * g_s + d_spatial_input
+    else:
+        d_gated = dv * g_s + d_spatial_input
+        dx = d_gated * g_c
+
+    if has_channel:
+        d_gate = np.sum(d_gated * v, axis=(1, 2))
+        if d_channel_gate is not None:
+            d_gate = d_gate + cast(d_channel_gate)
+        gate = saved["channel_gate"]
+        d_logits = d_gate * gate * (1 - gate)
+        for name, source in (("dw0", w0), ("db0", b0), ("dw1", w1), ("db1", b1)):
+            if source is not None:
+                out[name] = np.zeros(np.shape(source), dtype)
+        for index, name in enumerate(("mean", "max")):
+            if "_hidden_" + name not in saved:
+                continue
+            hidden, branch = saved["_hidden_" + name], saved["_branch_" + name]
+            d_branch = d_logits * (branch > 0) if mlp_activation == "relu" else d_logits
+            d_hidden = (d_branch @ cast(w1).T) * (hidden > 0)
+            t = absolute(saved["channel_descriptors"][index])
+            out["dw1"] += hidden.T @ d_branch
+            out["dw0"] += t.T @ d_hidden
+            if b1 is not None:
+                out["db1"] += d_branch.sum(axis=0)
+            if b0 is not None:
+                out["db0"] += d_hidden.sum(axis=0)
+            d_t = (d_hidden @ cast(w0).T)[:, None, None, :]
+            if name == "mean":
+                dx = dx + d_t / (height * width)
+            else:
+                dx = dx + d_t * _share(exact, exact.max(axis=(1, 2), keepdims=True), (1, 2))
+    out["dx"] = from_nhwc(dx, layout)
+    return out
