@@ -400,7 +400,11 @@ def _normalised_spatial_gate(
     """The spatial gate after batch norm, the batch's mean and its variance, both ``[1]`` in U."""
     # The statistics span the whole batch: at least float32, as in Keras's batch norm.
     z = tf.cast(_spatial_logits(x, args.kernel, None, data_format), args.compute_type)
-    mean, variance = tf.nn.moments(tf.reshape(z, [-1, 1]), [0])
+    # Moments as tf.nn.moments computes them, except that those of an empty batch are 0, not NaN.
+    count = tf.cast(tf.maximum(tf.size(z, tf.int64), 1), z.dtype)
+    mean = tf.reshape(tf.reduce_sum(z) / count, [1])
+    deviation = tf.math.squared_difference(z, tf.stop_gradient(mean))
+    variance = tf.reshape(tf.reduce_sum(deviation) / count, [1])
     gamma, beta = tf.cast(args.gamma, z.dtype), tf.cast(args.beta, z.dtype)
     gate = tf.sigmoid(tf.nn.batch_normalization(z, mean, variance, beta, gamma, args.epsilon))
     gate = tf.cast(gate, args.kernel.dtype)
