@@ -1,8 +1,8 @@
 """The build backend (PEP 517 and 660): scikit-build-core, plus where TensorFlow comes from.
 
-The TensorFlow already in the target environment is compiled against, if it is of the right release;
-another release stops the build; and where there is none it becomes a requirement of the build, which
-the frontend then puts into the build environment.
+The TensorFlow already in the target environment is compiled against, if it is of the right
+release; another release stops the build; and where there is none it becomes a requirement of the
+build, which the frontend then puts into the build environment.
 """
 
 from __future__ import annotations

@@ -38,7 +38,7 @@ class TensorFlow(NamedTuple):
 
 
 def requirement() -> Requirement:
-    """The release of TensorFlow that this version is made for, from pyproject.toml's dependencies."""
+    """The release of TensorFlow that pyproject.toml names among the dependencies."""
     project = tomllib.loads(PYPROJECT.read_text(encoding="utf-8"))["project"]
     for text in project["dependencies"]:
         parsed = Requirement(text)
@@ -59,7 +59,7 @@ def _search_path() -> list[str]:
 
 
 def _version(directory: Path) -> str | None:
-    """The version in the metadata installed beside the package (tensorflow, tensorflow-cpu, ...)."""
+    """The version in the metadata that was installed beside the package."""
     found = [
         (distribution.metadata["Name"].lower().replace("_", "-"), distribution.version)
         for distribution in metadata.distributions(path=[str(directory.parent)])

@@ -3,16 +3,18 @@
 Nothing happens at import. `load_ops()` does the work once per process and returns the module of ops
 that `tf.load_op_library` makes, or a `Cause`: what is wrong and the one command that mends it.
 
-A library built for one minor release of TensorFlow does not load in another (C++ symbols differ), so
-versions are compared before anything is loaded. The minor is the one in the build record, a file
+A library built for one minor release of TensorFlow does not load in another (C++ symbols differ),
+so versions are compared before anything is loaded. The minor is the one in the build record, a file
 that the build writes beside the library.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import importlib.metadata
 import importlib.util
 import json
+import re
 import struct
 import threading
 from pathlib import Path
@@ -88,6 +90,16 @@ def build_record() -> dict[str, Any]:
     return read_build_record(compiled_directory())
 
 
+def _tensorflow_requirement() -> str:
+    """The release of TensorFlow that this package asks for, from its metadata."""
+    try:
+        requirements = importlib.metadata.requires("cbam-ops") or []
+    except importlib.metadata.PackageNotFoundError:
+        requirements = []
+    found = [text for text in requirements if re.match(r"tensorflow\b(?!-)", text)]
+    return found[0] if found else "tensorflow"
+
+
 def _minor(version: str) -> str:
     return ".".join(version.split(".")[:2])
 
@@ -154,7 +166,7 @@ def load_from(directory: Path | None) -> ModuleType | Cause:
         return Cause(
             "no_tensorflow",
             f"TensorFlow cannot be imported ({error}).",
-            "Install it: pip install 'tensorflow>=2.21,<2.22'",
+            f"Install it: pip install '{_tensorflow_requirement()}'",
         )
     cause = find_cause(directory, tf.__version__)
     if cause is not None or directory is None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import platform
+import sys
 import threading
 import warnings
 from importlib import metadata
@@ -15,7 +16,6 @@ from types import ModuleType, TracebackType
 from typing import Any, Literal, get_args
 
 from . import _loader
-
 
 Implementation = Literal["auto", "native", "reference"]
 ENVIRONMENT_VARIABLE = "CBAM_OPS_IMPLEMENTATION"
@@ -125,6 +125,15 @@ class use_implementation:
         _local.overrides.pop()
 
 
+def _level_of_the_caller() -> int:
+    """The `stacklevel` that makes a warning point at the code that called this package."""
+    frame, level = sys._getframe(1), 0
+    package = os.path.dirname(__file__) + os.sep
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(package):
+        frame, level = frame.f_back, level + 1
+    return level + 1
+
+
 def warn_once(cause: _loader.Cause) -> None:
     """Says once per process and cause that the reference computes instead."""
     text = str(cause)
@@ -135,7 +144,7 @@ def warn_once(cause: _loader.Cause) -> None:
     warnings.warn(
         f"cbam_ops computes with plain TensorFlow (the reference), which is slower. {cause}",
         RuntimeWarning,
-        stacklevel=4,
+        stacklevel=_level_of_the_caller(),
     )
 
 

@@ -21,7 +21,9 @@ check_cxx_source_compiles("
   #endif
   int main() {}" CBAM_OPS_X86_64)
 if(CBAM_OPS_X86_64)
-  list(APPEND CBAM_OPS_LEVELS AVX2 AVX512)
+  set(CBAM_OPS_INSTRUCTION_SETS "AVX2;AVX512" CACHE STRING
+    "Instruction sets to compile for besides the baseline: AVX2, AVX512, both, or empty")
+  list(APPEND CBAM_OPS_LEVELS ${CBAM_OPS_INSTRUCTION_SETS})
 endif()
 
 function(cbam_ops_add_cpu_levels library source)

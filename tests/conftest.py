@@ -1,0 +1,88 @@
+"""What all tests share: which cbam_ops is tested, and the fixtures.
+
+The tests are about the installed package. The repository root also holds a directory `cbam_ops`,
+without compiled parts unless the install is an editable one, so the root is kept off the path (a
+`python -m pytest` would put it there), and the run stops where the parts are missing all the same.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+os.environ.setdefault("MPLBACKEND", "Agg")
+os.environ["PYTHONSAFEPATH"] = "1"  # programs that the tests start: no current folder on the path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:] = [entry for entry in sys.path if Path(entry or os.curdir).resolve() != ROOT]
+
+import pytest  # noqa: E402
+
+
+def _tested_package() -> str:
+    """Where the compiled parts are that the tests use; stops the run if there are none."""
+    package = importlib.util.find_spec("cbam_ops")
+    core = importlib.util.find_spec("cbam_ops._core") if package else None
+    if package is None or core is None or not core.origin:
+        where = package.origin if package else "nowhere"
+        pytest.exit(
+            f"cbam_ops ({where}) has no compiled parts: run pip install '.[test]' first.",
+            returncode=4,
+        )
+    directory = Path(core.origin).parent
+    for name in ("libcbam_ops_tf.so", "_build_record.json"):
+        if not (directory / name).is_file():
+            pytest.exit(f"{directory} has no {name}: run pip install '.[test]'.", returncode=4)
+    return f"cbam_ops: {package.origin}, compiled: {directory}"
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[_HEADER] = _tested_package()
+
+
+def pytest_report_header(config: pytest.Config) -> str:
+    return config.stash[_HEADER]
+
+
+_HEADER = pytest.StashKey[str]()
+
+
+@pytest.fixture(params=["native", "reference"])
+def implementation(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Runs the test once with the compiled kernels and once with plain TensorFlow."""
+    import cbam_ops
+
+    with cbam_ops.use_implementation(request.param):
+        yield request.param
+
+
+@pytest.fixture(params=[1, 2, 5])
+def threads(request: pytest.FixtureRequest) -> int:
+    """How many threads a test gives to the kernels (through `cbam_ops._core`)."""
+    return request.param
+
+
+@pytest.fixture(params=["NHWC", "NCHW"])
+def data_format(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture(params=["float32", "float16", "bfloat16", "float64"])
+def dtype(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture
+def fresh_options(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The options as in a process that has not used them yet."""
+    from cbam_ops import options
+
+    monkeypatch.delenv(options.ENVIRONMENT_VARIABLE, raising=False)
+    monkeypatch.setattr(options, "_default", None)
+    monkeypatch.setattr(options, "_generation", 0)
+    monkeypatch.setattr(options, "_local", options._Local())
+    monkeypatch.setattr(options, "_warned", set())

@@ -1,0 +1,280 @@
+"""Importing does nothing and never fails; loading explains every failure and its cure."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+import textwrap
+import threading
+from pathlib import Path
+
+import pytest
+
+import cbam_ops
+from cbam_ops import _loader
+
+OPS = [
+    "Cbam",
+    "CbamGrad",
+    "ChannelAttention",
+    "ChannelAttentionGrad",
+    "ChannelPool",
+    "ChannelPoolGrad",
+    "SpatialAttention",
+    "SpatialAttentionGrad",
+    "SpatialPool",
+    "SpatialPoolGrad",
+]
+
+
+def run_python(code: str, *arguments: str, cwd: Path, **environment: str) -> str:
+    """Runs `code` in a new process with warnings as errors; its output."""
+    import os
+
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", textwrap.dedent(code), *arguments],
+        cwd=cwd,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
+    return done.stdout
+
+
+def elf_with(library: Path, old: bytes, new: bytes) -> bytes:
+    content = library.read_bytes()
+    assert old in content and len(old) == len(new)
+    return content.replace(old, new)
+
+
+@pytest.fixture
+def installed() -> Path:
+    directory = _loader.compiled_directory()
+    assert directory is not None
+    return directory
+
+
+@pytest.fixture
+def copy(tmp_path: Path, installed: Path) -> Path:
+    """A directory with copies of the library and the build record, to damage."""
+    for name in (_loader.LIBRARY, _loader.BUILD_RECORD):
+        shutil.copy(installed / name, tmp_path / name)
+    return tmp_path
+
+
+# --- import ---------------------------------------------------------------------------------------
+
+
+def test_import_loads_nothing(tmp_path):
+    """A program that imports cbam_ops must not pay for TensorFlow before it uses it."""
+    out = run_python(
+        """
+        import sys
+        import cbam_ops
+        heavy = {"tensorflow", "keras", "numpy", "matplotlib", "sklearn", "cbam_ops._core"}
+        print(sorted(heavy & set(sys.modules)), cbam_ops.__version__)
+        """,
+        cwd=tmp_path,
+    )
+    assert out.strip() == f"[] {cbam_ops.__version__}"
+
+
+def test_import_works_without_tensorflow(tmp_path):
+    out = run_python(
+        """
+        import sys
+        sys.modules["tensorflow"] = sys.modules["keras"] = None  # importing them raises ImportError
+        import cbam_ops
+        info = cbam_ops.build_info()
+        assert info["native"] is False, info
+        print(info["native_off_because"])
+        try:
+            cbam_ops.CBAM
+        except ImportError:
+            print("ImportError")
+        """,
+        cwd=tmp_path,
+    )
+    assert "TensorFlow cannot be imported" in out
+    assert "pip install 'tensorflow" in out
+    assert out.endswith("ImportError\n")
+
+
+def test_every_public_name_resolves():
+    missing = [name for name in cbam_ops.__all__ if getattr(cbam_ops, name, None) is None]
+    assert not missing
+    assert dir(cbam_ops) == sorted(cbam_ops.__all__)
+    with pytest.raises(AttributeError, match="has no attribute 'cbamm'"):
+        _ = cbam_ops.cbamm
+
+
+@pytest.fixture(scope="module")
+def saved_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    import keras
+
+    path = tmp_path_factory.mktemp("saved") / "model.keras"
+    keras.Sequential([keras.Input((6, 5, 16)), cbam_ops.CBAM(ratio=4, kernel_size=3)]).save(path)
+    return path
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "imports",
+    [
+        "import cbam_ops; import keras",
+        "import keras; import cbam_ops",
+        "import cbam_ops; import tensorflow; import keras",
+    ],
+)
+def test_a_saved_model_loads_in_a_fresh_process(imports, saved_model, tmp_path):
+    """Keras finds a layer only if its module was imported: `import cbam_ops` must see to that."""
+    out = run_python(
+        f"""
+        import sys
+        {imports}
+        model = keras.models.load_model(sys.argv[1])
+        print(type(model.layers[-1]).__name__)
+        watchers = [f for f in sys.meta_path if "cbam_ops" in type(f).__module__]
+        assert not watchers, "the import hook has done its work and should be gone"
+        """,
+        str(saved_model),
+        cwd=tmp_path,
+    )
+    assert out.splitlines()[-1] == "CBAM"
+
+
+# --- loading --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_the_library_brings_the_op(name):
+    ops = _loader.load_ops()
+    assert not isinstance(ops, _loader.Cause), str(ops)
+    assert callable(getattr(ops, f"CbamOps_{name}"))
+
+
+def test_the_library_is_loaded_once_for_all_threads(monkeypatch):
+    calls = []
+    monkeypatch.setattr(_loader, "_loaded", None)
+    monkeypatch.setattr(_loader, "load_from", lambda directory: calls.append(directory) or "ops")
+    start = threading.Barrier(8, timeout=60)
+
+    def load() -> None:
+        start.wait()
+        assert _loader.load_ops() == "ops"
+
+    threads = [threading.Thread(target=load) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(calls) == 1
+
+
+def expect_cause(loaded: object, kind: str, *texts: str) -> None:
+    assert isinstance(loaded, _loader.Cause), f"expected a cause, got {loaded}"
+    assert loaded.kind == kind, str(loaded)
+    assert loaded.cure.count("pip install") == 1, "one command mends it"
+    for text in texts:
+        assert text in str(loaded)
+
+
+def test_a_missing_library_is_explained(copy):
+    (copy / _loader.LIBRARY).unlink()
+    expect_cause(_loader.load_from(copy), "not_built", str(copy / _loader.LIBRARY))
+
+
+def test_another_tensorflow_is_explained_before_anything_is_loaded(copy, monkeypatch):
+    import tensorflow as tf
+
+    record = json.loads((copy / _loader.BUILD_RECORD).read_text())
+    record["tensorflow"]["version"] = "2.20.1"
+    (copy / _loader.BUILD_RECORD).write_text(json.dumps(record))
+    monkeypatch.setattr(tf, "load_op_library", lambda path: pytest.fail("loaded it"))
+    expect_cause(
+        _loader.load_from(copy),
+        "other_tensorflow",
+        "built for TensorFlow 2.20 (2.20.1)",
+        f"TensorFlow {tf.__version__} is installed",
+        "pip install 'tensorflow==2.20.*'",
+    )
+
+
+def test_another_patch_release_is_none_of_our_business(copy):
+    assert _loader.find_cause(copy, "2.21.7") is None
+
+
+@pytest.mark.parametrize("keep", [0, 10, 5000])
+def test_a_cut_off_library_is_explained_and_not_loaded(copy, keep, monkeypatch):
+    """The dynamic loader maps what the header promises; touching what is missing is fatal."""
+    import tensorflow as tf
+
+    library = copy / _loader.LIBRARY
+    library.write_bytes(library.read_bytes()[:keep])
+    monkeypatch.setattr(tf, "load_op_library", lambda path: pytest.fail("loaded it"))
+    expect_cause(_loader.load_from(copy), "corrupt", str(library))
+
+
+def test_a_file_that_is_no_library_is_explained(copy):
+    (copy / _loader.LIBRARY).write_text("Not found\n" * 100)
+    expect_cause(_loader.load_from(copy), "corrupt", "is not a shared library")
+
+
+def test_a_library_that_does_not_load_is_explained_in_the_loader_s_words(copy):
+    library = copy / _loader.LIBRARY
+    library.write_bytes(
+        elf_with(library, b"libtensorflow_framework.so.2\0", b"libtensorflow_framework.so.9\0")
+    )
+    expect_cause(_loader.load_from(copy), "load_failed", "libtensorflow_framework.so.9")
+
+
+def test_a_missing_or_broken_build_record_does_not_keep_the_library_from_loading(copy):
+    for content in (None, "{", "[]"):
+        if content is None:
+            (copy / _loader.BUILD_RECORD).unlink()
+        else:
+            (copy / _loader.BUILD_RECORD).write_text(content)
+        assert _loader.read_build_record(copy) == {}
+        assert _loader.find_cause(copy, "2.21.0") is None
+
+
+@pytest.mark.slow
+def test_running_from_the_source_tree_is_explained(tmp_path):
+    """The flat layout's trap: in the repository root Python imports a package without its parts."""
+    package = Path(cbam_ops.__file__).parent
+    tree = tmp_path / "tree"
+    shutil.copytree(package, tree / "cbam_ops", ignore=shutil.ignore_patterns("*.so", "*.json"))
+    (tree / "CMakeLists.txt").touch()
+    (tree / "csrc").mkdir()
+    out = run_python(
+        """
+        import sys, warnings
+        # An editable install would answer first.
+        sys.meta_path[:] = [f for f in sys.meta_path if "ScikitBuild" not in type(f).__name__]
+        import numpy as np
+        import cbam_ops
+        x = np.ones((1, 2, 2, 4), np.float32)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            mean, _ = cbam_ops.channel_pool(x)
+            cbam_ops.channel_pool(x)
+        ours = [str(w.message) for w in caught if "cbam_ops" in str(w.message)]
+        assert mean.numpy().tolist() == [[1.0] * 4]
+        assert len(ours) == 1, ours
+        print(ours[0])
+        try:
+            with cbam_ops.use_implementation("native"):
+                cbam_ops.channel_pool(x)
+        except RuntimeError as error:
+            print(error)
+        """,
+        cwd=tmp_path,
+        PYTHONPATH=str(tree),
+    )
+    warning, error = out.splitlines()[-2:]
+    for text in (warning, error):
+        assert str(tree / "cbam_ops") in text
+        assert f"pip install -e {tree}" in text

@@ -1,0 +1,295 @@
+"""The package as a user gets it: sdist, wheel, a fresh environment; and a build that explains itself.
+
+The builds here compile for the baseline instruction set only, which saves time and shows that a
+build without the others works.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tarfile
+import textwrap
+import venv
+import zipfile
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+BASELINE_ONLY = "cmake.define.CBAM_OPS_INSTRUCTION_SETS"
+
+
+def run(*command: str | Path, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [str(part) for part in command],
+        cwd=cwd,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+    )
+
+
+def succeed(*command: str | Path, cwd: Path, **environment: str) -> str:
+    done = run(*command, cwd=cwd, **environment)
+    assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
+    return done.stdout
+
+
+def backend(tree: Path, call: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Calls a function of the build backend as a frontend does, in the source tree."""
+    code = f"""
+    import sys
+    sys.path.insert(0, "build_backend")
+    import cbam_ops_build as backend
+    print("answer:", {call})
+    """
+    return run(sys.executable, "-c", textwrap.dedent(code), cwd=tree, **environment)
+
+
+# --- sdist, wheel, fresh environment --------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def sdist(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("sdist")
+    done = backend(ROOT, f"backend.build_sdist({str(folder)!r})")
+    assert done.returncode == 0, done.stderr
+    (path,) = folder.iterdir()
+    return path
+
+
+@pytest.fixture(scope="module")
+def wheel(sdist: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Built from the sdist, so that a file missing there shows."""
+    folder = tmp_path_factory.mktemp("wheel")
+    with tarfile.open(sdist) as archive:
+        archive.extractall(folder / "source", filter="data")
+    (tree,) = (folder / "source").iterdir()
+    succeed(
+        *(sys.executable, "-m", "pip", "wheel", "--no-build-isolation", "--no-deps"),
+        *("-C", f"{BASELINE_ONLY}=", "-w", folder, tree),
+        cwd=folder,
+    )
+    (path,) = folder.glob("*.whl")
+    return path
+
+
+@pytest.fixture(scope="module")
+def fresh(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The python of a new environment: the wheel, and this environment's other packages."""
+    folder = tmp_path_factory.mktemp("fresh") / "venv"
+    venv.create(folder, with_pip=False, symlinks=True)
+    python = folder / "bin" / "python"
+    (packages,) = (folder / "lib").glob("python*/site-packages")
+    others = {sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}
+    (packages / "others.pth").write_text("\n".join(sorted(others)) + "\n")
+    succeed(
+        *(sys.executable, "-m", "pip", "--python", python),
+        *("install", "--no-deps", "--no-index", "--force-reinstall", "--ignore-installed", wheel),
+        cwd=folder,
+    )
+    return python
+
+
+@pytest.mark.slow
+def test_the_sdist_holds_the_sources_and_no_builds(sdist):
+    with tarfile.open(sdist) as archive:
+        names = {name.split("/", 1)[1] for name in archive.getnames() if "/" in name}
+    for name in (
+        *("CMakeLists.txt", "pyproject.toml", "README.md", "LICENSE", "CHANGELOG.md", ".ci/run"),
+        *("build_backend/find_tensorflow.py", "cbam_ops/__init__.py", "cbam_ops/py.typed"),
+        *("csrc/core/contract.h", "csrc/core/cpu/level.cc", "csrc/cmake/exports_none.map"),
+        *("csrc/python/bindings.cc", "tests/conftest.py"),
+    ):
+        assert name in names
+    assert not [n for n in names if n.startswith("build/") or n.endswith((".so", ".o", ".pyc"))]
+
+
+@pytest.mark.slow
+def test_the_wheel_holds_the_package_and_its_compiled_parts(wheel):
+    with zipfile.ZipFile(wheel) as archive:
+        names = archive.namelist()
+        (metadata,) = (n for n in names if n.endswith(".dist-info/METADATA"))
+        (entry_points,) = (n for n in names if n.endswith(".dist-info/entry_points.txt"))
+        requirements = [
+            line.removeprefix("Requires-Dist: ")
+            for line in archive.read(metadata).decode().splitlines()
+            if line.startswith("Requires-Dist: ") and "extra ==" not in line
+        ]
+        assert "cbam-ops = cbam_ops.__main__:main" in archive.read(entry_points).decode()
+        record = json.loads(archive.read("cbam_ops/_build_record.json"))
+    assert "cbam_ops/libcbam_ops_tf.so" in names
+    assert "cbam_ops/py.typed" in names
+    assert [n for n in names if n.startswith("cbam_ops/_core.") and n.endswith(".so")]
+    top = {name.split("/")[0] for name in names}
+    assert top == {"cbam_ops", metadata.split("/")[0]}, "nothing outside the package"
+    assert sorted(text.split("<")[0].split(">")[0] for text in requirements) == [
+        "numpy",
+        "tensorflow",
+    ]
+    assert list(record["cpu"]["levels"]) == ["baseline"]
+
+
+@pytest.mark.slow
+def test_the_wheel_runs_an_op_in_a_fresh_environment(fresh, tmp_path):
+    code = """
+    import sys, numpy as np, tensorflow as tf
+    import cbam_ops
+    assert sys.prefix in cbam_ops.__file__, cbam_ops.__file__
+    rng = np.random.default_rng(0)
+    x, w0, b0, w1, b1, kernel = (
+        tf.constant(rng.standard_normal(shape), tf.float64)
+        for shape in [(2, 5, 4, 8), (8, 2), (2,), (2, 8), (8,), (3, 3, 2, 1)]
+    )
+    with cbam_ops.use_implementation("native"):
+        ours = cbam_ops.cbam(x, w0, b0, w1, b1, kernel)
+    stock = cbam_ops.reference.cbam(x, w0, b0, w1, b1, kernel)
+    print(float(tf.reduce_max(tf.abs(ours - stock))) <= 1e-12)
+    info = cbam_ops.build_info()
+    print(info["instruction_set"]["available"])
+    """
+    out = succeed(fresh, "-W", "error", "-c", textwrap.dedent(code), cwd=tmp_path)
+    assert out.splitlines()[-2:] == ["True", "['baseline']"]
+
+
+@pytest.mark.slow
+def test_the_wheel_brings_the_command(fresh, tmp_path):
+    script = fresh.parent / "cbam-ops"
+    assert "baseline" in succeed(script, "info", cwd=tmp_path)
+    assert succeed(script, "info", "--help", cwd=tmp_path) == succeed(
+        fresh, "-m", "cbam_ops", "info", "--help", cwd=tmp_path
+    )
+
+
+# --- which TensorFlow the build takes -------------------------------------------------------------
+
+
+@pytest.fixture
+def finder() -> ModuleType:
+    spec = importlib.util.spec_from_file_location(
+        "find_tensorflow", ROOT / "build_backend" / "find_tensorflow.py"
+    )
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def fake_tensorflow(folder: Path, version: str) -> Path:
+    (folder / "tensorflow").mkdir(parents=True)
+    (folder / "tensorflow" / "__init__.py").write_text("raise SystemExit('it was imported')\n")
+    info = folder / f"tensorflow-{version}.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: tensorflow\nVersion: {version}\n")
+    return folder
+
+
+def test_the_tensorflow_of_this_environment_is_found(finder):
+    import tensorflow as tf
+
+    found = finder.find_tensorflow()
+    assert found.version == tf.__version__
+    assert found.directory == Path(tf.__file__).parent
+
+
+def test_build_isolation_does_not_hide_it(finder, monkeypatch):
+    """pip hides the target environment from sys.path while it builds."""
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    found = finder.find_tensorflow()
+    assert found is not None and (found.directory / "include").is_dir()
+
+
+def test_without_tensorflow_it_becomes_a_requirement_of_the_build(finder, monkeypatch, tmp_path):
+    (tmp_path / "tensorflow").mkdir()  # what a removal may leave behind
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(finder, "_search_path", lambda: [str(tmp_path)])
+    assert finder.find_tensorflow() is None
+    monkeypatch.setitem(sys.modules, "find_tensorflow", finder)
+    monkeypatch.syspath_prepend(ROOT / "build_backend")
+    monkeypatch.chdir(ROOT)
+    import cbam_ops_build
+
+    for hook in ("get_requires_for_build_wheel", "get_requires_for_build_editable"):
+        assert str(finder.requirement()) in getattr(cbam_ops_build, hook)()
+    assert not [r for r in cbam_ops_build.get_requires_for_build_sdist() if "tensorflow" in r]
+    del sys.modules["cbam_ops_build"]
+
+
+def test_another_release_stops_the_build_with_a_sentence(finder, tmp_path):
+    fake = fake_tensorflow(tmp_path / "fake", "2.20.0")
+    for call in (
+        "backend.get_requires_for_build_wheel()",
+        "backend.get_requires_for_build_editable()",
+        f"backend.build_wheel({str(tmp_path)!r})",
+    ):
+        done = backend(ROOT, call, PYTHONPATH=str(fake))
+        assert done.returncode == 1
+        assert "answer" not in done.stdout
+        assert done.stderr.strip() == (
+            f"cbam_ops needs {finder.requirement()}, but this environment has TensorFlow 2.20.0 "
+            f"({fake / 'tensorflow'}): run pip install '{finder.requirement()}', or use another "
+            "environment."
+        )
+
+
+@pytest.mark.parametrize("version", ["2.21.0", "2.21.3"])
+def test_any_patch_of_the_release_will_do(tmp_path, version):
+    fake = fake_tensorflow(tmp_path, version)
+    done = backend(ROOT, "backend.get_requires_for_build_wheel()", PYTHONPATH=str(fake))
+    assert done.returncode == 0 and "tensorflow" not in done.stdout, done.stderr
+
+
+# --- CUDA=AUTO|ON|OFF -----------------------------------------------------------------------------
+
+
+def configure(build: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    cmake = shutil.which("cmake")
+    assert cmake, "the test extra brings cmake"
+    import pybind11
+
+    return run(
+        *(cmake, "-S", ROOT, "-B", build, f"-DPython_EXECUTABLE={sys.executable}"),
+        *(f"-Dpybind11_DIR={pybind11.get_cmake_dir()}", *arguments),
+        cwd=build,
+        **environment,
+    )
+
+
+def cuda_record(build: Path) -> dict[str, object]:
+    return json.loads((build / "_build_record.json").read_text())["cuda"]
+
+
+@pytest.mark.slow
+def test_without_nvcc_auto_builds_for_the_cpu_and_says_so(tmp_path):
+    done = configure(tmp_path, CUDACXX="/nonexistent/nvcc")
+    assert done.returncode == 0, done.stderr
+    assert "CUDA kernels: none, no nvcc was found" in done.stdout
+    assert cuda_record(tmp_path) == {"enabled": False, "why_not": "no nvcc was found"}
+
+
+@pytest.mark.slow
+def test_without_nvcc_on_is_an_error_with_the_cure(tmp_path):
+    done = configure(tmp_path, "-DCBAM_OPS_CUDA=ON", CUDACXX="/nonexistent/nvcc")
+    message = " ".join(done.stderr.split())
+    assert done.returncode != 0
+    assert "CBAM_OPS_CUDA=ON, but no CUDA compiler was found" in message
+    assert "Put nvcc on PATH or set CUDACXX" in message
+
+
+@pytest.mark.slow
+def test_off_and_unknown_words(tmp_path):
+    done = configure(tmp_path, "-DCBAM_OPS_CUDA=OFF")
+    assert done.returncode == 0, done.stderr
+    assert cuda_record(tmp_path) == {
+        "enabled": False,
+        "why_not": "switched off (CBAM_OPS_CUDA=OFF)",
+    }
+    done = configure(tmp_path, "-DCBAM_OPS_CUDA=maybe")
+    assert done.returncode != 0
+    assert "CBAM_OPS_CUDA must be AUTO, ON or OFF, got 'maybe'" in " ".join(done.stderr.split())
