@@ -1,0 +1,534 @@
+// The backward pipeline on CPUs: the gradient of forward.h's module, from x, dy and the small saved
+// tensors.
+//
+//   pass A  t[p] = sum_c dy * u, and how many channels attain the maximum    reads x, dy from
+//   memory
+//           the gate's gradient, the transposed convolution                  k/2 rows behind
+//   pass B  dg_c partial sums, and how many positions attain the maximum     reads x, dy from a
+//   cache, k/2 rows behind
+//           the MLP's gradient of the wave; the convolution kernel's
+//   pass C  dx                                                               reads x, dy from the
+//   last-level cache, writes dx last    the gradients of the weights, over the whole batch
+//
+// so x and dy come from memory once each and dx goes there once. With batch norm every sample's
+// pass A must precede any pass B, and x and dy are read from memory twice.
+#ifndef CBAM_OPS_CORE_CPU_BACKWARD_H_
+#define CBAM_OPS_CORE_CPU_BACKWARD_H_
+
+#include "core/cpu/pipeline.h"
+
+namespace cbam_ops {
+namespace cpu {
+
+// A gradient shared evenly among `count` equal maxima. None are equal to a NaN: the share is then
+// NaN, for all, as in TensorFlow.
+template <typename A>
+void ShareAmongMaxima(A gradient, A count, A* of_all, A* of_maxima) {
+  *of_maxima = count > 0 ? gradient / count : A{0};
+  if (!(count > 0)) *of_all = std::numeric_limits<A>::quiet_NaN();
+}
+
+template <typename A>
+class BackwardPipeline {
+ public:
+  BackwardPipeline(const Problem& problem, const Kernels<A>& kernels, const Parallel& parallel,
+                   void* workspace)
+      : problem_(problem),
+        map_(*kernels.map),
+        dense_(*kernels.dense),
+        parallel_(parallel),
+        kind_(KindOf(problem.gates)),
+        g_(problem, parallel, 2),
+        stream_(ShouldStream(g_)) {
+    Arena arena(workspace);
+    const int64_t n = g_.batch, c = g_.channels, p = g_.positions, h = problem.hidden, w = g_.wave;
+    blocks_ = g_.BlocksPerSample(w);
+    if (HasChannelGate(problem)) {
+      partial_ = arena.Take<A>(w * g_.units * 2 * c);
+      channel_count_ = arena.Take<A>(w * c);
+      for (int q = 0; q < 2; ++q) {
+        hidden_[q] = arena.Take<A>(n * h);
+        d_hidden_[q] = arena.Take<A>(n * h);
+        d_channel_[q] = arena.Take<A>(w * c);
+      }
+      dz_channel_[0] = arena.Take<A>(n * c);
+      dz_channel_[1] =
+          problem.mlp_activation == Activation::kRelu ? arena.Take<A>(n * c) : dz_channel_[0];
+    }
+    if (HasSpatialGate(problem)) {
+      const int64_t k2 = 2 * problem.kernel_size * problem.kernel_size;
+      dz_ = arena.Take<A>((problem.batch_norm ? n : w) * p);
+      d_position_mean_ = arena.Take<A>(w * p);
+      d_position_max_ = arena.Take<A>(w * p);
+      dkernel_ = arena.Take<A>(n * k2);
+      dbias_ = arena.Take<double>(n);
+      if (problem.batch_norm) {
+        normalized_ = arena.Take<A>(n * p);
+        dgamma_ = arena.Take<double>(n);
+      }
+      line_size_ = RoundUp(g_.width, dense_.lanes);
+      block_size_ = PaddedPlane<A>::Size(g_, dense_.lanes, LargestBlock() + 2 * g_.half) +  // dz
+                    2 * g_.step_rows * g_.width +  // dot, count of a step
+                    LargestBlock() * g_.width +    // count of own rows
+                    2 * line_size_;                // a row of da_s, dm_s
+      kernel_size_ =
+          3 * PaddedPlane<A>::Size(g_, dense_.lanes, g_.height + 2 * g_.half) + line_size_;
+      scratch_size_ = RoundUp(std::max(block_size_, CeilDiv(kernel_size_, blocks_)), 64);
+      scratch_ = arena.Take<A>(w * blocks_ * scratch_size_);
+    }
+    bytes_ = arena.bytes();
+  }
+
+  size_t workspace_bytes() const { return bytes_; }
+
+  void Run(const BackwardArgs& args) {
+    // Where y is rectified, the masked dy takes dy's place; it is also the residual's gradient.
+    // Without one it waits in dx, which pass C overwrites element by element.
+    dy_ = args.dy;
+    if (problem_.activation == Activation::kRelu)
+      dy_ = args.d_residual != nullptr ? args.d_residual : args.dx;
+
+    if (problem_.batch_norm) {
+      for (int64_t first = 0; first < g_.batch; first += g_.wave)
+        PositionsOfWave(args, first, true);
+      BackwardThroughBatchNorm(args);
+    }
+    for (int64_t first = 0; first < g_.batch; first += g_.wave) {
+      const int64_t samples = std::min(g_.wave, g_.batch - first);
+      PositionsOfWave(args, first, false);
+      Reductions(args, first, samples);
+      if (HasChannelGate(problem_)) ThroughMlp(args, first, samples);
+      MapOfWave(args, first, samples);
+    }
+    WeightGradients(args);
+  }
+
+ private:
+  int64_t LargestBlock() const {
+    int64_t rows = 0;
+    for (int64_t b = 0; b < blocks_; ++b) rows = std::max(rows, g_.BlockRows(b, blocks_).size());
+    return rows;
+  }
+  const A* ChannelGateOf(const BackwardArgs& args, int64_t n) const {
+    return HasChannelGate(problem_) ? static_cast<const A*>(args.channel_gate) + n * g_.channels
+                                    : nullptr;
+  }
+  const A* SpatialGateOf(const BackwardArgs& args, int64_t n) const {
+    return static_cast<const A*>(args.spatial_gate) + n * g_.positions;
+  }
+  const A* SpatialDescriptorsOf(const BackwardArgs& args, int64_t n) const {
+    return static_cast<const A*>(args.spatial_descriptors) + n * 2 * g_.positions;
+  }
+  A* DzOf(int64_t first, int64_t n) const {
+    return dz_ + (problem_.batch_norm ? n : n - first) * g_.positions;
+  }
+
+  // Positions [p, ...) of sample n of the wave that starts at `first`, and the sample's channels.
+  PositionValues<A> PositionsAt(const BackwardArgs& args, int64_t first, int64_t n,
+                                int64_t p) const {
+    if (!HasSpatialGate(problem_)) return {};
+    const int64_t i = (n - first) * g_.positions + p;
+    return {SpatialGateOf(args, n) + p, d_position_mean_ + i,
+            SpatialDescriptorsOf(args, n) + g_.positions + p, d_position_max_ + i};
+  }
+  ChannelValues<A> ChannelsAt(const BackwardArgs& args, int64_t first, int64_t n) const {
+    if (!HasChannelGate(problem_)) return {};
+    const int64_t c = g_.channels;
+    return {ChannelGateOf(args, n), d_channel_[0] + (n - first) * c,
+            static_cast<const A*>(args.channel_descriptors) + (g_.batch + n) * c,
+            d_channel_[1] + (n - first) * c};
+  }
+
+  // Passes A and B of a wave. `gate_only` (batch norm's first sweep) stops at the gradient of the
+  // gate's argument.
+  void PositionsOfWave(const BackwardArgs& args, int64_t first, bool gate_only) {
+    const int64_t samples = std::min(g_.wave, g_.batch - first);
+    const bool first_sweep = gate_only || !problem_.batch_norm;
+    if (first_sweep && problem_.activation == Activation::kRelu) {
+      const int64_t steps = CeilDiv(g_.height, g_.step_rows);
+      ForEach(parallel_, samples * steps, [&](int64_t task) {
+        const int64_t n = first + task / steps, row = task % steps * g_.step_rows;
+        const Range positions = g_.RowPositions({row, std::min(g_.height, row + g_.step_rows)});
+        map_.mask(g_.sample, g_.At(args.dy, n), g_.At(args.y, n), positions,
+                  const_cast<void*>(g_.At(dy_, n)));
+      });
+    }
+    ForEach(parallel_, samples * blocks_, [&](int64_t task) {
+      const int64_t n = first + task / blocks_;
+      const Range rows = g_.BlockRows(task % blocks_, blocks_);
+      if (HasSpatialGate(problem_)) {
+        SpatialBlock(args, first, n, rows, gate_only, scratch_ + task * scratch_size_);
+      } else {
+        ChannelPartials(args, first, n, g_.UnitsOfRows(rows));
+      }
+    });
+  }
+
+  void SpatialBlock(const BackwardArgs& args, int64_t first, int64_t n, Range rows, bool gate_only,
+                    A* scratch) {
+    const int64_t w = g_.width;
+    const bool dz_is_there = problem_.batch_norm && !gate_only;
+    const int64_t plane_rows = rows.size() + 2 * g_.half;
+    const Plane<A> plane = PaddedPlane<A>::Make(g_, dense_.lanes, plane_rows, scratch);
+    A* step = scratch + PaddedPlane<A>::Size(g_, dense_.lanes, LargestBlock() + 2 * g_.half);
+    A* own_count = step + 2 * g_.step_rows * w;
+    A* line_mean = own_count + LargestBlock() * w;
+    A* line_max = line_mean + line_size_;
+    const int64_t first_row = rows.begin - g_.half;
+    const int64_t halo = gate_only ? 0 : g_.half;
+
+    int64_t ready = std::max<int64_t>(0, rows.begin - halo);
+    const int64_t last = std::min(g_.height, rows.end + halo);
+    int64_t unit = g_.UnitsOfRows(rows).begin;
+    for (int64_t row = rows.begin; row < rows.end; row += g_.step_rows) {
+      const int64_t end = std::min(rows.end, row + g_.step_rows);
+      while (ready < std::min(last, end + halo)) {
+        const bool own = ready >= rows.begin && ready < rows.end;
+        const int64_t limit = own ? rows.end : ready < rows.begin ? rows.begin : last;
+        const int64_t stop = std::min(limit, ready + g_.step_rows);
+        const int64_t count = (stop - ready) * w;
+        A* dz = own || dz_is_there ? DzOf(first, n) + ready * w : step;
+        A* ties = own ? own_count + (ready - rows.begin) * w : step + g_.step_rows * w;
+        if (!dz_is_there || own) {
+          // With batch norm the second sweep needs the counts again; dz was made in the first.
+          A* dot = dz_is_there ? step : dz;
+          map_.backward_positions(g_.sample, kind_, g_.At(args.x, n), g_.At(dy_, n),
+                                  ChannelGateOf(args, n),
+                                  SpatialDescriptorsOf(args, n) + g_.positions + ready * w,
+                                  g_.RowPositions({ready, stop}), dot, ties);
+          if (!dz_is_there) ThroughSigmoid(args, n, ready * w, count, dz);
+        }
+        if (!gate_only) CopyRows(dz, w, stop - ready, plane, ready - first_row);
+        ready = stop;
+      }
+      if (gate_only) continue;
+      for (int64_t r = row; r < end; ++r) {
+        dense_.convolve_row_transposed(plane, r - first_row, w, problem_.kernel_size,
+                                       static_cast<const A*>(args.kernel), line_mean, line_max);
+        A* d_mean = d_position_mean_ + (n - first) * g_.positions + r * w;
+        A* d_max = d_position_max_ + (n - first) * g_.positions + r * w;
+        const A* ties = own_count + (r - rows.begin) * w;
+        for (int64_t i = 0; i < w; ++i) {
+          d_mean[i] = line_mean[i] / static_cast<A>(g_.channels);
+          ShareAmongMaxima(line_max[i], ties[i], &d_mean[i], &d_max[i]);
+        }
+      }
+      if (HasChannelGate(problem_)) {
+        const int64_t units_end =
+            end == rows.end ? g_.UnitsOfRows(rows).end
+                            : (g_.units_per_row > 1 ? end * g_.units_per_row : end / g_.unit_rows);
+        ChannelPartials(args, first, n, {unit, units_end});
+        unit = units_end;
+      }
+    }
+  }
+
+  // dz = (t + what reaches the gate otherwise) * g (1 - g), in place of t.
+  void ThroughSigmoid(const BackwardArgs& args, int64_t n, int64_t p, int64_t count, A* dz) const {
+    const A* gate = SpatialGateOf(args, n) + p;
+    if (args.d_spatial_gate != nullptr) {
+      const A* more = static_cast<const A*>(args.d_spatial_gate) + n * g_.positions + p;
+      for (int64_t i = 0; i < count; ++i) dz[i] += more[i];
+    }
+    for (int64_t i = 0; i < count; ++i) dz[i] *= gate[i] * (A{1} - gate[i]);
+  }
+
+  void ChannelPartials(const BackwardArgs& args, int64_t first, int64_t n, Range units) {
+    const int64_t c = g_.channels;
+    for (int64_t u = units.begin; u < units.end; ++u) {
+      A* partial = partial_ + ((n - first) * g_.units + u) * 2 * c;
+      const Range positions = g_.Unit(u);
+      map_.backward_channels(g_.sample, kind_, g_.At(args.x, n), g_.At(dy_, n),
+                             PositionsAt(args, first, n, positions.begin),
+                             ChannelsAt(args, first, n), positions, partial, partial + c);
+    }
+  }
+
+  // Per sample of the wave: the units' partial sums, through the channel gate's sigmoid; and the
+  // convolution kernel's gradient.
+  void Reductions(const BackwardArgs& args, int64_t first, int64_t samples) {
+    const int64_t channel_tasks = HasChannelGate(problem_) ? samples : 0;
+    const int64_t kernel_tasks = HasSpatialGate(problem_) ? samples : 0;
+    ForEach(parallel_, channel_tasks + kernel_tasks, [&](int64_t task) {
+      if (task < kernel_tasks) {
+        KernelGradient(args, first, first + task, scratch_ + task * blocks_ * scratch_size_);
+      } else {
+        CombineChannels(args, first, first + task - kernel_tasks);
+      }
+    });
+  }
+
+  void CombineChannels(const BackwardArgs& args, int64_t first, int64_t n) {
+    const int64_t c = g_.channels;
+    const A* gate = ChannelGateOf(args, n);
+    const A* more = args.d_channel_gate == nullptr
+                        ? nullptr
+                        : static_cast<const A*>(args.d_channel_gate) + n * c;
+    const A* partial = partial_ + (n - first) * g_.units * 2 * c;
+    A* dz = dz_channel_[0] + n * c;
+    A* ties = channel_count_ + (n - first) * c;
+    for (int64_t i = 0; i < c; ++i) {
+      double dot = more == nullptr ? 0.0 : static_cast<double>(more[i]);
+      double count = 0;
+      for (int64_t u = 0; u < g_.units; ++u) {
+        dot += partial[u * 2 * c + i];
+        count += partial[u * 2 * c + c + i];
+      }
+      dz[i] = static_cast<A>(dot) * gate[i] * (A{1} - gate[i]);
+      ties[i] = static_cast<A>(count);
+    }
+  }
+
+  // From dz, the gradient of the gate's logits, to the descriptors'. Leaves in d_channel_ what pass
+  // C adds to every position and to those that attain the maximum.
+  void ThroughMlp(const BackwardArgs& args, int64_t first, int64_t samples) {
+    const int64_t c = g_.channels, h = problem_.hidden;
+    const Mlp<A> mlp{problem_,
+                     dense_,
+                     parallel_,
+                     static_cast<const A*>(args.w0),
+                     static_cast<const A*>(args.b0),
+                     static_cast<const A*>(args.w1),
+                     static_cast<const A*>(args.b1)};
+    const A* mean = static_cast<const A*>(args.channel_descriptors) + first * c;
+    const A* descriptors[2] = {mean, mean + g_.batch * c};
+    A* hidden[2] = {hidden_[0] + first * h, hidden_[1] + first * h};
+    A* dz[2] = {dz_channel_[0] + first * c, dz_channel_[1] + first * c};
+    const bool relu = problem_.mlp_activation == Activation::kRelu;
+
+    const Blocks hidden_blocks = mlp.HiddenBlocks(samples);
+    ForEach(parallel_, hidden_blocks.count,
+            [&](int64_t i) { mlp.HiddenBlock(descriptors, samples, hidden_blocks.At(i), hidden); });
+
+    const Blocks channel_blocks = mlp.ChannelBlocks(samples);
+    if (relu) {
+      // The second activation's mask differs between the mean's and the maximum's branch. Its
+      // argument goes to d_channel_, which is free until the end.
+      ForEach(parallel_, channel_blocks.count, [&](int64_t i) {
+        const Range columns = channel_blocks.At(i);
+        for (int q = 0; q < 2; ++q) {
+          if (mlp.IsUsed(q))
+            mlp.OutputBlock(hidden[q], samples, columns, false, Activation::kNone, d_channel_[q]);
+        }
+        for (int64_t s = 0; s < samples; ++s) {
+          for (int64_t j = s * c + columns.begin; j < s * c + columns.end; ++j) {
+            const A gradient = dz[0][j];
+            for (int q = 0; q < 2; ++q)
+              dz[q][j] = mlp.IsUsed(q) && d_channel_[q][j] > 0 ? gradient : A{0};
+          }
+        }
+      });
+    }
+
+    ForEach(parallel_, hidden_blocks.count, [&](int64_t i) {
+      const Range columns = hidden_blocks.At(i);
+      for (int q = 0; q < 2; ++q) {
+        if (!mlp.IsUsed(q)) continue;
+        A* d_hidden = d_hidden_[q] + first * h;
+        // Without the second activation both branches share the product.
+        const bool shared = q == 1 && !relu && mlp.IsUsed(0);
+        if (!shared) {
+          dense_.product_transposed({samples, columns.size(), c, dz[q], c, 1,
+                                     mlp.w1 + columns.begin * c, c, nullptr, false,
+                                     Activation::kNone, d_hidden + columns.begin, h});
+        }
+      }
+      for (int64_t s = first; s < first + samples; ++s) {
+        for (int64_t j = s * h + columns.begin; j < s * h + columns.end; ++j) {
+          const A of_mean = mlp.IsUsed(0) ? d_hidden_[0][j] : A{0};
+          const A of_max = !mlp.IsUsed(1)           ? A{0}
+                           : relu || !mlp.IsUsed(0) ? d_hidden_[1][j]
+                                                    : of_mean;
+          d_hidden_[0][j] = mlp.IsUsed(0) && hidden_[0][j] > 0 ? of_mean : A{0};
+          d_hidden_[1][j] = mlp.IsUsed(1) && hidden_[1][j] > 0 ? of_max : A{0};
+        }
+      }
+    });
+
+    ForEach(parallel_, channel_blocks.count, [&](int64_t i) {
+      const Range columns = channel_blocks.At(i);
+      for (int q = 0; q < 2; ++q) {
+        if (mlp.IsUsed(q)) {
+          dense_.product_transposed({samples, columns.size(), h, d_hidden_[q] + first * h, h, 1,
+                                     mlp.w0 + columns.begin * h, h, nullptr, false,
+                                     Activation::kNone, d_channel_[q] + columns.begin, c});
+        }
+      }
+      for (int64_t s = 0; s < samples; ++s) {
+        for (int64_t j = s * c + columns.begin; j < s * c + columns.end; ++j) {
+          d_channel_[0][j] = mlp.IsUsed(0) ? d_channel_[0][j] / static_cast<A>(g_.positions) : A{0};
+          if (mlp.IsUsed(1)) {
+            ShareAmongMaxima(d_channel_[1][j], channel_count_[j], &d_channel_[0][j],
+                             &d_channel_[1][j]);
+          } else {
+            d_channel_[1][j] = 0;
+          }
+        }
+      }
+    });
+  }
+
+  void KernelGradient(const BackwardArgs& args, int64_t first, int64_t n, A* scratch) {
+    const int64_t size = PaddedPlane<A>::Size(g_, dense_.lanes, g_.height + 2 * g_.half);
+    const int64_t rows = g_.height + 2 * g_.half;
+    Plane<A> planes[3];
+    for (int q = 0; q < 3; ++q) {
+      const A* from = q < 2 ? SpatialDescriptorsOf(args, n) + q * g_.positions : DzOf(first, n);
+      planes[q] = PaddedPlane<A>::Make(g_, dense_.lanes, rows, scratch + q * size);
+      CopyRows(from, g_.width, g_.height, planes[q], g_.half);
+      planes[q].data += g_.half * planes[q].stride;
+    }
+    const int64_t k2 = 2 * problem_.kernel_size * problem_.kernel_size;
+    dense_.convolution_kernel_gradient(planes, planes[2], g_.height, g_.width, problem_.kernel_size,
+                                       dkernel_ + n * k2);
+    if (!problem_.batch_norm) {
+      double sum = 0;
+      for (int64_t p = 0; p < g_.positions; ++p) sum += DzOf(first, n)[p];
+      dbias_[n] = sum;
+    }
+  }
+
+  // dz_ holds the gradient of the normalised and scaled convolution; turns it into the
+  // convolution's.
+  void BackwardThroughBatchNorm(const BackwardArgs& args) {
+    const A* statistics = static_cast<const A*>(args.batch_statistics);
+    const double mean = statistics[0];
+    const double inverse = 1.0 / std::sqrt(static_cast<double>(statistics[1]) + problem_.epsilon);
+    const double gamma = *static_cast<const A*>(args.gamma);
+    const int64_t rows = g_.height + 2 * g_.half;
+    const int64_t size = PaddedPlane<A>::Size(g_, dense_.lanes, rows);
+    // Scratch is for a wave's tasks at a time.
+    for (int64_t first = 0; first < g_.batch; first += g_.wave) {
+      ForEach(parallel_, std::min(g_.wave, g_.batch - first), [&](int64_t s) {
+        const int64_t n = first + s;
+        A* scratch = scratch_ + s * blocks_ * scratch_size_;
+        Plane<A> planes[2];
+        for (int q = 0; q < 2; ++q) {
+          planes[q] = PaddedPlane<A>::Make(g_, dense_.lanes, rows, scratch + q * size);
+          CopyRows(SpatialDescriptorsOf(args, n) + q * g_.positions, g_.width, g_.height, planes[q],
+                   g_.half);
+        }
+        A* line = scratch + 3 * size;
+        double sum = 0, product = 0;
+        for (int64_t r = 0; r < g_.height; ++r) {
+          dense_.convolve_row(planes, r + g_.half, g_.width, problem_.kernel_size,
+                              static_cast<const A*>(args.kernel), A{0}, line);
+          for (int64_t i = 0; i < g_.width; ++i) {
+            const int64_t p = n * g_.positions + r * g_.width + i;
+            normalized_[p] = static_cast<A>((line[i] - mean) * inverse);
+            sum += dz_[p];
+            product += static_cast<double>(dz_[p]) * normalized_[p];
+          }
+        }
+        dbias_[n] = sum;
+        dgamma_[n] = product;
+      });
+    }
+    double sum = 0, product = 0;
+    for (int64_t n = 0; n < g_.batch; ++n) {
+      sum += dbias_[n];
+      product += dgamma_[n];
+    }
+    const double count = static_cast<double>(g_.batch * g_.positions);
+    ForEach(parallel_, g_.batch, [&](int64_t n) {
+      for (int64_t p = n * g_.positions; p < (n + 1) * g_.positions; ++p) {
+        dz_[p] = static_cast<A>(gamma * inverse *
+                                (dz_[p] - sum / count - normalized_[p] * product / count));
+      }
+    });
+  }
+
+  void MapOfWave(const BackwardArgs& args, int64_t first, int64_t samples) {
+    const int64_t steps = CeilDiv(g_.height, g_.step_rows);
+    ForEach(parallel_, samples * steps, [&](int64_t task) {
+      const int64_t n = first + task / steps, row = task % steps * g_.step_rows;
+      const Range positions = g_.RowPositions({row, std::min(g_.height, row + g_.step_rows)});
+      map_.backward_map(g_.sample, kind_, g_.At(args.x, n), g_.At(dy_, n),
+                        PositionsAt(args, first, n, positions.begin), ChannelsAt(args, first, n),
+                        positions, stream_, g_.At(args.dx, n));
+    });
+  }
+
+  void WeightGradients(const BackwardArgs& args) {
+    const auto sum_over_batch = [this](const auto* values, int64_t stride) {
+      double sum = 0;
+      for (int64_t n = 0; n < g_.batch; ++n) sum += values[n * stride];
+      return sum;
+    };
+    if (HasSpatialGate(problem_)) {
+      const int64_t k2 = 2 * problem_.kernel_size * problem_.kernel_size;
+      for (int64_t i = 0; i < k2; ++i)
+        static_cast<A*>(args.dkernel)[i] = static_cast<A>(sum_over_batch(dkernel_ + i, k2));
+      *static_cast<A*>(args.dbias) = static_cast<A>(sum_over_batch(dbias_, 1));
+      if (problem_.batch_norm)
+        *static_cast<A*>(args.dgamma) = static_cast<A>(sum_over_batch(dgamma_, 1));
+    }
+    if (!HasChannelGate(problem_)) return;
+
+    const int64_t n = g_.batch, c = g_.channels, h = problem_.hidden;
+    const bool used[2] = {problem_.pooling != Pooling::kMax, problem_.pooling != Pooling::kAvg};
+    const A* descriptors = static_cast<const A*>(args.channel_descriptors);
+    A* dw0 = static_cast<A*>(args.dw0);
+    A* dw1 = static_cast<A*>(args.dw1);
+    const Blocks blocks(c, n * c * h);
+    ForEach(parallel_, blocks.count, [&](int64_t i) {
+      const Range channels = blocks.At(i);
+      bool accumulate = false;
+      for (int q = 0; q < 2; ++q) {
+        if (!used[q]) continue;
+        // dW0 = descriptors^T . d_hidden and dW1 = hidden^T . dz, over a block of channels.
+        dense_.product({channels.size(), h, n, descriptors + q * n * c + channels.begin, 1, c,
+                        d_hidden_[q], h, nullptr, accumulate, Activation::kNone,
+                        dw0 + channels.begin * h, h});
+        dense_.product({h, channels.size(), n, hidden_[q], 1, h, dz_channel_[q] + channels.begin, c,
+                        nullptr, accumulate, Activation::kNone, dw1 + channels.begin, c});
+        accumulate = true;
+      }
+    });
+    for (int64_t j = 0; j < h; ++j) {
+      double sum = 0;
+      for (int q = 0; q < 2; ++q) sum += used[q] ? sum_over_batch(d_hidden_[q] + j, h) : 0.0;
+      static_cast<A*>(args.db0)[j] = static_cast<A>(sum);
+    }
+    for (int64_t j = 0; j < c; ++j) {
+      double sum = 0;
+      for (int q = 0; q < 2; ++q) sum += used[q] ? sum_over_batch(dz_channel_[q] + j, c) : 0.0;
+      static_cast<A*>(args.db1)[j] = static_cast<A>(sum);
+    }
+  }
+
+  const Problem& problem_;
+  const MapPasses<A>& map_;
+  const DensePasses<A>& dense_;
+  const Parallel& parallel_;
+  const MapKind kind_;
+  const Geometry g_;
+  const bool stream_;
+  size_t bytes_ = 0;
+  int64_t blocks_ = 1;
+  const void* dy_ = nullptr;
+
+  // For the channel gate; [2] is for the mean and the maximum.
+  A* partial_ = nullptr;        // [wave, units, 2, C]
+  A* channel_count_ = nullptr;  // [wave, C]
+  A* hidden_[2] = {};           // [N, hidden]
+  A* d_hidden_[2] = {};         // [N, hidden]
+  A* d_channel_[2] = {};        // [wave, C]
+  A* dz_channel_[2] = {};       // [N, C], one tensor unless the MLP ends in an activation
+
+  // For the spatial gate.
+  A* dz_ = nullptr;               // [wave, P], with batch norm [N, P]
+  A* d_position_mean_ = nullptr;  // [wave, P]
+  A* d_position_max_ = nullptr;   // [wave, P]
+  A* dkernel_ = nullptr;          // [N, k, k, 2]
+  double* dbias_ = nullptr;       // [N]
+  A* normalized_ = nullptr;       // [N, P], with batch norm
+  double* dgamma_ = nullptr;      // [N], with batch norm
+  int64_t line_size_ = 0, block_size_ = 0, kernel_size_ = 0, scratch_size_ = 0;
+  A* scratch_ = nullptr;  // [wave * blocks, scratch_size]
+};
+
+}  // namespace cpu
+}  // namespace cbam_ops
+
+#endif  // CBAM_OPS_CORE_CPU_BACKWARD_H_

@@ -1,0 +1,306 @@
+// The small dense work on descriptors and gates, for one instruction set and compute type: the
+// products of the MLP, the sigmoid, and the convolution over the two planes. Included by level.cc
+// only.
+//
+// None of it touches a map, but at C = 2048 the MLP's weights are as large as a sample, so the
+// products keep their sums in registers (6 rows x 2 vectors) and read the weights once per six
+// rows.
+#ifndef CBAM_OPS_CORE_CPU_DENSE_PASSES_H_
+#define CBAM_OPS_CORE_CPU_DENSE_PASSES_H_
+
+#include "core/cpu/passes.h"
+#include "core/cpu/simd.h"
+
+namespace cbam_ops {
+namespace cpu {
+namespace CBAM_LEVEL {
+namespace {
+
+// --- Products ---
+
+// Sums over at most this many products before they move to the output, so that long sums stay
+// accurate.
+constexpr int64_t kInnerBlock = 256;
+
+// `n` is the number of columns of the last vector, kLanes when it is whole.
+template <int kRows, int kVectors, bool kTail, typename A>
+CBAM_INLINE void ProductBlock(const Product<A>& p, int64_t row, int64_t column, int64_t n) {
+  using V = typename Simd<A>::V;
+  constexpr int64_t kLanes = Simd<A>::kLanes;
+  const auto load = [n](const A* from, int v) {
+    if constexpr (kTail)
+      return v == kVectors - 1 ? LoadFirst(from + v * kLanes, n) : Load(from + v * kLanes);
+    return Load(from + v * kLanes);
+  };
+  V total[kRows][kVectors];
+  for (int i = 0; i < kRows; ++i) {
+    for (int v = 0; v < kVectors; ++v) {
+      total[i][v] = V{};
+      if (p.accumulate) total[i][v] += load(p.out + (row + i) * p.out_stride + column, v);
+      if (p.bias != nullptr) total[i][v] += load(p.bias + column, v);
+    }
+  }
+  for (int64_t begin = 0; begin < p.inner; begin += kInnerBlock) {
+    const int64_t end = begin + kInnerBlock < p.inner ? begin + kInnerBlock : p.inner;
+    V sum[kRows][kVectors] = {};
+    const A* a = p.a + row * p.a_row_stride + begin * p.a_inner_stride;
+    const A* b = p.b + begin * p.b_stride + column;
+    for (int64_t k = begin; k < end; ++k, a += p.a_inner_stride, b += p.b_stride) {
+      V right[kVectors];
+      for (int v = 0; v < kVectors; ++v) right[v] = load(b, v);
+      for (int i = 0; i < kRows; ++i) {
+        const V left = Splat<A>(a[i * p.a_row_stride]);
+        for (int v = 0; v < kVectors; ++v) sum[i][v] = Fma(left, right[v], sum[i][v]);
+      }
+    }
+    for (int i = 0; i < kRows; ++i) {
+      for (int v = 0; v < kVectors; ++v) total[i][v] += sum[i][v];
+    }
+  }
+  for (int i = 0; i < kRows; ++i) {
+    for (int v = 0; v < kVectors; ++v) {
+      A* out = p.out + (row + i) * p.out_stride + column + v * kLanes;
+      const V value = p.activation == Activation::kRelu ? Max(V{}, total[i][v]) : total[i][v];
+      if (kTail && v == kVectors - 1) {
+        StoreFirst(out, value, n);
+      } else {
+        Store(out, value);
+      }
+    }
+  }
+}
+
+template <int kRows, typename A>
+CBAM_INLINE void ProductRows(const Product<A>& p, int64_t row) {
+  constexpr int64_t kLanes = Simd<A>::kLanes;
+  int64_t column = 0;
+  for (; column + 2 * kLanes <= p.columns; column += 2 * kLanes)
+    ProductBlock<kRows, 2, false>(p, row, column, kLanes);
+  for (; column + kLanes <= p.columns; column += kLanes)
+    ProductBlock<kRows, 1, false>(p, row, column, kLanes);
+  if (column < p.columns) ProductBlock<kRows, 1, true>(p, row, column, p.columns - column);
+}
+
+template <typename A>
+void Multiply(const Product<A>& p) {
+  int64_t row = 0;
+  for (; row + 6 <= p.rows; row += 6) ProductRows<6>(p, row);
+  for (; row + 2 <= p.rows; row += 2) ProductRows<2>(p, row);
+  for (; row < p.rows; ++row) ProductRows<1>(p, row);
+}
+
+template <int kRows, int kColumns, typename A>
+CBAM_INLINE void DotBlock(const Product<A>& p, int64_t row, int64_t column) {
+  using V = typename Simd<A>::V;
+  constexpr int64_t kLanes = Simd<A>::kLanes;
+  V sum[kRows][kColumns] = {};
+  const A* a = p.a + row * p.a_row_stride;
+  const A* b = p.b + column * p.b_stride;
+  const auto step = [&](int64_t k, auto load) {
+    V left[kRows];
+    for (int i = 0; i < kRows; ++i) left[i] = load(a + i * p.a_row_stride + k);
+    for (int j = 0; j < kColumns; ++j) {
+      const V right = load(b + j * p.b_stride + k);
+      for (int i = 0; i < kRows; ++i) sum[i][j] = Fma(left[i], right, sum[i][j]);
+    }
+  };
+  int64_t k = 0;
+  for (; k + kLanes <= p.inner; k += kLanes) step(k, [](const A* from) { return Load(from); });
+  const int64_t n = p.inner - k;
+  if (n > 0) step(k, [n](const A* from) { return LoadFirst(from, n); });
+  for (int i = 0; i < kRows; ++i) {
+    for (int j = 0; j < kColumns; ++j) {
+      A* out = p.out + (row + i) * p.out_stride + column + j;
+      const A before =
+          (p.accumulate ? *out : A{0}) + (p.bias != nullptr ? p.bias[column + j] : A{0});
+      const A value = SumLanes(sum[i][j]) + before;
+      *out = p.activation == Activation::kRelu && value < 0 ? A{0} : value;
+    }
+  }
+}
+
+template <int kRows, typename A>
+CBAM_INLINE void DotRows(const Product<A>& p, int64_t row) {
+  int64_t column = 0;
+  for (; column + 4 <= p.columns; column += 4) DotBlock<kRows, 4>(p, row, column);
+  for (; column < p.columns; ++column) DotBlock<kRows, 1>(p, row, column);
+}
+
+template <typename A>
+void MultiplyTransposed(const Product<A>& p) {
+  int64_t row = 0;
+  for (; row + 2 <= p.rows; row += 2) DotRows<2>(p, row);
+  for (; row < p.rows; ++row) DotRows<1>(p, row);
+}
+
+// --- Sigmoid ---
+
+// exp(x) for x in [-87.3, 0], within 2 units in the last place: 2^n * exp(r), the polynomial of
+// Cephes' expf for |r| <= ln(2) / 2.
+CBAM_INLINE VF ExpOfNegative(VF x) {
+  using I = Simd<float>::I;
+  const VF magic =
+      Splat(12582912.0f);  // 1.5 * 2^23: adding it leaves the nearest integer in the low bits
+  const VF shifted = x * 1.44269504088896341f + magic;
+  const VF n = shifted - magic;
+  VF r = Fma(n, Splat(-0.693359375f), x);  // exact: the constant has few bits
+  r = Fma(n, Splat(2.12194440e-4f), r);
+  VF p = Splat(1.9875691500e-4f);
+  p = Fma(p, r, Splat(1.3981999507e-3f));
+  p = Fma(p, r, Splat(8.3334519073e-3f));
+  p = Fma(p, r, Splat(4.1665795894e-2f));
+  p = Fma(p, r, Splat(1.6666665459e-1f));
+  p = Fma(p, r, Splat(5.0000001201e-1f));
+  p = Fma(p, r * r, r + 1.0f);
+  return (VF)((I)p + (((I)shifted - (I)magic) << 23));
+}
+
+// 1 / (1 + exp(-z)), by exp(-|z|) so that neither end overflows; exactly 0 and 1 far out, NaN kept.
+CBAM_INLINE VF SigmoidOf(VF z) {
+  const VF magnitude = (VF)((Simd<float>::I)z & 0x7fffffff);
+  const auto far = magnitude > 87.3f;
+  const VF e = Where(~far, ExpOfNegative(-Select(far, VF{}, magnitude)));
+  const VF sigmoid = Select(z < 0.0f, e, Splat(1.0f)) / (1.0f + e);
+  return Select(z != z, z, sigmoid);
+}
+CBAM_INLINE VD SigmoidOf(VD z) {
+  VD sigmoid{};
+  for (int64_t i = 0; i < Simd<double>::kLanes; ++i) {
+    const double e = __builtin_exp(z[i] < 0 ? z[i] : -z[i]);
+    sigmoid[i] = (z[i] < 0 ? e : 1.0) / (1.0 + e);
+  }
+  return sigmoid;
+}
+
+template <typename A>
+void Sigmoid(const A* in, int64_t count, A* out) {
+  constexpr int64_t kLanes = Simd<A>::kLanes;
+  int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) Store(out + i, SigmoidOf(Load(in + i)));
+  if (i < count) StoreFirst(out + i, SigmoidOf(LoadFirst(in + i, count - i)), count - i);
+}
+
+// --- Convolution ---
+
+// Rows are padded with zeros to whole vectors and beyond, and outputs to whole vectors, so there
+// are no tails. kVectors vectors of a row at a time: enough independent sums to hide the latency of
+// the additions.
+template <int kVectors, typename A>
+CBAM_INLINE void ConvolveVectors(const Plane<A>* planes, int64_t row, int64_t w,
+                                 int64_t kernel_size, const A* kernel, A bias, A* out) {
+  using V = typename Simd<A>::V;
+  constexpr int64_t kLanes = Simd<A>::kLanes;
+  V sum[2][kVectors];
+  for (int v = 0; v < kVectors; ++v) {
+    sum[0][v] = Splat<A>(bias);
+    sum[1][v] = V{};
+  }
+  const int64_t half = kernel_size / 2;
+  for (int64_t i = 0; i < kernel_size; ++i) {
+    const A* line[2] = {planes[0].data + (row + i - half) * planes[0].stride + w - half,
+                        planes[1].data + (row + i - half) * planes[1].stride + w - half};
+    for (int64_t j = 0; j < kernel_size; ++j) {
+      for (int q = 0; q < 2; ++q) {
+        const V weight = Splat<A>(kernel[(i * kernel_size + j) * 2 + q]);
+        for (int v = 0; v < kVectors; ++v)
+          sum[q][v] = Fma(weight, Load(line[q] + j + v * kLanes), sum[q][v]);
+      }
+    }
+  }
+  for (int v = 0; v < kVectors; ++v) Store(out + w + v * kLanes, sum[0][v] + sum[1][v]);
+}
+
+template <typename A>
+void ConvolveRow(const Plane<A>* planes, int64_t row, int64_t width, int64_t kernel_size,
+                 const A* kernel, A bias, A* out) {
+  constexpr int64_t kLanes = Simd<A>::kLanes;
+  int64_t w = 0;
+  for (; w + 3 * kLanes < width; w += 4 * kLanes)
+    ConvolveVectors<4>(planes, row, w, kernel_size, kernel, bias, out);
+  for (; w < width; w += kLanes) ConvolveVectors<1>(planes, row, w, kernel_size, kernel, bias, out);
+}
+
+template <int kVectors, typename A>
+CBAM_INLINE void ConvolveVectorsTransposed(const Plane<A>& plane, int64_t row, int64_t w,
+                                           int64_t kernel_size, const A* kernel, A* out_mean,
+                                           A* out_max) {
+  using V = typename Simd<A>::V;
+  constexpr int64_t kLanes = Simd<A>::kLanes;
+  V sum[2][kVectors] = {};
+  const int64_t half = kernel_size / 2;
+  for (int64_t i = 0; i < kernel_size; ++i) {
+    const A* line = plane.data + (row - i + half) * plane.stride + w + half;
+    for (int64_t j = 0; j < kernel_size; ++j) {
+      const V mean_weight = Splat<A>(kernel[(i * kernel_size + j) * 2]);
+      const V max_weight = Splat<A>(kernel[(i * kernel_size + j) * 2 + 1]);
+      for (int v = 0; v < kVectors; ++v) {
+        const V value = Load(line - j + v * kLanes);
+        sum[0][v] = Fma(mean_weight, value, sum[0][v]);
+        sum[1][v] = Fma(max_weight, value, sum[1][v]);
+      }
+    }
+  }
+  for (int v = 0; v < kVectors; ++v) {
+    Store(out_mean + w + v * kLanes, sum[0][v]);
+    Store(out_max + w + v * kLanes, sum[1][v]);
+  }
+}
+
+template <typename A>
+void ConvolveRowTransposed(const Plane<A>& plane, int64_t row, int64_t width, int64_t kernel_size,
+                           const A* kernel, A* out_mean, A* out_max) {
+  constexpr int64_t kLanes = Simd<A>::kLanes;
+  int64_t w = 0;
+  for (; w + 3 * kLanes < width; w += 4 * kLanes) {
+    ConvolveVectorsTransposed<4>(plane, row, w, kernel_size, kernel, out_mean, out_max);
+  }
+  for (; w < width; w += kLanes)
+    ConvolveVectorsTransposed<1>(plane, row, w, kernel_size, kernel, out_mean, out_max);
+}
+
+// kTaps neighbouring taps of one kernel row. Float sums of few rows, then double.
+template <int kTaps, typename A>
+CBAM_INLINE void KernelGradientTaps(const Plane<A>& plane, const Plane<A>& dz, int64_t rows,
+                                    int64_t width, int64_t dy, int64_t dx, A* out) {
+  using V = typename Simd<A>::V;
+  constexpr int64_t kLanes = Simd<A>::kLanes;
+  constexpr int64_t kRows = 8;
+  double total[kTaps] = {};
+  for (int64_t begin = 0; begin < rows; begin += kRows) {
+    const int64_t end = begin + kRows < rows ? begin + kRows : rows;
+    V sum[kTaps] = {};
+    for (int64_t row = begin; row < end; ++row) {
+      const A* line = plane.data + (row + dy) * plane.stride + dx;
+      for (int64_t w = 0; w < width; w += kLanes) {
+        const V value = Load(dz.data + row * dz.stride + w);
+        for (int j = 0; j < kTaps; ++j) sum[j] = Fma(value, Load(line + w + j), sum[j]);
+      }
+    }
+    for (int j = 0; j < kTaps; ++j) total[j] += SumLanes(sum[j]);
+  }
+  for (int j = 0; j < kTaps; ++j) out[2 * j] = static_cast<A>(total[j]);
+}
+
+template <typename A>
+void KernelGradient(const Plane<A>* planes, const Plane<A>& dz, int64_t rows, int64_t width,
+                    int64_t kernel_size, A* dkernel) {
+  const int64_t half = kernel_size / 2;
+  for (int64_t i = 0; i < kernel_size; ++i) {
+    for (int q = 0; q < 2; ++q) {
+      A* out = dkernel + i * kernel_size * 2 + q;
+      int64_t j = 0;
+      for (; j + 7 <= kernel_size; j += 7) {
+        KernelGradientTaps<7>(planes[q], dz, rows, width, i - half, j - half, out + 2 * j);
+      }
+      for (; j < kernel_size; ++j)
+        KernelGradientTaps<1>(planes[q], dz, rows, width, i - half, j - half, out + 2 * j);
+    }
+  }
+}
+
+}  // namespace
+}  // namespace CBAM_LEVEL
+}  // namespace cpu
+}  // namespace cbam_ops
+
+#endif  // CBAM_OPS_CORE_CPU_DENSE_PASSES_H_

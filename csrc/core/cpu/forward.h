@@ -1,0 +1,318 @@
+// The forward pipeline on CPUs.
+//
+//   pass 1  channel descriptors of a wave                       reads x from memory
+//           the MLP of the wave, as small matrix products       (weights are read once per wave,
+//           not per sample)
+//   pass 2  spatial descriptors of a few rows                   reads x from the last-level cache
+//           convolution and sigmoid, k/2 rows behind
+//   pass 3  y for the same rows, k/2 rows behind                reads x from the second-level
+//   cache, writes y
+//
+// so x comes from memory once and y goes there once. With batch norm the statistics need every
+// sample's convolution before any gate, so pass 3 starts over and x is read from memory twice.
+#ifndef CBAM_OPS_CORE_CPU_FORWARD_H_
+#define CBAM_OPS_CORE_CPU_FORWARD_H_
+
+#include "core/cpu/pipeline.h"
+
+namespace cbam_ops {
+namespace cpu {
+
+// Channel descriptors of samples, shared with ChannelPool: partial sums per unit (NHWC) or whole
+// channels at once (NCHW).
+template <typename A>
+class ChannelDescriptors {
+ public:
+  ChannelDescriptors(const Geometry& g, const MapPasses<A>& map, const Parallel& parallel,
+                     Arena* arena)
+      : g_(g), map_(map), parallel_(parallel) {
+    if (g.sample.layout == Layout::kNHWC)
+      partial_ = arena->Take<A>(g.wave * g.units * 2 * g.channels);
+  }
+
+  // mean[c] and maximum[c] of `samples` samples from x on, whose results are C apart.
+  void Run(const void* x, int64_t samples, A* mean, A* maximum) const {
+    if (g_.sample.layout == Layout::kNHWC) {
+      PartialThenCombined(x, samples, mean, maximum);
+    } else {
+      WholeChannels(x, samples, mean, maximum);
+    }
+  }
+
+ private:
+  void PartialThenCombined(const void* x, int64_t samples, A* mean, A* maximum) const {
+    const int64_t c = g_.channels;
+    const int64_t unit_bytes = std::max<int64_t>(1, g_.sample_bytes / g_.units);
+    const int64_t units_per_task =
+        std::clamp<int64_t>(Geometry::kStepBytes / unit_bytes, 1, g_.units);
+    const int64_t tasks = CeilDiv(g_.units, units_per_task);
+    ForEach(parallel_, samples * tasks, [&](int64_t task) {
+      const int64_t s = task / tasks;
+      const int64_t end = std::min(g_.units, (task % tasks + 1) * units_per_task);
+      for (int64_t u = task % tasks * units_per_task; u < end; ++u) {
+        A* partial = partial_ + (s * g_.units + u) * 2 * c;
+        map_.channel_pool(g_.sample, g_.At(x, s), g_.Unit(u), {0, c}, partial, partial + c);
+      }
+    });
+    ForEach(parallel_, samples, [&](int64_t s) {
+      const A* partial = partial_ + s * g_.units * 2 * c;
+      for (int64_t i = 0; i < c; ++i) {
+        double total = 0;
+        A greatest = -std::numeric_limits<A>::infinity();
+        for (int64_t u = 0; u < g_.units; ++u) {
+          total += partial[u * 2 * c + i];
+          greatest = MaxOrNan(greatest, partial[u * 2 * c + c + i]);
+        }
+        mean[s * c + i] = static_cast<A>(total / static_cast<double>(g_.positions));
+        maximum[s * c + i] = greatest;
+      }
+    });
+  }
+
+  void WholeChannels(const void* x, int64_t samples, A* mean, A* maximum) const {
+    const int64_t c = g_.channels;
+    const int64_t channel_bytes = std::max<int64_t>(1, g_.sample_bytes / std::max<int64_t>(1, c));
+    const int64_t per_task =
+        std::clamp<int64_t>(Geometry::kStepBytes / channel_bytes, 1, std::max<int64_t>(1, c));
+    const int64_t tasks = CeilDiv(c, per_task);
+    ForEach(parallel_, samples * tasks, [&](int64_t task) {
+      const int64_t s = task / tasks;
+      const Range range{task % tasks * per_task, std::min(c, (task % tasks + 1) * per_task)};
+      A* sum = mean + s * c + range.begin;
+      map_.channel_pool(g_.sample, g_.At(x, s), {0, g_.positions}, range, sum,
+                        maximum + s * c + range.begin);
+      for (int64_t i = 0; i < range.size(); ++i) sum[i] /= static_cast<A>(g_.positions);
+    });
+  }
+
+  const Geometry& g_;
+  const MapPasses<A>& map_;
+  const Parallel& parallel_;
+  A* partial_ = nullptr;  // [wave, units, 2, C]
+};
+
+template <typename A>
+class ForwardPipeline {
+ public:
+  ForwardPipeline(const Problem& problem, const Kernels<A>& kernels, const Parallel& parallel,
+                  void* workspace)
+      : problem_(problem),
+        map_(*kernels.map),
+        dense_(*kernels.dense),
+        parallel_(parallel),
+        g_(problem, parallel, 1),
+        stream_(ShouldStream(g_)),
+        arena_(workspace),
+        channel_descriptors_(g_, map_, parallel_, &arena_) {
+    if (HasChannelGate(problem)) {
+      for (int q = 0; q < 2; ++q) {
+        hidden_[q] = arena_.Take<A>(g_.wave * problem.hidden);
+        logits_[q] = arena_.Take<A>(g_.wave * g_.channels);
+      }
+    }
+    if (HasSpatialGate(problem)) {
+      blocks_ = g_.BlocksPerSample(g_.wave);
+      int64_t rows = 0;
+      for (int64_t b = 0; b < blocks_; ++b) rows = std::max(rows, g_.BlockRows(b, blocks_).size());
+      plane_rows_ = rows + 2 * g_.half;
+      plane_size_ = PaddedPlane<A>::Size(g_, dense_.lanes, plane_rows_);
+      line_size_ = RoundUp(g_.width, dense_.lanes);
+      halo_size_ = 2 * g_.step_rows * g_.width;
+      scratch_size_ = RoundUp(2 * plane_size_ + line_size_ + halo_size_, 64);
+      scratch_ = arena_.Take<A>(g_.wave * blocks_ * scratch_size_);
+    }
+    if (problem.batch_norm) sums_ = arena_.Take<double>(g_.batch);
+  }
+
+  size_t workspace_bytes() const { return arena_.bytes(); }
+
+  void Run(const ForwardArgs& args) {
+    for (int64_t first = 0; first < g_.batch; first += g_.wave) {
+      const int64_t samples = std::min(g_.wave, g_.batch - first);
+      if (HasChannelGate(problem_)) ChannelGate(args, first, samples);
+      if (HasSpatialGate(problem_)) {
+        ForEach(parallel_, samples * blocks_, [&](int64_t task) {
+          SpatialBlock(args, first + task / blocks_, g_.BlockRows(task % blocks_, blocks_),
+                       scratch_ + task * scratch_size_);
+        });
+      } else {
+        ApplyAll(args, first, samples);
+      }
+    }
+    if (problem_.batch_norm) {
+      NormalizeGate(args);
+      ApplyAll(args, 0, g_.batch);
+    }
+  }
+
+ private:
+  A* ChannelGateOf(const ForwardArgs& args, int64_t n) const {
+    return HasChannelGate(problem_) ? static_cast<A*>(args.channel_gate) + n * g_.channels
+                                    : nullptr;
+  }
+
+  void ChannelGate(const ForwardArgs& args, int64_t first, int64_t samples) {
+    const int64_t c = g_.channels;
+    A* mean = static_cast<A*>(args.channel_descriptors) + first * c;
+    A* maximum = mean + g_.batch * c;
+    channel_descriptors_.Run(g_.At(args.x, first), samples, mean, maximum);
+
+    const Mlp<A> mlp{problem_,
+                     dense_,
+                     parallel_,
+                     static_cast<const A*>(args.w0),
+                     static_cast<const A*>(args.b0),
+                     static_cast<const A*>(args.w1),
+                     static_cast<const A*>(args.b1)};
+    const A* descriptors[2] = {mean, maximum};
+    const Blocks hidden_blocks = mlp.HiddenBlocks(samples);
+    ForEach(parallel_, hidden_blocks.count, [&](int64_t i) {
+      mlp.HiddenBlock(descriptors, samples, hidden_blocks.At(i), hidden_);
+    });
+
+    A* gate = ChannelGateOf(args, first);
+    const Blocks channel_blocks = mlp.ChannelBlocks(samples);
+    ForEach(parallel_, channel_blocks.count, [&](int64_t i) {
+      const Range columns = channel_blocks.At(i);
+      for (int q = 0; q < 2; ++q) {
+        if (mlp.IsUsed(q))
+          mlp.OutputBlock(hidden_[q], samples, columns, false, problem_.mlp_activation, logits_[q]);
+      }
+      for (int64_t s = 0; s < samples; ++s) {
+        A* logits = logits_[mlp.UsesMean() ? 0 : 1] + s * c + columns.begin;
+        if (mlp.UsesMean() && mlp.UsesMax()) {
+          const A* other = logits_[1] + s * c + columns.begin;
+          for (int64_t j = 0; j < columns.size(); ++j) logits[j] += other[j];
+        }
+        dense_.sigmoid(logits, columns.size(), gate + s * c + columns.begin);
+      }
+    });
+    // A descriptor that the gate does not use must not carry a NaN into a gradient of weights.
+    if (!mlp.UsesMean()) std::fill(mean, mean + samples * c, A{0});
+    if (!mlp.UsesMax()) std::fill(maximum, maximum + samples * c, A{0});
+  }
+
+  // Rows of one sample through passes 2 and 3; with batch norm only as far as the convolution, left
+  // in the place of the gate.
+  void SpatialBlock(const ForwardArgs& args, int64_t n, Range rows, A* scratch) {
+    const void* x = g_.At(args.x, n);
+    const A* channel_gate = ChannelGateOf(args, n);
+    const A* pool_gate = problem_.gates == Gates::kChannelFirst ? channel_gate : nullptr;
+    A* descriptors[2];
+    descriptors[0] = static_cast<A*>(args.spatial_descriptors) + n * 2 * g_.positions;
+    descriptors[1] = descriptors[0] + g_.positions;
+    A* gate = static_cast<A*>(args.spatial_gate) + n * g_.positions;
+    const A bias =
+        args.bias == nullptr || problem_.batch_norm ? A{0} : *static_cast<const A*>(args.bias);
+
+    const int64_t plane_rows = rows.size() + 2 * g_.half;
+    const Plane<A> planes[2] = {
+        PaddedPlane<A>::Make(g_, dense_.lanes, plane_rows, scratch),
+        PaddedPlane<A>::Make(g_, dense_.lanes, plane_rows, scratch + plane_size_)};
+    A* line = scratch + 2 * plane_size_;
+    A* halo = line + line_size_;
+    const int64_t first_row = rows.begin - g_.half;  // of the planes; may lie above the map
+
+    int64_t described = std::max<int64_t>(0, first_row);
+    const int64_t last = std::min(g_.height, rows.end + g_.half);
+    for (int64_t row = rows.begin; row < rows.end; row += g_.step_rows) {
+      const int64_t end = std::min(rows.end, row + g_.step_rows);
+      while (described < std::min(last, end + g_.half)) {
+        // Own rows go to the output; a neighbour writes the halo's.
+        const bool own = described >= rows.begin && described < rows.end;
+        const int64_t limit = own ? rows.end : described < rows.begin ? rows.begin : last;
+        const int64_t stop = std::min(limit, described + g_.step_rows);
+        const Range positions = g_.RowPositions({described, stop});
+        A* mean = own ? descriptors[0] + positions.begin : halo;
+        A* maximum = own ? descriptors[1] + positions.begin : halo + positions.size();
+        map_.spatial_pool(g_.sample, x, pool_gate, positions, mean, maximum);
+        CopyRows(mean, g_.width, stop - described, planes[0], described - first_row);
+        CopyRows(maximum, g_.width, stop - described, planes[1], described - first_row);
+        described = stop;
+      }
+      for (int64_t r = row; r < end; ++r) {
+        dense_.convolve_row(planes, r - first_row, g_.width, problem_.kernel_size,
+                            static_cast<const A*>(args.kernel), bias, line);
+        A* gate_row = gate + r * g_.width;
+        if (problem_.batch_norm) {
+          std::copy(line, line + g_.width, gate_row);
+        } else {
+          dense_.sigmoid(line, g_.width, gate_row);
+        }
+      }
+      if (!problem_.batch_norm) Apply(args, n, channel_gate, gate, g_.RowPositions({row, end}));
+    }
+  }
+
+  void Apply(const ForwardArgs& args, int64_t n, const A* channel_gate, const A* gate,
+             Range positions) {
+    const void* residual = args.residual == nullptr ? nullptr : g_.At(args.residual, n);
+    map_.apply(g_.sample, g_.At(args.x, n), channel_gate,
+               gate == nullptr ? nullptr : gate + positions.begin, residual, problem_.activation,
+               positions, stream_, g_.At(args.y, n));
+  }
+
+  void ApplyAll(const ForwardArgs& args, int64_t first, int64_t samples) {
+    const int64_t tasks = CeilDiv(g_.height, g_.step_rows);
+    ForEach(parallel_, samples * tasks, [&](int64_t task) {
+      const int64_t n = first + task / tasks;
+      const int64_t row = task % tasks * g_.step_rows;
+      const A* gate = HasSpatialGate(problem_)
+                          ? static_cast<const A*>(args.spatial_gate) + n * g_.positions
+                          : nullptr;
+      Apply(args, n, ChannelGateOf(args, n), gate,
+            g_.RowPositions({row, std::min(g_.height, row + g_.step_rows)}));
+    });
+  }
+
+  // From the convolution of every sample to the gate, by the mean and variance over all of them.
+  void NormalizeGate(const ForwardArgs& args) {
+    A* z = static_cast<A*>(args.spatial_gate);
+    const double count = static_cast<double>(g_.batch * g_.positions);
+    const auto mean_of = [&](auto value) {
+      ForEach(parallel_, g_.batch, [&](int64_t n) {
+        double sum = 0;
+        for (int64_t p = 0; p < g_.positions; ++p) sum += value(z[n * g_.positions + p]);
+        sums_[n] = sum;
+      });
+      double total = 0;
+      for (int64_t n = 0; n < g_.batch; ++n) total += sums_[n];
+      return count > 0 ? total / count : 0.0;
+    };
+    const double mean = mean_of([](A v) { return static_cast<double>(v); });
+    const double variance = mean_of([mean](A v) { return (v - mean) * (v - mean); });
+    A* statistics = static_cast<A*>(args.batch_statistics);
+    statistics[0] = static_cast<A>(mean);
+    statistics[1] = static_cast<A>(variance);
+
+    const double scale =
+        *static_cast<const A*>(args.gamma) / std::sqrt(variance + problem_.epsilon);
+    const double shift =
+        (args.bias == nullptr ? 0.0 : *static_cast<const A*>(args.bias)) - mean * scale;
+    ForEach(parallel_, g_.batch, [&](int64_t n) {
+      A* gate = z + n * g_.positions;
+      for (int64_t p = 0; p < g_.positions; ++p) gate[p] = static_cast<A>(gate[p] * scale + shift);
+      dense_.sigmoid(gate, g_.positions, gate);
+    });
+  }
+
+  const Problem& problem_;
+  const MapPasses<A>& map_;
+  const DensePasses<A>& dense_;
+  const Parallel& parallel_;
+  const Geometry g_;
+  const bool stream_;
+  Arena arena_;
+  ChannelDescriptors<A> channel_descriptors_;
+  A* hidden_[2] = {};  // [wave, hidden], for the mean and the maximum
+  A* logits_[2] = {};  // [wave, C]
+  int64_t blocks_ = 0;
+  int64_t plane_rows_ = 0, plane_size_ = 0, line_size_ = 0, halo_size_ = 0, scratch_size_ = 0;
+  A* scratch_ = nullptr;    // [wave * blocks, scratch_size]
+  double* sums_ = nullptr;  // [N]
+};
+
+}  // namespace cpu
+}  // namespace cbam_ops
+
+#endif  // CBAM_OPS_CORE_CPU_FORWARD_H_

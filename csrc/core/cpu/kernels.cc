@@ -1,0 +1,207 @@
+// Entry points of the CPU kernels and the choice of instruction set.
+#include "core/cpu/kernels.h"
+
+#include <algorithm>
+#include <atomic>
+#include <cstdlib>
+#include <cstring>
+
+#include "core/cpu/backward.h"
+#include "core/cpu/forward.h"
+#include "core/cpu/pools.h"
+
+namespace cbam_ops {
+namespace cpu {
+namespace {
+
+constexpr InstructionSet kInstructionSets[] = {InstructionSet::kBaseline, InstructionSet::kAvx2,
+                                               InstructionSet::kAvx512};
+
+InstructionSet Best() {
+  if (IsAvailable(InstructionSet::kAvx512)) return InstructionSet::kAvx512;
+  if (IsAvailable(InstructionSet::kAvx2)) return InstructionSet::kAvx2;
+  return InstructionSet::kBaseline;
+}
+
+// The best available set that is not above what the environment asks for; an unknown name asks for
+// nothing.
+InstructionSet Initial() {
+  const InstructionSet best = Best();
+  const char* wanted = std::getenv("CBAM_OPS_INSTRUCTION_SET");
+  if (wanted == nullptr) return best;
+  for (const InstructionSet instruction_set : kInstructionSets) {
+    if (std::strcmp(wanted, Name(instruction_set)) == 0) return std::min(best, instruction_set);
+  }
+  return best;
+}
+
+std::atomic<InstructionSet>& Active() {
+  static std::atomic<InstructionSet> active{Initial()};
+  return active;
+}
+
+// Calls body(Kernels<A>) with the passes for the map type and the active instruction set.
+template <typename Body>
+auto WithKernels(DataType dtype, const Body& body) {
+#define CBAM_LEVEL_KERNELS(level)                                               \
+  switch (dtype) {                                                              \
+    case DataType::kFloat32:                                                    \
+      return body(Kernels<float>{&level::kMapFloat32, &level::kDenseFloat32});  \
+    case DataType::kFloat16:                                                    \
+      return body(Kernels<float>{&level::kMapFloat16, &level::kDenseFloat32});  \
+    case DataType::kBFloat16:                                                   \
+      return body(Kernels<float>{&level::kMapBFloat16, &level::kDenseFloat32}); \
+    case DataType::kFloat64:                                                    \
+      return body(Kernels<double>{&level::kMapFloat64, &level::kDenseFloat64}); \
+  }
+  switch (ActiveInstructionSet()) {
+    case InstructionSet::kAvx512:
+#if defined(CBAM_HAVE_AVX512)
+      CBAM_LEVEL_KERNELS(avx512)
+#endif
+      break;
+    case InstructionSet::kAvx2:
+#if defined(CBAM_HAVE_AVX2)
+      CBAM_LEVEL_KERNELS(avx2)
+#endif
+      break;
+    case InstructionSet::kBaseline:
+      break;
+  }
+  CBAM_LEVEL_KERNELS(baseline)
+#undef CBAM_LEVEL_KERNELS
+  return body(Kernels<float>{&baseline::kMapFloat32, &baseline::kDenseFloat32});
+}
+
+template <typename A>
+A TypeOf(const Kernels<A>&);
+
+}  // namespace
+
+bool IsAvailable(InstructionSet instruction_set) {
+  switch (instruction_set) {
+    case InstructionSet::kBaseline:
+      return true;
+    case InstructionSet::kAvx2:
+#if defined(CBAM_HAVE_AVX2)
+      return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+             __builtin_cpu_supports("f16c");
+#else
+      return false;
+#endif
+    case InstructionSet::kAvx512:
+#if defined(CBAM_HAVE_AVX512)
+      return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+             __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+             __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+#else
+      return false;
+#endif
+  }
+  return false;
+}
+
+const char* Name(InstructionSet instruction_set) {
+  switch (instruction_set) {
+    case InstructionSet::kAvx512:
+      return "avx512";
+    case InstructionSet::kAvx2:
+      return "avx2";
+    case InstructionSet::kBaseline:
+      break;
+  }
+  return "baseline";
+}
+
+InstructionSet ActiveInstructionSet() { return Active().load(std::memory_order_relaxed); }
+
+bool SetInstructionSet(InstructionSet instruction_set) {
+  if (!IsAvailable(instruction_set)) return false;
+  Active().store(instruction_set, std::memory_order_relaxed);
+  return true;
+}
+
+size_t ForwardWorkspace(const Problem& problem, const Parallel& parallel) {
+  return WithKernels(problem.dtype, [&](const auto& kernels) {
+    return ForwardPipeline<decltype(TypeOf(kernels))>(problem, kernels, parallel, nullptr)
+        .workspace_bytes();
+  });
+}
+
+Status Forward(const Problem& problem, const ForwardArgs& args, void* workspace,
+               const Parallel& parallel) {
+  const Status status = CheckProblem(problem);
+  if (!status.ok()) return status;
+  return WithKernels(problem.dtype, [&](const auto& kernels) {
+    ForwardPipeline<decltype(TypeOf(kernels))>(problem, kernels, parallel, workspace).Run(args);
+    return Status{};
+  });
+}
+
+size_t BackwardWorkspace(const Problem& problem, const Parallel& parallel) {
+  return WithKernels(problem.dtype, [&](const auto& kernels) {
+    return BackwardPipeline<decltype(TypeOf(kernels))>(problem, kernels, parallel, nullptr)
+        .workspace_bytes();
+  });
+}
+
+Status Backward(const Problem& problem, const BackwardArgs& args, void* workspace,
+                const Parallel& parallel) {
+  const Status status = CheckProblem(problem);
+  if (!status.ok()) return status;
+  return WithKernels(problem.dtype, [&](const auto& kernels) {
+    BackwardPipeline<decltype(TypeOf(kernels))>(problem, kernels, parallel, workspace).Run(args);
+    return Status{};
+  });
+}
+
+size_t ChannelPoolWorkspace(const Problem& problem, const Parallel& parallel) {
+  return WithKernels(problem.dtype, [&](const auto& kernels) {
+    return ChannelPoolPipeline<decltype(TypeOf(kernels))>(problem, kernels, parallel, nullptr)
+        .workspace_bytes();
+  });
+}
+
+Status ChannelPool(const Problem& problem, const ChannelPoolArgs& args, void* workspace,
+                   const Parallel& parallel) {
+  return WithKernels(problem.dtype, [&](const auto& kernels) {
+    ChannelPoolPipeline<decltype(TypeOf(kernels))>(problem, kernels, parallel, workspace).Run(args);
+    return Status{};
+  });
+}
+
+Status ChannelPoolGrad(const Problem& problem, const ChannelPoolGradArgs& args, void* workspace,
+                       const Parallel& parallel) {
+  return WithKernels(problem.dtype, [&](const auto& kernels) {
+    ChannelPoolPipeline<decltype(TypeOf(kernels))>(problem, kernels, parallel, workspace)
+        .RunGradient(args);
+    return Status{};
+  });
+}
+
+size_t SpatialPoolWorkspace(const Problem& problem, const Parallel& parallel) {
+  return WithKernels(problem.dtype, [&](const auto& kernels) {
+    return SpatialPoolPipeline<decltype(TypeOf(kernels))>(problem, kernels, parallel, nullptr)
+        .workspace_bytes();
+  });
+}
+
+Status SpatialPool(const Problem& problem, const SpatialPoolArgs& args, void* workspace,
+                   const Parallel& parallel) {
+  return WithKernels(problem.dtype, [&](const auto& kernels) {
+    SpatialPoolPipeline<decltype(TypeOf(kernels))>(problem, kernels, parallel, workspace).Run(args);
+    return Status{};
+  });
+}
+
+Status SpatialPoolGrad(const Problem& problem, const SpatialPoolGradArgs& args, void* workspace,
+                       const Parallel& parallel) {
+  return WithKernels(problem.dtype, [&](const auto& kernels) {
+    SpatialPoolPipeline<decltype(TypeOf(kernels))>(problem, kernels, parallel, workspace)
+        .RunGradient(args);
+    return Status{};
+  });
+}
+
+}  // namespace cpu
+}  // namespace cbam_ops

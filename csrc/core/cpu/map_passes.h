@@ -1,0 +1,715 @@
+// The passes over maps, for one instruction set. Included by level.cc only.
+//
+// A tile is a matrix of rows and contiguous columns: positions x channels (NHWC) or channels x
+// positions (NCHW). A *body* says what one vector of elements adds to two accumulators; two drivers
+// run it: `Along` reduces each row, `Across` reduces each column. Values that belong to a channel
+// or a position are operands that a body reads once per row or once per column, as the layout has
+// it.
+//
+// Bytes: every pass reads each map it is given once, in the order of memory but for NCHW tiles
+// (runs of a tile's positions), and backward_map and apply write one map. What makes passes cheap
+// is that the pipeline gives them tiles that are still in a cache.
+#ifndef CBAM_OPS_CORE_CPU_MAP_PASSES_H_
+#define CBAM_OPS_CORE_CPU_MAP_PASSES_H_
+
+#include "core/cpu/passes.h"
+#include "core/cpu/simd.h"
+
+namespace cbam_ops {
+namespace cpu {
+namespace CBAM_LEVEL {
+namespace {
+
+// A tile of a map: `rows` rows of `columns` contiguous elements, `stride` elements apart.
+template <typename T>
+struct Tile {
+  const T* data;
+  int64_t rows, columns, stride;
+};
+
+template <typename T>
+CBAM_INLINE Tile<T> MakeTile(const Sample& sample, const void* map, Range positions,
+                             Range channels) {
+  const T* data = static_cast<const T*>(map);
+  if (sample.layout == Layout::kNHWC) {
+    return {data + positions.begin * sample.channels + channels.begin, positions.size(),
+            channels.size(), sample.channels};
+  }
+  return {data + channels.begin * sample.positions + positions.begin, channels.size(),
+          positions.size(), sample.positions};
+}
+template <typename T>
+CBAM_INLINE Tile<T> MakeTile(const Sample& sample, const void* map, Range positions) {
+  return MakeTile<T>(sample, map, positions, Range{0, sample.channels});
+}
+
+template <bool kTail, typename T>
+CBAM_INLINE auto LoadSome(const T* p, int64_t n) -> decltype(Load(p)) {
+  if constexpr (kTail) {
+    return LoadFirst(p, n);
+  } else {
+    return Load(p);
+  }
+}
+
+// A value per column (read with the vector) or per row (splat once).
+template <bool kPerColumn, typename A>
+struct Operand {
+  using V = typename Simd<A>::V;
+  const A* values;
+  CBAM_INLINE V Row(int64_t row) const {
+    if constexpr (kPerColumn) {
+      return V{};
+    } else {
+      return Splat<A>(values[row]);
+    }
+  }
+  template <bool kTail>
+  CBAM_INLINE V At(V row_value, int64_t column, int64_t n) const {
+    if constexpr (kPerColumn) {
+      return LoadSome<kTail>(values + column, n);
+    } else {
+      return row_value;
+    }
+  }
+};
+
+// --- Drivers ---
+
+// A lane adds up at most this many values before its float sum moves to double.
+constexpr int64_t kVectorsPerPartialSum = 256;
+
+template <typename Body>
+constexpr auto kSecondStart =
+    Body::kSecondIsMax ? -kInfinity<typename Body::A> : typename Body::A{0};
+
+// first[r] = sum over the row, second[r] = maximum or sum, for kRows rows at a time so that
+// per-column operands are loaded once for all of them.
+template <int kRows, typename Body>
+CBAM_INLINE void AlongRows(const Body& body, int64_t row, int64_t columns, double* first,
+                           double* second) {
+  using A = typename Body::A;
+  using V = typename Simd<A>::V;
+  constexpr int64_t kLanes = Simd<A>::kLanes;
+  typename Body::Row rows[kRows];
+  for (int i = 0; i < kRows; ++i) {
+    rows[i] = body.At(row + i);
+    first[i] = 0;
+    second[i] = kSecondStart<Body>;
+  }
+  for (int64_t begin = 0; begin < columns; begin += kVectorsPerPartialSum * kLanes) {
+    const int64_t left = columns - begin;
+    const int64_t end =
+        left > kVectorsPerPartialSum * kLanes ? begin + kVectorsPerPartialSum * kLanes : columns;
+    V a[kRows], b[kRows];
+    for (int i = 0; i < kRows; ++i) {
+      a[i] = V{};
+      b[i] = Splat<A>(kSecondStart<Body>);
+    }
+    int64_t j = begin;
+    for (; j + kLanes <= end; j += kLanes) {
+      for (int i = 0; i < kRows; ++i)
+        body.template Accumulate<false>(rows[i], j, kLanes, &a[i], &b[i]);
+    }
+    if (j < end) {
+      for (int i = 0; i < kRows; ++i)
+        body.template Accumulate<true>(rows[i], j, end - j, &a[i], &b[i]);
+    }
+    for (int i = 0; i < kRows; ++i) {
+      first[i] += SumLanes(a[i]);
+      if constexpr (Body::kSecondIsMax) {
+        const double greatest = MaxLanes(b[i]);
+        second[i] = greatest > second[i] ? greatest : second[i];
+      } else {
+        second[i] += SumLanes(b[i]);
+      }
+    }
+  }
+}
+
+// Calls finish(row, first, second) for each row.
+template <typename Body, typename Finish>
+CBAM_INLINE void Along(const Body& body, int64_t rows, int64_t columns, const Finish& finish) {
+  constexpr int kRows = Body::kRowsAlong;
+  double first[kRows], second[kRows];
+  int64_t row = 0;
+  for (; row + kRows <= rows; row += kRows) {
+    AlongRows<kRows>(body, row, columns, first, second);
+    for (int i = 0; i < kRows; ++i) finish(row + i, first[i], second[i]);
+  }
+  for (; row < rows; ++row) {
+    AlongRows<1>(body, row, columns, first, second);
+    finish(row, first[0], second[0]);
+  }
+}
+
+template <int kRows, bool kTail, typename Body>
+CBAM_INLINE void AcrossVector(const Body& body, const typename Body::Row* rows, int64_t column,
+                              int64_t n, bool start, typename Body::A* first,
+                              typename Body::A* second) {
+  using A = typename Body::A;
+  using V = typename Simd<A>::V;
+  V a{}, b = Splat<A>(kSecondStart<Body>);
+  for (int i = 0; i < kRows; ++i) body.template Accumulate<kTail>(rows[i], column, n, &a, &b);
+  if (!start) {
+    a += LoadSome<kTail>(first + column, n);
+    const V before = LoadSome<kTail>(second + column, n);
+    b = Body::kSecondIsMax ? Max(b, before) : b + before;
+  }
+  if constexpr (kTail) {
+    StoreFirst(first + column, a, n);
+    StoreFirst(second + column, b, n);
+  } else {
+    Store(first + column, a);
+    Store(second + column, b);
+  }
+}
+
+template <int kRows, typename Body>
+CBAM_INLINE void AcrossRows(const Body& body, int64_t row, int64_t columns, bool start,
+                            typename Body::A* first, typename Body::A* second) {
+  constexpr int64_t kLanes = Simd<typename Body::A>::kLanes;
+  typename Body::Row rows[kRows];
+  for (int i = 0; i < kRows; ++i) rows[i] = body.At(row + i);
+  int64_t j = 0;
+  for (; j + kLanes <= columns; j += kLanes)
+    AcrossVector<kRows, false>(body, rows, j, kLanes, start, first, second);
+  if (j < columns) AcrossVector<kRows, true>(body, rows, j, columns - j, start, first, second);
+}
+
+// first[j] = sum over the column, second[j] = maximum or sum. The accumulators live in the outputs,
+// which stay in the first-level cache, while the map is read row by row, in the order of memory.
+template <typename Body>
+CBAM_INLINE void Across(const Body& body, int64_t rows, int64_t columns, typename Body::A* first,
+                        typename Body::A* second) {
+  constexpr int kRows = Body::kRowsAcross;
+  int64_t row = 0;
+  for (; row + kRows <= rows; row += kRows)
+    AcrossRows<kRows>(body, row, columns, row == 0, first, second);
+  for (; row < rows; ++row) AcrossRows<1>(body, row, columns, row == 0, first, second);
+  if (rows == 0) {
+    for (int64_t j = 0; j < columns; ++j) {
+      first[j] = 0;
+      second[j] = kSecondStart<Body>;
+    }
+  }
+}
+
+// Writes body(row, column) over the tile.
+template <typename T, typename Body>
+CBAM_INLINE void Map(const Body& body, int64_t rows, int64_t columns, int64_t stride, bool stream,
+                     T* out) {
+  constexpr int64_t kLanes = Simd<typename Body::A>::kLanes;
+  for (int64_t r = 0; r < rows; ++r) {
+    const typename Body::Row row = body.At(r);
+    T* line = out + r * stride;
+    int64_t j = 0;
+    if (stream && CanStream(line)) {
+      for (; j + kLanes <= columns; j += kLanes)
+        Stream(line + j, body.template Value<false>(row, j, kLanes));
+    } else {
+      for (; j + kLanes <= columns; j += kLanes)
+        Store(line + j, body.template Value<false>(row, j, kLanes));
+    }
+    if (j < columns)
+      StoreFirst(line + j, body.template Value<true>(row, j, columns - j), columns - j);
+  }
+  if (stream) EndStream();
+}
+
+// --- Pools ---
+
+template <typename T, bool kGated, bool kGatePerColumn>
+struct PoolBody {
+  using A = typename ComputeOf<T>::A;
+  using V = typename Simd<A>::V;
+  static constexpr bool kSecondIsMax = true;
+  static constexpr int kRowsAlong = 4;
+  static constexpr int kRowsAcross = 4;
+
+  Tile<T> x;
+  Operand<kGatePerColumn, A> gate;
+
+  struct Row {
+    const T* x;
+    V gate;
+  };
+  CBAM_INLINE Row At(int64_t row) const {
+    if constexpr (kGated) return {x.data + row * x.stride, gate.Row(row)};
+    return {x.data + row * x.stride, V{}};
+  }
+  template <bool kTail>
+  CBAM_INLINE void Accumulate(const Row& row, int64_t column, int64_t n, V* sum, V* maximum) const {
+    V v = LoadSome<kTail>(row.x + column, n);
+    if constexpr (kGated) v *= gate.template At<kTail>(row.gate, column, n);
+    *sum += v;
+    if constexpr (kTail) v = Select(FirstLanes<A>(n), v, Splat<A>(-kInfinity<A>));
+    *maximum = Max(v, *maximum);
+  }
+  // For the rare element-wise second look.
+  A Element(int64_t row, int64_t column) const {
+    const A value = ToCompute(x.data[row * x.stride + column]);
+    if constexpr (kGated) return value * gate.values[kGatePerColumn ? column : row];
+    return value;
+  }
+};
+
+// Max() does not keep NaN. A NaN (or infinities of both signs) shows in the sum, and only then this
+// is called.
+template <typename A, typename Body>
+A MaximumOrNan(const Body& body, int64_t row, int64_t column, int64_t row_step, int64_t column_step,
+               int64_t count) {
+  A greatest = -kInfinity<A>;
+  for (int64_t i = 0; i < count; ++i, row += row_step, column += column_step) {
+    const A value = body.Element(row, column);
+    if (value != value) return value;
+    if (value > greatest) greatest = value;
+  }
+  return greatest;
+}
+
+template <typename Body, typename A>
+CBAM_INLINE void PoolAlong(const Body& body, int64_t rows, int64_t columns, A divisor, A* sum,
+                           A* maximum) {
+  Along(body, rows, columns, [&](int64_t row, double total, double greatest) {
+    sum[row] = static_cast<A>(total / divisor);
+    maximum[row] =
+        total != total ? MaximumOrNan<A>(body, row, 0, 0, 1, columns) : static_cast<A>(greatest);
+  });
+}
+template <typename Body, typename A>
+CBAM_INLINE void PoolAcross(const Body& body, int64_t rows, int64_t columns, A divisor, A* sum,
+                            A* maximum) {
+  Across(body, rows, columns, sum, maximum);
+  for (int64_t j = 0; j < columns; ++j) {
+    if (sum[j] != sum[j]) maximum[j] = MaximumOrNan<A>(body, 0, j, 1, 0, rows);
+    sum[j] /= divisor;
+  }
+}
+
+template <typename T, typename A = typename ComputeOf<T>::A>
+void ChannelPool(const Sample& sample, const void* x, Range positions, Range channels, A* sum,
+                 A* maximum) {
+  const PoolBody<T, false, false> body{MakeTile<T>(sample, x, positions, channels), {nullptr}};
+  if (sample.layout == Layout::kNHWC) {
+    PoolAcross(body, body.x.rows, body.x.columns, A{1}, sum, maximum);
+  } else {
+    PoolAlong(body, body.x.rows, body.x.columns, A{1}, sum, maximum);
+  }
+}
+
+template <typename T, typename A = typename ComputeOf<T>::A>
+void SpatialPool(const Sample& sample, const void* x, const A* gate, Range positions, A* mean,
+                 A* maximum) {
+  const Tile<T> tile = MakeTile<T>(sample, x, positions);
+  const A channels = static_cast<A>(sample.channels);
+  if (sample.layout == Layout::kNHWC) {
+    if (gate != nullptr) {
+      PoolAlong(PoolBody<T, true, true>{tile, {gate}}, tile.rows, tile.columns, channels, mean,
+                maximum);
+    } else {
+      PoolAlong(PoolBody<T, false, true>{tile, {gate}}, tile.rows, tile.columns, channels, mean,
+                maximum);
+    }
+  } else if (gate != nullptr) {
+    PoolAcross(PoolBody<T, true, false>{tile, {gate}}, tile.rows, tile.columns, channels, mean,
+               maximum);
+  } else {
+    PoolAcross(PoolBody<T, false, false>{tile, {gate}}, tile.rows, tile.columns, channels, mean,
+               maximum);
+  }
+}
+
+// --- Gates applied ---
+
+template <typename T, bool kChannelsAreColumns, bool kChannelGate, bool kPositionGate,
+          bool kResidual, bool kRelu>
+struct ApplyBody {
+  using A = typename ComputeOf<T>::A;
+  using V = typename Simd<A>::V;
+  Tile<T> x, residual;
+  Operand<kChannelsAreColumns, A> channel_gate;
+  Operand<!kChannelsAreColumns, A> position_gate;
+
+  struct Row {
+    const T *x, *residual;
+    V channel_gate, position_gate;
+  };
+  CBAM_INLINE Row At(int64_t row) const {
+    Row r{x.data + row * x.stride, nullptr, V{}, V{}};
+    if constexpr (kResidual) r.residual = residual.data + row * residual.stride;
+    if constexpr (kChannelGate) r.channel_gate = channel_gate.Row(row);
+    if constexpr (kPositionGate) r.position_gate = position_gate.Row(row);
+    return r;
+  }
+  template <bool kTail>
+  CBAM_INLINE V Value(const Row& row, int64_t column, int64_t n) const {
+    V v = LoadSome<kTail>(row.x + column, n);
+    if constexpr (kChannelGate) v *= channel_gate.template At<kTail>(row.channel_gate, column, n);
+    if constexpr (kPositionGate)
+      v *= position_gate.template At<kTail>(row.position_gate, column, n);
+    if constexpr (kResidual) v += LoadSome<kTail>(row.residual + column, n);
+    if constexpr (kRelu) v = Max(V{}, v);  // this order keeps NaN
+    return v;
+  }
+};
+
+template <typename T, bool... kFlags, typename A>
+void ApplyWith(const Sample& sample, const void* x, const A* channel_gate, const A* position_gate,
+               const void* residual, Range positions, bool stream, void* y) {
+  const Tile<T> tile = MakeTile<T>(sample, x, positions);
+  const Tile<T> addend = MakeTile<T>(sample, residual == nullptr ? x : residual, positions);
+  T* out = const_cast<T*>(MakeTile<T>(sample, y, positions).data);
+  const ApplyBody<T, kFlags...> body{tile, addend, {channel_gate}, {position_gate}};
+  Map(body, tile.rows, tile.columns, tile.stride, stream, out);
+}
+
+template <typename T, typename A = typename ComputeOf<T>::A>
+void Apply(const Sample& sample, const void* x, const A* channel_gate, const A* position_gate,
+           const void* residual, Activation activation, Range positions, bool stream, void* y) {
+  using Function =
+      void (*)(const Sample&, const void*, const A*, const A*, const void*, Range, bool, void*);
+#define CBAM_RESIDUAL_RELU(nhwc, channel, position)         \
+  {                                                         \
+    {ApplyWith<T, nhwc, channel, position, false, false>,   \
+     ApplyWith<T, nhwc, channel, position, false, true>},   \
+    {                                                       \
+      ApplyWith<T, nhwc, channel, position, true, false>,   \
+          ApplyWith<T, nhwc, channel, position, true, true> \
+    }                                                       \
+  }
+#define CBAM_GATES(nhwc)                                                               \
+  {                                                                                    \
+    {CBAM_RESIDUAL_RELU(nhwc, false, false), CBAM_RESIDUAL_RELU(nhwc, false, true)}, { \
+      CBAM_RESIDUAL_RELU(nhwc, true, false), CBAM_RESIDUAL_RELU(nhwc, true, true)      \
+    }                                                                                  \
+  }
+  static constexpr Function kTable[2][2][2][2][2] = {CBAM_GATES(false), CBAM_GATES(true)};
+#undef CBAM_GATES
+#undef CBAM_RESIDUAL_RELU
+  kTable[sample.layout == Layout::kNHWC][channel_gate != nullptr][position_gate != nullptr]
+        [residual != nullptr][activation == Activation::kRelu](
+            sample, x, channel_gate, position_gate, residual, positions, stream, y);
+}
+
+template <typename T>
+struct MaskBody {
+  using A = typename ComputeOf<T>::A;
+  using V = typename Simd<A>::V;
+  Tile<T> dy, y;
+  struct Row {
+    const T *dy, *y;
+  };
+  CBAM_INLINE Row At(int64_t row) const {
+    return {dy.data + row * dy.stride, y.data + row * y.stride};
+  }
+  template <bool kTail>
+  CBAM_INLINE V Value(const Row& row, int64_t column, int64_t n) const {
+    return Where(LoadSome<kTail>(row.y + column, n) > V{}, LoadSome<kTail>(row.dy + column, n));
+  }
+};
+
+template <typename T>
+void Mask(const Sample& sample, const void* dy, const void* y, Range positions, void* masked) {
+  const MaskBody<T> body{MakeTile<T>(sample, dy, positions), MakeTile<T>(sample, y, positions)};
+  T* out = const_cast<T*>(MakeTile<T>(sample, masked, positions).data);
+  Map(body, body.dy.rows, body.dy.columns, body.dy.stride, false, out);
+}
+
+// --- Backward ---
+
+// Pass A.
+template <typename T, bool kChannelsAreColumns, bool kHasDy, bool kGated, bool kMaximumOfX>
+struct BackwardPositionsBody {
+  using A = typename ComputeOf<T>::A;
+  using V = typename Simd<A>::V;
+  static constexpr bool kSecondIsMax = false;
+  static constexpr int kRowsAlong = 4;
+  static constexpr int kRowsAcross = 4;
+  Tile<T> x, dy;
+  Operand<kChannelsAreColumns, A> gate;
+  Operand<!kChannelsAreColumns, A> maximum;
+
+  struct Row {
+    const T *x, *dy;
+    V gate, maximum;
+  };
+  CBAM_INLINE Row At(int64_t row) const {
+    Row r{x.data + row * x.stride, nullptr, V{}, maximum.Row(row)};
+    if constexpr (kHasDy) r.dy = dy.data + row * dy.stride;
+    if constexpr (kGated) r.gate = gate.Row(row);
+    return r;
+  }
+  template <bool kTail>
+  CBAM_INLINE void Accumulate(const Row& row, int64_t column, int64_t n, V* dot, V* count) const {
+    const V x_value = LoadSome<kTail>(row.x + column, n);
+    V u = x_value;
+    if constexpr (kGated) u *= gate.template At<kTail>(row.gate, column, n);
+    if constexpr (kHasDy) *dot = Fma(LoadSome<kTail>(row.dy + column, n), u, *dot);
+    auto tie = (kMaximumOfX ? x_value : u) == maximum.template At<kTail>(row.maximum, column, n);
+    if constexpr (kTail) tie &= FirstLanes<A>(n);
+    *count += Where(tie, Splat<A>(1));
+  }
+};
+
+template <typename T, bool kHasDy, bool kGated, bool kMaximumOfX, typename A>
+void BackwardPositionsWith(const Sample& sample, const void* x, const void* dy, const A* gate,
+                           const A* maximum, Range positions, A* dot, A* count) {
+  const Tile<T> tile = MakeTile<T>(sample, x, positions);
+  const Tile<T> dy_tile = MakeTile<T>(sample, kHasDy ? dy : x, positions);
+  if (sample.layout == Layout::kNHWC) {
+    const BackwardPositionsBody<T, true, kHasDy, kGated, kMaximumOfX> body{
+        tile, dy_tile, {gate}, {maximum}};
+    Along(body, tile.rows, tile.columns, [&](int64_t row, double total, double ties) {
+      dot[row] = static_cast<A>(total);
+      count[row] = static_cast<A>(ties);
+    });
+  } else {
+    const BackwardPositionsBody<T, false, kHasDy, kGated, kMaximumOfX> body{
+        tile, dy_tile, {gate}, {maximum}};
+    Across(body, tile.rows, tile.columns, dot, count);
+  }
+}
+
+template <typename T, typename A = typename ComputeOf<T>::A>
+void BackwardPositions(const Sample& sample, MapKind kind, const void* x, const void* dy,
+                       const A* gate, const A* maximum, Range positions, A* dot, A* count) {
+  if (dy == nullptr) {
+    BackwardPositionsWith<T, false, false, true>(sample, x, dy, gate, maximum, positions, dot,
+                                                 count);
+  } else if (gate == nullptr) {
+    BackwardPositionsWith<T, true, false, true>(sample, x, dy, gate, maximum, positions, dot,
+                                                count);
+  } else if (kind == MapKind::kParallel) {
+    BackwardPositionsWith<T, true, true, true>(sample, x, dy, gate, maximum, positions, dot, count);
+  } else {
+    BackwardPositionsWith<T, true, true, false>(sample, x, dy, gate, maximum, positions, dot,
+                                                count);
+  }
+}
+
+// What passes B and C share: the operands, and the gradient that reaches u = x * g_c (or x, where
+// there is no channel gate) through the spatial part.
+template <typename T, bool kChannelsAreColumns, MapKind kKind>
+struct BackwardBody {
+  using A = typename ComputeOf<T>::A;
+  using V = typename Simd<A>::V;
+  static constexpr bool kHasDy = kKind != MapKind::kChannelPool && kKind != MapKind::kSpatialPool;
+  static constexpr bool kHasChannel =
+      kKind != MapKind::kSpatialOnly && kKind != MapKind::kSpatialPool;
+  static constexpr bool kHasSpatial =
+      kKind != MapKind::kChannelOnly && kKind != MapKind::kChannelPool;
+  static constexpr bool kSecondIsMax = false;
+  static constexpr int kRowsAlong = 2;
+  static constexpr int kRowsAcross = 2;
+
+  Tile<T> x, dy;
+  PositionValues<A> position;
+  ChannelValues<A> channel;
+
+  using ByChannel = Operand<kChannelsAreColumns, A>;
+  using ByPosition = Operand<!kChannelsAreColumns, A>;
+
+  struct Row {
+    const T *x, *dy;
+    V position_gate, position_mean, position_maximum, position_max;
+    V channel_gate, channel_mean, channel_maximum, channel_max;
+  };
+  CBAM_INLINE Row At(int64_t row) const {
+    Row r{};
+    r.x = x.data + row * x.stride;
+    if constexpr (kHasDy) r.dy = dy.data + row * dy.stride;
+    if constexpr (kHasSpatial) {
+      if constexpr (kHasDy) r.position_gate = ByPosition{position.gate}.Row(row);
+      r.position_mean = ByPosition{position.d_mean}.Row(row);
+      r.position_maximum = ByPosition{position.maximum}.Row(row);
+      r.position_max = ByPosition{position.d_max}.Row(row);
+    }
+    if constexpr (kHasChannel) {
+      if constexpr (kHasDy) r.channel_gate = ByChannel{channel.gate}.Row(row);
+      r.channel_maximum = ByChannel{channel.maximum}.Row(row);
+    }
+    return r;
+  }
+
+  // Of the descriptors: da_s / C + dm_s * tie.
+  template <bool kTail>
+  CBAM_INLINE V FromDescriptors(const Row& row, V source, int64_t column, int64_t n) const {
+    const auto tie =
+        source == ByPosition{position.maximum}.template At<kTail>(row.position_maximum, column, n);
+    return ByPosition{position.d_mean}.template At<kTail>(row.position_mean, column, n) +
+           Where(tie, ByPosition{position.d_max}.template At<kTail>(row.position_max, column, n));
+  }
+  template <bool kTail>
+  CBAM_INLINE V PositionGate(const Row& row, int64_t column, int64_t n) const {
+    return ByPosition{position.gate}.template At<kTail>(row.position_gate, column, n);
+  }
+  template <bool kTail>
+  CBAM_INLINE V ChannelGate(const Row& row, int64_t column, int64_t n) const {
+    return ByChannel{channel.gate}.template At<kTail>(row.channel_gate, column, n);
+  }
+  // The gradient that reaches u, the product x * g_c.
+  template <bool kTail>
+  CBAM_INLINE V OfProduct(const Row& row, V x_value, V dy_value, int64_t column, int64_t n) const {
+    if constexpr (kKind == MapKind::kChannelFirst) {
+      const V u = x_value * ChannelGate<kTail>(row, column, n);
+      return Fma(dy_value, PositionGate<kTail>(row, column, n),
+                 FromDescriptors<kTail>(row, u, column, n));
+    } else if constexpr (kKind == MapKind::kParallel) {
+      return dy_value * PositionGate<kTail>(row, column, n);
+    } else {
+      return dy_value;
+    }
+  }
+
+  // Pass B.
+  template <bool kTail>
+  CBAM_INLINE void Accumulate(const Row& row, int64_t column, int64_t n, V* dot, V* count) const {
+    const V x_value = LoadSome<kTail>(row.x + column, n);
+    if constexpr (kHasDy) {
+      const V dy_value = LoadSome<kTail>(row.dy + column, n);
+      *dot = Fma(OfProduct<kTail>(row, x_value, dy_value, column, n), x_value, *dot);
+    }
+    auto tie =
+        x_value == ByChannel{channel.maximum}.template At<kTail>(row.channel_maximum, column, n);
+    if constexpr (kTail) tie &= FirstLanes<A>(n);
+    *count += Where(tie, Splat<A>(1));
+  }
+};
+
+// Pass C. The channel's own gradients are needed here only, so they are not in Row of pass B.
+template <typename T, bool kChannelsAreColumns, MapKind kKind>
+struct BackwardMapBody : BackwardBody<T, kChannelsAreColumns, kKind> {
+  using Base = BackwardBody<T, kChannelsAreColumns, kKind>;
+  using A = typename Base::A;
+  using V = typename Base::V;
+  using Row = typename Base::Row;
+  using ByChannel = typename Base::ByChannel;
+
+  CBAM_INLINE Row At(int64_t row) const {
+    Row r = Base::At(row);
+    if constexpr (Base::kHasChannel) {
+      r.channel_mean = ByChannel{this->channel.d_mean}.Row(row);
+      r.channel_max = ByChannel{this->channel.d_max}.Row(row);
+    }
+    return r;
+  }
+  template <bool kTail>
+  CBAM_INLINE V Value(const Row& row, int64_t column, int64_t n) const {
+    const V x_value = LoadSome<kTail>(row.x + column, n);
+    V dx{};
+    if constexpr (kKind == MapKind::kSpatialPool || kKind == MapKind::kSpatialOnly ||
+                  kKind == MapKind::kParallel) {
+      dx = this->template FromDescriptors<kTail>(row, x_value, column, n);
+    }
+    if constexpr (Base::kHasDy) {
+      const V dy_value = LoadSome<kTail>(row.dy + column, n);
+      if constexpr (kKind == MapKind::kSpatialOnly) {
+        dx = Fma(dy_value, this->template PositionGate<kTail>(row, column, n), dx);
+      } else {
+        dx = Fma(this->template OfProduct<kTail>(row, x_value, dy_value, column, n),
+                 this->template ChannelGate<kTail>(row, column, n), dx);
+      }
+    }
+    if constexpr (Base::kHasChannel) {
+      const auto tie = x_value == ByChannel{this->channel.maximum}.template At<kTail>(
+                                      row.channel_maximum, column, n);
+      dx +=
+          ByChannel{this->channel.d_mean}.template At<kTail>(row.channel_mean, column, n) +
+          Where(tie, ByChannel{this->channel.d_max}.template At<kTail>(row.channel_max, column, n));
+    }
+    return dx;
+  }
+};
+
+template <typename T, MapKind kKind, typename A>
+void BackwardChannelsWith(const Sample& sample, const void* x, const void* dy,
+                          const PositionValues<A>& position, const ChannelValues<A>& channel,
+                          Range positions, A* dot, A* count) {
+  const Tile<T> tile = MakeTile<T>(sample, x, positions);
+  const Tile<T> dy_tile = MakeTile<T>(sample, dy == nullptr ? x : dy, positions);
+  if (sample.layout == Layout::kNHWC) {
+    const BackwardBody<T, true, kKind> body{tile, dy_tile, position, channel};
+    Across(body, tile.rows, tile.columns, dot, count);
+  } else {
+    const BackwardBody<T, false, kKind> body{tile, dy_tile, position, channel};
+    Along(body, tile.rows, tile.columns, [&](int64_t row, double total, double ties) {
+      dot[row] = static_cast<A>(total);
+      count[row] = static_cast<A>(ties);
+    });
+  }
+}
+
+template <typename T, typename A = typename ComputeOf<T>::A>
+void BackwardChannels(const Sample& sample, MapKind kind, const void* x, const void* dy,
+                      const PositionValues<A>& position, const ChannelValues<A>& channel,
+                      Range positions, A* dot, A* count) {
+  switch (kind) {
+    case MapKind::kChannelFirst:
+      return BackwardChannelsWith<T, MapKind::kChannelFirst>(sample, x, dy, position, channel,
+                                                             positions, dot, count);
+    case MapKind::kParallel:
+      return BackwardChannelsWith<T, MapKind::kParallel>(sample, x, dy, position, channel,
+                                                         positions, dot, count);
+    case MapKind::kChannelOnly:
+      return BackwardChannelsWith<T, MapKind::kChannelOnly>(sample, x, dy, position, channel,
+                                                            positions, dot, count);
+    case MapKind::kChannelPool:
+      return BackwardChannelsWith<T, MapKind::kChannelPool>(sample, x, dy, position, channel,
+                                                            positions, dot, count);
+    case MapKind::kSpatialOnly:
+    case MapKind::kSpatialPool:
+      return;  // no channel gate, nothing to reduce
+  }
+}
+
+template <typename T, MapKind kKind, typename A>
+void BackwardMapWith(const Sample& sample, const void* x, const void* dy,
+                     const PositionValues<A>& position, const ChannelValues<A>& channel,
+                     Range positions, bool stream, void* dx) {
+  const Tile<T> tile = MakeTile<T>(sample, x, positions);
+  const Tile<T> dy_tile = MakeTile<T>(sample, dy == nullptr ? x : dy, positions);
+  T* out = const_cast<T*>(MakeTile<T>(sample, dx, positions).data);
+  if (sample.layout == Layout::kNHWC) {
+    const BackwardMapBody<T, true, kKind> body{{tile, dy_tile, position, channel}};
+    Map(body, tile.rows, tile.columns, tile.stride, stream, out);
+  } else {
+    const BackwardMapBody<T, false, kKind> body{{tile, dy_tile, position, channel}};
+    Map(body, tile.rows, tile.columns, tile.stride, stream, out);
+  }
+}
+
+template <typename T, typename A = typename ComputeOf<T>::A>
+void BackwardMap(const Sample& sample, MapKind kind, const void* x, const void* dy,
+                 const PositionValues<A>& position, const ChannelValues<A>& channel,
+                 Range positions, bool stream, void* dx) {
+  using Function = void (*)(const Sample&, const void*, const void*, const PositionValues<A>&,
+                            const ChannelValues<A>&, Range, bool, void*);
+  static constexpr Function kTable[] = {
+      BackwardMapWith<T, MapKind::kChannelFirst>, BackwardMapWith<T, MapKind::kParallel>,
+      BackwardMapWith<T, MapKind::kChannelOnly>,  BackwardMapWith<T, MapKind::kSpatialOnly>,
+      BackwardMapWith<T, MapKind::kChannelPool>,  BackwardMapWith<T, MapKind::kSpatialPool>,
+  };
+  kTable[static_cast<int>(kind)](sample, x, dy, position, channel, positions, stream, dx);
+}
+
+// --- Conversions ---
+
+template <typename T, typename A = typename ComputeOf<T>::A>
+void ToMapType(const A* in, int64_t count, void* out, int64_t stride) {
+  T* to = static_cast<T*>(out);
+  for (int64_t i = 0; i < count; ++i) StoreFirst(to + i * stride, Splat<A>(in[i]), 1);
+}
+
+template <typename T, typename A = typename ComputeOf<T>::A>
+void ToComputeType(const void* in, int64_t stride, int64_t count, A* out) {
+  const T* from = static_cast<const T*>(in);
+  for (int64_t i = 0; i < count; ++i) out[i] = ToCompute(from[i * stride]);
+}
+
+}  // namespace
+}  // namespace CBAM_LEVEL
+}  // namespace cpu
+}  // namespace cbam_ops
+
+#endif  // CBAM_OPS_CORE_CPU_MAP_PASSES_H_

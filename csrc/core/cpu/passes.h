@@ -1,0 +1,167 @@
+// What the pipeline asks of an instruction set: passes over a tile of one sample, and the small
+// dense work on gates.
+//
+// One picture serves both layouts. A sample is a matrix, positions x channels; NHWC makes the
+// channels contiguous, NCHW the positions. A pass reduces along the contiguous axis or across it,
+// so the channel pool of one layout is the spatial pool of the other with the roles swapped, and
+// every pass is written once (see level.cc).
+//
+// No pass allocates or splits work; the pipeline does. Plain structs and pointers only: the
+// implementations are compiled for processors this file's reader may not have.
+#ifndef CBAM_OPS_CORE_CPU_PASSES_H_
+#define CBAM_OPS_CORE_CPU_PASSES_H_
+
+#include <cstdint>
+
+#include "core/contract.h"
+
+namespace cbam_ops {
+namespace cpu {
+
+// One sample. Tiles are ranges of positions [begin, end), and for the channel pool of channels.
+struct Sample {
+  Layout layout;
+  int64_t positions;
+  int64_t channels;
+};
+
+struct Range {
+  int64_t begin;
+  int64_t end;
+  int64_t size() const { return end - begin; }
+};
+
+// Values per position and per channel that the passes need. Pointers are to the first position of
+// the tile and the first channel of the sample.
+template <typename A>
+struct PositionValues {
+  const A* gate;     // g_s
+  const A* d_mean;   // da_s / C: what every channel gets
+  const A* maximum;  // max over channels of the spatial descriptors' source
+  const A* d_max;    // dm_s / number of channels that attain it
+};
+template <typename A>
+struct ChannelValues {
+  const A* gate;     // g_c
+  const A* d_mean;   // da / P
+  const A* maximum;  // max over positions of x
+  const A* d_max;    // dm / number of positions that attain it
+};
+
+// What backward_map computes, beyond the four kinds of gates: the gradients of the pools on their
+// own.
+enum class MapKind : int32_t {
+  kChannelFirst = 0,
+  kParallel = 1,
+  kChannelOnly = 2,
+  kSpatialOnly = 3,
+  kChannelPool = 4,
+  kSpatialPool = 5,
+};
+
+// Passes over maps of one type, T; A is the compute type. `x`, `dy`, `y`... point at the sample's
+// first element.
+template <typename A>
+struct MapPasses {
+  // sum[c - channels.begin] and maximum[...] over a range of positions.
+  void (*channel_pool)(const Sample&, const void* x, Range positions, Range channels, A* sum,
+                       A* maximum);
+
+  // mean[p - begin] and maximum[...] over channels of x, or of x * gate where gate is given.
+  void (*spatial_pool)(const Sample&, const void* x, const A* gate, Range positions, A* mean,
+                       A* maximum);
+
+  // y = activation(x * channel_gate * position_gate + residual); each of the three may be null.
+  // position_gate is the tile's. `stream` stores past the caches.
+  void (*apply)(const Sample&, const void* x, const A* channel_gate, const A* position_gate,
+                const void* residual, Activation activation, Range positions, bool stream, void* y);
+
+  // Pass A. dot[p] = sum_c dy * x * gate; count[p] = how many channels attain maximum[p] (of x in
+  // the parallel kind, else of x * gate). With dy null only the count. gate may be null (1).
+  void (*backward_positions)(const Sample&, MapKind, const void* x, const void* dy, const A* gate,
+                             const A* maximum, Range positions, A* dot, A* count);
+
+  // Pass B. dot[c] = sum_p (gradient that reaches x * gate) * x; count[c] = how many positions
+  // attain the channel's maximum. In the channel pool kind only the count.
+  void (*backward_channels)(const Sample&, MapKind, const void* x, const void* dy,
+                            const PositionValues<A>&, const ChannelValues<A>&, Range positions,
+                            A* dot, A* count);
+
+  // Pass C. dx.
+  void (*backward_map)(const Sample&, MapKind, const void* x, const void* dy,
+                       const PositionValues<A>&, const ChannelValues<A>&, Range positions,
+                       bool stream, void* dx);
+
+  // masked = y > 0 ? dy : 0, over the tile.
+  void (*mask)(const Sample&, const void* dy, const void* y, Range positions, void* masked);
+
+  // Conversions of small tensors between T and A; element i of the T side is at i * stride.
+  void (*to_map_type)(const A* in, int64_t count, void* out, int64_t stride);
+  void (*to_compute_type)(const void* in, int64_t stride, int64_t count, A* out);
+};
+
+// A dense product, all row-major: out[i, j] = sum_k a[i, k] * b[k, j].
+template <typename A>
+struct Product {
+  int64_t rows, columns, inner;
+  const A* a;
+  int64_t a_row_stride, a_inner_stride;
+  const A* b;
+  int64_t b_stride;  // between rows of b
+  const A* bias;     // [columns] or null, added once
+  bool accumulate;   // add to what `out` holds
+  Activation activation;
+  A* out;
+  int64_t out_stride;
+};
+
+// A plane of `rows` x `width` with `pad` zeros around it; rows are `stride` elements apart.
+template <typename A>
+struct Plane {
+  A* data;  // the element (0, 0), behind the padding
+  int64_t stride;
+};
+
+template <typename A>
+struct DensePasses {
+  int64_t lanes;  // planes and rows are padded so that reading a whole vector from any element of a
+                  // row stays inside
+
+  void (*product)(const Product<A>&);
+  // As product with b transposed: out[i, j] = sum_k a[i, k] * b[j, k]; a_inner_stride must be 1.
+  void (*product_transposed)(const Product<A>&);
+  void (*sigmoid)(const A* in, int64_t count, A* out);
+
+  // out[w] = bias + sum over planes q, taps (i, j) of kernel[(i * k + j) * 2 + q] * plane_q[row + i
+  // - k/2, w + j - k/2].
+  void (*convolve_row)(const Plane<A>* planes, int64_t row, int64_t width, int64_t kernel_size,
+                       const A* kernel, A bias, A* out);
+  // The transposed convolution: out_q[w] = sum over taps of kernel[(i * k + j) * 2 + q] * plane[row
+  // - i + k/2, w - j + k/2].
+  void (*convolve_row_transposed)(const Plane<A>& plane, int64_t row, int64_t width,
+                                  int64_t kernel_size, const A* kernel, A* out_mean, A* out_max);
+  // dkernel[(i * k + j) * 2 + q] = sum over rows and w of dz[row, w] * plane_q[row + i - k/2, w + j
+  // - k/2]. dz's rows are padded with zeros to whole vectors.
+  void (*convolution_kernel_gradient)(const Plane<A>* planes, const Plane<A>& dz, int64_t rows,
+                                      int64_t width, int64_t kernel_size, A* dkernel);
+};
+
+// The tables of each instruction set that was compiled.
+#define CBAM_DECLARE_LEVEL(level)                 \
+  namespace level {                               \
+  extern const MapPasses<float> kMapFloat32;      \
+  extern const MapPasses<float> kMapFloat16;      \
+  extern const MapPasses<float> kMapBFloat16;     \
+  extern const MapPasses<double> kMapFloat64;     \
+  extern const DensePasses<float> kDenseFloat32;  \
+  extern const DensePasses<double> kDenseFloat64; \
+  }
+CBAM_DECLARE_LEVEL(baseline)
+CBAM_DECLARE_LEVEL(avx2)
+CBAM_DECLARE_LEVEL(avx512)
+#undef CBAM_DECLARE_LEVEL
+
+}  // namespace cpu
+}  // namespace cbam_ops
+
+#endif  // CBAM_OPS_CORE_CPU_PASSES_H_

@@ -1,0 +1,303 @@
+// What the forward and backward pipelines share: how a problem is cut into waves, units and row
+// blocks, the workspace, and parallel loops.
+//
+// A *wave* is as many samples as stay in the last-level cache between the first pass over them and
+// the last, so that only the first pass reads memory. A *unit* is a fixed range of positions, a few
+// image rows, for which partial sums over positions are kept; the partial sums are then added in
+// double and in order, so results do not depend on which thread took which unit. A *row block* is a
+// run of rows that one task takes through several passes while they are in its own caches; blocks
+// may depend on the number of threads since they only repeat, never change, what is computed.
+#ifndef CBAM_OPS_CORE_CPU_PIPELINE_H_
+#define CBAM_OPS_CORE_CPU_PIPELINE_H_
+
+#include <algorithm>
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <type_traits>
+
+#if defined(__SSE2__)
+#include <xmmintrin.h>
+#endif
+
+#include "core/contract.h"
+#include "core/cpu/kernels.h"
+#include "core/cpu/passes.h"
+
+namespace cbam_ops {
+namespace cpu {
+
+// The passes of one instruction set for one map type.
+template <typename A>
+struct Kernels {
+  const MapPasses<A>* map;
+  const DensePasses<A>* dense;
+};
+
+inline int64_t CeilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
+inline int64_t RoundUp(int64_t a, int64_t b) { return CeilDiv(a, b) * b; }
+
+inline int64_t ElementSize(DataType dtype) {
+  switch (dtype) {
+    case DataType::kFloat32:
+      return 4;
+    case DataType::kFloat16:
+    case DataType::kBFloat16:
+      return 2;
+    case DataType::kFloat64:
+      return 8;
+  }
+  return 8;
+}
+
+// Calls body(i) for i in [0, tasks). Every task runs with the caller's floating-point modes:
+// frameworks flush denormals on some of their threads and not on others, and results must not
+// depend on who took a task.
+template <typename Body>
+void ForEach(const Parallel& parallel, int64_t tasks, const Body& body) {
+  if (tasks < 2 || parallel.run == nullptr || parallel.threads < 2) {
+    for (int64_t i = 0; i < tasks; ++i) body(i);
+    return;
+  }
+#if defined(__SSE2__)
+  const struct Context {
+    const Body& body;
+    unsigned int modes;
+  } context{body, _mm_getcsr()};
+  const auto task = [](void* argument, int64_t i) {
+    const auto* c = static_cast<const Context*>(argument);
+    const unsigned int own_modes = _mm_getcsr();
+    _mm_setcsr(c->modes);
+    c->body(i);
+    _mm_setcsr(own_modes);
+  };
+#else
+  const struct Context {
+    const Body& body;
+  } context{body};
+  const auto task = [](void* argument, int64_t i) {
+    static_cast<const Context*>(argument)->body(i);
+  };
+#endif
+  parallel.run(parallel.context, tasks, task, const_cast<Context*>(&context));
+}
+
+// Hands out the workspace. With a null base it only counts, so one function both sizes and lays
+// out.
+class Arena {
+ public:
+  explicit Arena(void* base) : base_(static_cast<char*>(base)) {}
+
+  template <typename T>
+  T* Take(int64_t count) {
+    constexpr size_t kAlignment = 64;
+    T* p = reinterpret_cast<T*>(base_ == nullptr ? nullptr : base_ + bytes_);
+    bytes_ += (static_cast<size_t>(count) * sizeof(T) + kAlignment - 1) / kAlignment * kAlignment;
+    return p;
+  }
+  size_t bytes() const { return bytes_; }
+
+ private:
+  char* base_;
+  size_t bytes_ = 0;
+};
+
+// How a problem is cut. `maps` is how many maps of a sample a wave must keep in the cache.
+struct Geometry {
+  Geometry(const Problem& problem, const Parallel& parallel, int maps)
+      : batch(problem.batch),
+        height(problem.height),
+        width(problem.width),
+        channels(problem.channels),
+        positions(problem.height * problem.width),
+        threads(std::max(1, parallel.threads)),
+        half(HasSpatialGate(problem) ? problem.kernel_size / 2 : 0),
+        sample{problem.layout, positions, channels},
+        sample_bytes(positions * channels * ElementSize(problem.dtype)) {
+    const int64_t bytes = std::max<int64_t>(1, maps * sample_bytes);
+    wave = std::clamp<int64_t>(kWaveBytes / bytes, 1, std::max<int64_t>(1, batch));
+
+    if (width > kUnitPositions) {
+      unit_rows = 1;
+      units_per_row = CeilDiv(width, kUnitPositions);
+    } else {
+      // With few samples, small units let the threads share one.
+      const int64_t most = batch < 8 ? CeilDiv(height, 4) : height;
+      unit_rows = std::clamp<int64_t>(kUnitPositions / std::max<int64_t>(1, width), 1,
+                                      std::max<int64_t>(1, most));
+      units_per_row = 1;
+    }
+    units = units_per_row > 1 ? height * units_per_row : CeilDiv(height, unit_rows);
+
+    // Channels of one position cost at least a cache line of attention; in NCHW a step needs runs
+    // of some length per channel.
+    const int64_t row_bytes = std::max<int64_t>(1, width * channels * ElementSize(problem.dtype));
+    const int64_t least =
+        problem.layout == Layout::kNCHW ? CeilDiv(256, std::max<int64_t>(1, width)) : 1;
+    step_rows = std::clamp<int64_t>(std::max(least, kStepBytes / row_bytes), 1,
+                                    std::max<int64_t>(1, height));
+  }
+
+  // Blocks of whole units that `samples` samples are cut into so that every thread has work.
+  int64_t BlocksPerSample(int64_t samples) const {
+    if (threads == 1) return 1;
+    const int64_t wanted = CeilDiv(2 * threads, std::max<int64_t>(1, samples));
+    const int64_t least_rows =
+        std::max<int64_t>(2 * half, 1);  // so that a halo costs at most as much as the block
+    return std::clamp<int64_t>(wanted, 1, std::max<int64_t>(1, height / least_rows));
+  }
+  // Rows of block b of `blocks`, on unit boundaries.
+  Range BlockRows(int64_t b, int64_t blocks) const {
+    const int64_t row_units = CeilDiv(height, unit_rows);
+    return {std::min(height, row_units * b / blocks * unit_rows),
+            std::min(height, row_units * (b + 1) / blocks * unit_rows)};
+  }
+  // Positions of unit u.
+  Range Unit(int64_t u) const {
+    if (units_per_row > 1) {
+      const int64_t row = u / units_per_row, piece = u % units_per_row;
+      return {row * width + piece * kUnitPositions,
+              std::min((row + 1) * width, row * width + (piece + 1) * kUnitPositions)};
+    }
+    return {u * unit_rows * width, std::min(height, (u + 1) * unit_rows) * width};
+  }
+  // Units that lie in rows [begin, end), which are unit boundaries.
+  Range UnitsOfRows(Range rows) const {
+    if (units_per_row > 1) return {rows.begin * units_per_row, rows.end * units_per_row};
+    return {rows.begin / unit_rows, CeilDiv(rows.end, unit_rows)};
+  }
+  Range RowPositions(Range rows) const { return {rows.begin * width, rows.end * width}; }
+
+  // The start of sample n of a map.
+  const void* At(const void* map, int64_t n) const {
+    return static_cast<const char*>(map) + n * sample_bytes;
+  }
+  void* At(void* map, int64_t n) const { return static_cast<char*>(map) + n * sample_bytes; }
+
+  int64_t batch, height, width, channels, positions;
+  int threads;
+  int64_t half;
+  Sample sample;
+  int64_t sample_bytes;
+  int64_t wave;           // samples
+  int64_t unit_rows;      // rows per unit, or 1 when a row is cut
+  int64_t units_per_row;  // 1 unless a row is cut
+  int64_t units;          // per sample
+  int64_t step_rows;      // rows that a task takes through a pass at a time
+
+  // Half of a typical share of a last-level cache; measured in benchmarks/NOTES.md.
+  static constexpr int64_t kWaveBytes = int64_t{8} << 20;
+  static constexpr int64_t kUnitPositions = 256;
+  static constexpr int64_t kStepBytes = int64_t{64} << 10;
+};
+
+// Outputs that fill the caches are stored past them.
+inline bool ShouldStream(const Geometry& g) {
+  return g.batch * g.sample_bytes > (int64_t{16} << 20);
+}
+
+// Zero-padded planes of `rows` rows, for the convolution.
+template <typename A>
+struct PaddedPlane {
+  static int64_t Stride(const Geometry& g, int64_t lanes) {
+    return RoundUp(g.width, lanes) + g.half;
+  }
+  static int64_t Size(const Geometry& g, int64_t lanes, int64_t rows) {
+    return rows * Stride(g, lanes) + 2 * g.half + lanes;
+  }
+  // Lays a zeroed plane out in `memory`; its row 0 is the first of `rows`.
+  static Plane<A> Make(const Geometry& g, int64_t lanes, int64_t rows, A* memory) {
+    std::memset(memory, 0, static_cast<size_t>(Size(g, lanes, rows)) * sizeof(A));
+    return {memory + g.half, Stride(g, lanes)};
+  }
+};
+
+template <typename A>
+void CopyRows(const A* from, int64_t width, int64_t rows, const Plane<A>& plane, int64_t row) {
+  for (int64_t r = 0; r < rows; ++r) {
+    std::copy(from + r * width, from + (r + 1) * width, plane.data + (row + r) * plane.stride);
+  }
+}
+
+// The greater, NaN if either is.
+template <typename A>
+A MaxOrNan(A a, A b) {
+  return b > a || b != b ? b : a;
+}
+
+// Cuts `size` columns of work into blocks of whole cache lines; one block where there is little to
+// do.
+struct Blocks {
+  Blocks(int64_t size, int64_t multiply_adds) : size_(size) {
+    const int64_t wanted = std::clamp<int64_t>(multiply_adds / 32768, 1, 64);
+    block_ = std::max<int64_t>(32, RoundUp(CeilDiv(size, wanted), 32));
+    count = CeilDiv(size, block_);
+  }
+  Range At(int64_t i) const { return {i * block_, std::min(size_, (i + 1) * block_)}; }
+  int64_t count;
+
+ private:
+  int64_t size_;
+  int64_t block_;
+};
+
+// The channel gate's MLP on `samples` samples starting at `first` of `batch`.
+template <typename A>
+struct Mlp {
+  const Problem& problem;
+  const DensePasses<A>& dense;
+  const Parallel& parallel;
+  const A *w0, *b0, *w1, *b1;
+
+  bool UsesMean() const { return problem.pooling != Pooling::kMax; }
+  bool UsesMax() const { return problem.pooling != Pooling::kAvg; }
+  bool IsUsed(int q) const { return q == 0 ? UsesMean() : UsesMax(); }
+
+  // hidden[q][n, j] = relu(descriptors[q].W0 + b0) over a block of columns j. Rows of
+  // descriptors[q] are C apart, of hidden hidden.
+  void HiddenBlock(const A* const descriptors[2], int64_t samples, Range columns,
+                   A* const hidden[2]) const {
+    const int64_t h = problem.hidden, c = problem.channels;
+    for (int q = 0; q < 2; ++q) {
+      if (!IsUsed(q)) continue;
+      dense.product({samples, columns.size(), c, descriptors[q], c, 1, w0 + columns.begin, h,
+                     b0 == nullptr ? nullptr : b0 + columns.begin, false, Activation::kRelu,
+                     hidden[q] + columns.begin, h});
+    }
+  }
+  // out[n, c] = hidden.W1 + b1, before the second activation, over a block of columns c.
+  void OutputBlock(const A* hidden, int64_t samples, Range columns, bool accumulate,
+                   Activation activation, A* out) const {
+    dense.product({samples, columns.size(), problem.hidden, hidden, problem.hidden, 1,
+                   w1 + columns.begin, problem.channels,
+                   b1 == nullptr ? nullptr : b1 + columns.begin, accumulate, activation,
+                   out + columns.begin, problem.channels});
+  }
+  Blocks HiddenBlocks(int64_t samples) const {
+    return {problem.hidden, samples * problem.channels * problem.hidden};
+  }
+  Blocks ChannelBlocks(int64_t samples) const {
+    return {problem.channels, samples * problem.channels * problem.hidden};
+  }
+};
+
+inline MapKind KindOf(Gates gates) {
+  switch (gates) {
+    case Gates::kChannelFirst:
+      return MapKind::kChannelFirst;
+    case Gates::kParallel:
+      return MapKind::kParallel;
+    case Gates::kChannelOnly:
+      return MapKind::kChannelOnly;
+    case Gates::kSpatialOnly:
+      return MapKind::kSpatialOnly;
+  }
+  return MapKind::kChannelFirst;
+}
+
+}  // namespace cpu
+}  // namespace cbam_ops
+
+#endif  // CBAM_OPS_CORE_CPU_PIPELINE_H_
