@@ -1,0 +1,562 @@
+// The core without Python or TensorFlow: that it stands alone, and what sanitizers have to say.
+//
+// Small, and no substitute for tests/test_core.py, which holds every type, shape and option against
+// the definition. Here: the forward pass in double against the definition written naively,
+// gradients by finite differences, other types against double, equal bits for any threads,
+// statuses.
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <memory>
+#include <random>
+#include <string>
+#include <type_traits>
+#include <utility>
+#include <vector>
+
+#include "core/contract.h"
+#include "core/cpu/kernels.h"
+#include "core/cpu/work_sharing.h"
+#include "python/thread_pool.h"
+
+namespace cbam_ops {
+namespace {
+
+int failures = 0;
+
+void Expect(bool condition, const std::string& what) {
+  if (condition) return;
+  ++failures;
+  std::fprintf(stderr, "FAILED: %s\n", what.c_str());
+}
+
+template <typename T>
+using Values = std::vector<T>;
+
+// Everything that goes into and comes out of a problem, in the compute type; maps of T are made at
+// the call.
+template <typename A>
+struct Tensors {
+  Values<A> x, residual, w0, b0, w1, b1, kernel, bias, gamma, dy;
+  Values<A> y, channel_descriptors, channel_gate, spatial_descriptors, spatial_gate,
+      batch_statistics;
+  Values<A> dx, dw0, db0, dw1, db1, dkernel, dbias, dgamma, d_residual;
+};
+
+std::string Describe(const Problem& p) {
+  static const char* const kTypes[] = {"float32", "float16", "bfloat16", "float64"};
+  static const char* const kGates[] = {"channel_first", "parallel", "channel_only", "spatial_only"};
+  return std::string(kTypes[static_cast<int>(p.dtype)]) +
+         (p.layout == Layout::kNHWC ? " NHWC " : " NCHW ") + kGates[static_cast<int>(p.gates)] +
+         " " + std::to_string(p.batch) + "x" + std::to_string(p.height) + "x" +
+         std::to_string(p.width) + "x" + std::to_string(p.channels) + " k" +
+         std::to_string(p.kernel_size) + (p.batch_norm ? " batch_norm" : "") +
+         (p.activation == Activation::kRelu ? " relu" : "") + " (" +
+         cpu::Name(cpu::ActiveInstructionSet()) + ")";
+}
+
+size_t MapSize(const Problem& p) {
+  return static_cast<size_t>(p.batch * p.height * p.width * p.channels);
+}
+
+Values<double> Random(size_t size, std::mt19937_64* engine) {
+  std::normal_distribution<double> normal;
+  Values<double> values(size);
+  // Few enough digits to be exact in every type, so that all types see the same inputs.
+  for (double& value : values) value = std::round(normal(*engine) * 32) / 32;
+  return values;
+}
+
+Tensors<double> MakeInputs(const Problem& p, unsigned seed) {
+  std::mt19937_64 engine(seed);
+  const auto c = static_cast<size_t>(p.channels), h = static_cast<size_t>(p.hidden);
+  const auto k = static_cast<size_t>(p.kernel_size);
+  Tensors<double> t;
+  t.x = Random(MapSize(p), &engine);
+  t.residual = Random(MapSize(p), &engine);
+  t.dy = Random(MapSize(p), &engine);
+  t.w0 = Random(c * h, &engine);
+  t.b0 = Random(h, &engine);
+  t.w1 = Random(c * h, &engine);
+  t.b1 = Random(c, &engine);
+  t.kernel = Random(2 * k * k, &engine);
+  for (double& value : t.kernel) value /= 8;
+  t.bias = Random(1, &engine);
+  t.gamma = Random(1, &engine);
+  return t;
+}
+
+// Maps of the narrow types, rounded to nearest by way of float.
+struct Half {
+  uint16_t bits;
+};
+struct Brain {
+  uint16_t bits;
+};
+
+template <typename T>
+T FromDouble(double value) {
+  if constexpr (std::is_same_v<T, Brain>) {
+    const auto narrow = static_cast<float>(value);
+    uint32_t bits;
+    std::memcpy(&bits, &narrow, 4);
+    return Brain{static_cast<uint16_t>((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16)};
+  } else if constexpr (std::is_same_v<T, Half>) {
+    // The inputs here are multiples of 1/32 below 64: normal numbers with at most 11 digits.
+    if (value == 0) return Half{0};
+    int exponent;
+    const double fraction = std::frexp(std::fabs(value), &exponent);  // [0.5, 1)
+    const auto digits = static_cast<int>(std::lround(fraction * 2048)) - 1024;
+    return Half{static_cast<uint16_t>((value < 0 ? 0x8000 : 0) + ((exponent + 14) << 10) + digits)};
+  } else {
+    return static_cast<T>(value);
+  }
+}
+
+template <typename T>
+double ToDouble(T value) {
+  if constexpr (std::is_same_v<T, Brain>) {
+    const uint32_t bits = static_cast<uint32_t>(value.bits) << 16;
+    float narrow;
+    std::memcpy(&narrow, &bits, 4);
+    return narrow;
+  } else if constexpr (std::is_same_v<T, Half>) {
+    const int exponent = (value.bits >> 10) & 31, digits = value.bits & 1023;
+    const double size =
+        exponent == 0 ? std::ldexp(digits, -24) : std::ldexp(1024 + digits, exponent - 25);
+    return value.bits & 0x8000 ? -size : size;
+  } else {
+    return static_cast<double>(value);
+  }
+}
+
+template <typename To, typename From>
+Values<To> Convert(const Values<From>& from) {
+  Values<To> to;
+  to.reserve(from.size());
+  for (const From& value : from) to.push_back(FromDouble<To>(ToDouble(value)));
+  return to;
+}
+
+// Memory for a call, full of NaN.
+class Workspace {
+ public:
+  explicit Workspace(size_t bytes)
+      : memory_(static_cast<unsigned char*>(std::aligned_alloc(64, (bytes + 127) / 64 * 64)),
+                std::free) {
+    std::memset(memory_.get(), 0xFF, bytes);
+  }
+  void* get() { return memory_.get(); }
+
+ private:
+  std::unique_ptr<unsigned char, void (*)(void*)> memory_;
+};
+
+// Both passes with maps of type T and all else of type A.
+template <typename T, typename A>
+Tensors<double> RunKernels(const Problem& p, const Tensors<double>& inputs, int threads) {
+  const auto map = MapSize(p);
+  const auto n = static_cast<size_t>(p.batch), c = static_cast<size_t>(p.channels);
+  const auto positions = static_cast<size_t>(p.height * p.width);
+  python::ThreadPool& pool = python::ThreadPool::Shared(threads - 1);
+  cpu::WorkSharing sharing(
+      threads, [&pool](std::function<void()> closure) { pool.Schedule(std::move(closure)); });
+  const cpu::Parallel parallel = sharing.parallel();
+
+  const auto x = Convert<T>(inputs.x), residual = Convert<T>(inputs.residual),
+             dy = Convert<T>(inputs.dy);
+  const auto w0 = Convert<A>(inputs.w0), b0 = Convert<A>(inputs.b0), w1 = Convert<A>(inputs.w1),
+             b1 = Convert<A>(inputs.b1), kernel = Convert<A>(inputs.kernel),
+             bias = Convert<A>(inputs.bias), gamma = Convert<A>(inputs.gamma);
+  Values<T> y(map), dx(map), d_residual(map);
+  Tensors<A> t;
+  t.channel_descriptors.resize(2 * n * c);
+  t.channel_gate.resize(n * c);
+  t.spatial_descriptors.resize(2 * n * positions);
+  t.spatial_gate.resize(n * positions);
+  t.batch_statistics.resize(2);
+  t.dw0.resize(w0.size());
+  t.db0.resize(b0.size());
+  t.dw1.resize(w1.size());
+  t.db1.resize(b1.size());
+  t.dkernel.resize(kernel.size());
+  t.dbias.resize(1);
+  t.dgamma.resize(1);
+
+  ForwardArgs f;
+  f.x = x.data();
+  f.residual = p.activation == Activation::kRelu ? residual.data() : nullptr;
+  f.w0 = w0.data();
+  f.b0 = b0.data();
+  f.w1 = w1.data();
+  f.b1 = b1.data();
+  f.kernel = kernel.data();
+  f.bias = bias.data();
+  f.gamma = gamma.data();
+  f.y = y.data();
+  f.channel_descriptors = t.channel_descriptors.data();
+  f.channel_gate = t.channel_gate.data();
+  f.spatial_descriptors = t.spatial_descriptors.data();
+  f.spatial_gate = t.spatial_gate.data();
+  f.batch_statistics = t.batch_statistics.data();
+  {
+    Workspace workspace(cpu::ForwardWorkspace(p, parallel));
+    const Status status = cpu::Forward(p, f, workspace.get(), parallel);
+    Expect(status.ok(), "forward of " + Describe(p) + ": " + status.message);
+  }
+
+  BackwardArgs b;
+  b.x = x.data();
+  b.dy = dy.data();
+  b.y = y.data();
+  b.w0 = w0.data();
+  b.b0 = b0.data();
+  b.w1 = w1.data();
+  b.b1 = b1.data();
+  b.kernel = kernel.data();
+  b.gamma = gamma.data();
+  b.channel_descriptors = f.channel_descriptors;
+  b.channel_gate = f.channel_gate;
+  b.spatial_descriptors = f.spatial_descriptors;
+  b.spatial_gate = f.spatial_gate;
+  b.batch_statistics = f.batch_statistics;
+  b.dx = dx.data();
+  b.d_residual = p.activation == Activation::kRelu ? d_residual.data() : nullptr;
+  b.dw0 = t.dw0.data();
+  b.db0 = t.db0.data();
+  b.dw1 = t.dw1.data();
+  b.db1 = t.db1.data();
+  b.dkernel = t.dkernel.data();
+  b.dbias = t.dbias.data();
+  b.dgamma = t.dgamma.data();
+  {
+    Workspace workspace(cpu::BackwardWorkspace(p, parallel));
+    const Status status = cpu::Backward(p, b, workspace.get(), parallel);
+    Expect(status.ok(), "backward of " + Describe(p) + ": " + status.message);
+  }
+
+  Tensors<double> out;
+  out.y = Convert<double>(y);
+  out.dx = Convert<double>(dx);
+  out.d_residual = Convert<double>(d_residual);
+  out.dw0 = Convert<double>(t.dw0);
+  out.db0 = Convert<double>(t.db0);
+  out.dw1 = Convert<double>(t.dw1);
+  out.db1 = Convert<double>(t.db1);
+  out.dkernel = Convert<double>(t.dkernel);
+  out.dbias = Convert<double>(t.dbias);
+  out.dgamma = Convert<double>(t.dgamma);
+  return out;
+}
+
+Tensors<double> Run(const Problem& p, const Tensors<double>& inputs, int threads = 1) {
+  switch (p.dtype) {
+    case DataType::kFloat32:
+      return RunKernels<float, float>(p, inputs, threads);
+    case DataType::kFloat16:
+      return RunKernels<Half, float>(p, inputs, threads);
+    case DataType::kBFloat16:
+      return RunKernels<Brain, float>(p, inputs, threads);
+    case DataType::kFloat64:
+      return RunKernels<double, double>(p, inputs, threads);
+  }
+  return {};
+}
+
+double Sigmoid(double z) { return 1 / (1 + std::exp(-z)); }
+
+// y by the definition, in double and without any cleverness.
+Values<double> Define(const Problem& p, const Tensors<double>& t) {
+  const int64_t n = p.batch, positions = p.height * p.width, c = p.channels, r = p.kernel_size / 2;
+  const auto at = [&](int64_t i, int64_t position, int64_t channel) {
+    return static_cast<size_t>(p.layout == Layout::kNHWC
+                                   ? (i * positions + position) * c + channel
+                                   : (i * c + channel) * positions + position);
+  };
+  const auto index = [](int64_t i) { return static_cast<size_t>(i); };
+  Values<double> gate_c(index(n * c), 1.0), logits(index(n * positions), 0.0);
+  if (HasChannelGate(p)) {
+    for (int64_t i = 0; i < n; ++i) {
+      Values<double> sum(index(c), 0.0);
+      for (const Pooling pool : {Pooling::kAvg, Pooling::kMax}) {
+        if (p.pooling != Pooling::kAvgMax && p.pooling != pool) continue;
+        Values<double> pooled(index(c));
+        for (int64_t j = 0; j < c; ++j) {
+          double mean = 0, maximum = -INFINITY;
+          for (int64_t q = 0; q < positions; ++q) {
+            mean += t.x[at(i, q, j)] / static_cast<double>(positions);
+            maximum = std::fmax(maximum, t.x[at(i, q, j)]);
+          }
+          pooled[index(j)] = pool == Pooling::kAvg ? mean : maximum;
+        }
+        Values<double> branch = t.b1;
+        for (int64_t h = 0; h < p.hidden; ++h) {
+          double hidden = t.b0[index(h)];
+          for (int64_t j = 0; j < c; ++j) {
+            hidden += pooled[index(j)] * t.w0[index(j * p.hidden + h)];
+          }
+          for (int64_t j = 0; j < c; ++j) {
+            branch[index(j)] += std::fmax(hidden, 0) * t.w1[index(h * c + j)];
+          }
+        }
+        for (int64_t j = 0; j < c; ++j) {
+          const double value = branch[index(j)];
+          sum[index(j)] += p.mlp_activation == Activation::kRelu ? std::fmax(value, 0) : value;
+        }
+      }
+      for (int64_t j = 0; j < c; ++j) gate_c[index(i * c + j)] = Sigmoid(sum[index(j)]);
+    }
+  }
+  if (HasSpatialGate(p)) {
+    const auto source = [&](int64_t i, int64_t q, int64_t j) {
+      const double gate = p.gates == Gates::kChannelFirst ? gate_c[index(i * c + j)] : 1.0;
+      return t.x[at(i, q, j)] * gate;
+    };
+    double total = 0, squares = 0;
+    for (int64_t i = 0; i < n; ++i) {
+      for (int64_t q = 0; q < positions; ++q) {
+        double z = 0;
+        for (int64_t a = -r; a <= r; ++a) {
+          for (int64_t b = -r; b <= r; ++b) {
+            const int64_t row = q / p.width + a, column = q % p.width + b;
+            if (row < 0 || row >= p.height || column < 0 || column >= p.width) continue;
+            double mean = 0, maximum = -INFINITY;
+            for (int64_t j = 0; j < c; ++j) {
+              const double u = source(i, row * p.width + column, j);
+              mean += u / static_cast<double>(c);
+              maximum = std::fmax(maximum, u);
+            }
+            const int64_t tap = ((a + r) * p.kernel_size + b + r) * 2;
+            z += mean * t.kernel[index(tap)] + maximum * t.kernel[index(tap + 1)];
+          }
+        }
+        logits[index(i * positions + q)] = z;
+        total += z;
+      }
+    }
+    const auto count = static_cast<double>(n * positions);
+    for (const double z : logits) squares += (z - total / count) * (z - total / count);
+    for (double& z : logits) {
+      if (p.batch_norm) {
+        z = t.gamma[0] * (z - total / count) / std::sqrt(squares / count + p.epsilon);
+      }
+      z = Sigmoid(z + t.bias[0]);
+    }
+  }
+  Values<double> y(t.x.size());
+  for (int64_t i = 0; i < n; ++i) {
+    for (int64_t q = 0; q < positions; ++q) {
+      for (int64_t j = 0; j < c; ++j) {
+        double value = t.x[at(i, q, j)] * gate_c[index(i * c + j)];
+        if (HasSpatialGate(p)) value *= logits[index(i * positions + q)];
+        if (p.activation == Activation::kRelu) {
+          value = std::fmax(value + t.residual[at(i, q, j)], 0);
+        }
+        y[at(i, q, j)] = value;
+      }
+    }
+  }
+  return y;
+}
+
+// Largest difference; NaN anywhere is infinitely far.
+double Distance(const Values<double>& a, const Values<double>& b) {
+  double most = a.size() == b.size() ? 0 : INFINITY;
+  for (size_t i = 0; i < a.size() && i < b.size(); ++i) {
+    const double distance = std::fabs(a[i] - b[i]);
+    most = distance <= INFINITY ? std::fmax(most, distance) : INFINITY;
+  }
+  return most;
+}
+
+double Dot(const Values<double>& a, const Values<double>& b) {
+  double sum = 0;
+  for (size_t i = 0; i < a.size(); ++i) sum += a[i] * b[i];
+  return sum;
+}
+
+using Member = Values<double> Tensors<double>::*;
+
+// Each gradient along one direction against a difference of the definition's dy . y.
+void CheckGradients(const Problem& p, const Tensors<double>& inputs, const Tensors<double>& out) {
+  struct Pair {
+    const char* name;
+    Member input, gradient;
+    bool present;
+  };
+  using T = Tensors<double>;
+  const bool channel = HasChannelGate(p), spatial = HasSpatialGate(p);
+  const Pair pairs[] = {
+      {"x", &T::x, &T::dx, true},
+      {"w0", &T::w0, &T::dw0, channel},
+      {"b0", &T::b0, &T::db0, channel},
+      {"w1", &T::w1, &T::dw1, channel},
+      {"b1", &T::b1, &T::db1, channel},
+      {"kernel", &T::kernel, &T::dkernel, spatial},
+      {"bias", &T::bias, &T::dbias, spatial},
+      {"gamma", &T::gamma, &T::dgamma, p.batch_norm},
+      {"residual", &T::residual, &T::d_residual, p.activation == Activation::kRelu},
+  };
+  std::mt19937_64 engine(7);
+  std::normal_distribution<double> normal;
+  for (const Pair& pair : pairs) {
+    if (!pair.present) continue;
+    constexpr double kStep = 1e-6;
+    Values<double> direction((inputs.*pair.input).size());
+    for (double& value : direction) value = normal(engine);
+    Tensors<double> above = inputs, below = inputs;
+    for (size_t i = 0; i < direction.size(); ++i) {
+      (above.*pair.input)[i] += kStep * direction[i];
+      (below.*pair.input)[i] -= kStep * direction[i];
+    }
+    const double numeric =
+        (Dot(Define(p, above), inputs.dy) - Dot(Define(p, below), inputs.dy)) / (2 * kStep);
+    const double analytic = Dot(out.*pair.gradient, direction);
+    Expect(std::fabs(numeric - analytic) <= 2e-6 * (1 + std::fabs(numeric)),
+           "gradient of " + std::string(pair.name) + " of " + Describe(p) + ": " +
+               std::to_string(analytic) + " instead of " + std::to_string(numeric));
+  }
+}
+
+// Distinct values, so that finite differences meet no tie.
+void MakeDistinct(Values<double>* values) {
+  for (size_t i = 0; i < values->size(); ++i) {
+    (*values)[i] += 1e-3 * std::sin(static_cast<double>(i) * 1.7);
+  }
+}
+
+void TestAgainstDefinition() {
+  const int64_t shapes[][4] = {{2, 4, 5, 7}, {1, 6, 3, 16}, {3, 1, 9, 5}, {2, 7, 7, 33}};
+  int number = 0;
+  for (const auto& shape : shapes) {
+    for (const Layout layout : {Layout::kNHWC, Layout::kNCHW}) {
+      for (int gates = 0; gates < 4; ++gates) {
+        for (int option = 0; option < 4; ++option, ++number) {
+          Problem p;
+          p.layout = layout;
+          p.gates = static_cast<Gates>(gates);
+          p.batch = shape[0];
+          p.height = shape[1];
+          p.width = shape[2];
+          p.channels = shape[3];
+          p.hidden = 1 + number % 3;
+          p.kernel_size = 1 + 2 * (number % 4);
+          p.pooling = static_cast<Pooling>(number % 3);
+          p.mlp_activation = static_cast<Activation>(number / 2 % 2);
+          p.activation = static_cast<Activation>(option % 2);
+          p.batch_norm = option / 2 == 1 && HasSpatialGate(p);
+          p.dtype = DataType::kFloat64;
+          const Tensors<double> rounded = MakeInputs(p, static_cast<unsigned>(number));
+          Tensors<double> inputs = rounded;
+          MakeDistinct(&inputs.x);
+          const Tensors<double> out = Run(p, inputs);
+          const double error = Distance(out.y, Define(p, inputs));
+          Expect(error < 1e-12, "y of " + Describe(p) + ": off by " + std::to_string(error));
+          CheckGradients(p, inputs, out);
+
+          const Values<double> truth = Define(p, rounded);
+          const std::pair<DataType, double> types[] = {
+              {DataType::kFloat32, 1e-5}, {DataType::kFloat16, 4e-3}, {DataType::kBFloat16, 4e-2}};
+          for (const auto& [type, allowed] : types) {
+            p.dtype = type;
+            const double off = Distance(Run(p, rounded, 2).y, truth);
+            Expect(off < allowed, "y of " + Describe(p) + ": off by " + std::to_string(off));
+          }
+        }
+      }
+    }
+  }
+}
+
+void TestThreads() {
+  for (int type = 0; type < 4; ++type) {
+    for (const Layout layout : {Layout::kNHWC, Layout::kNCHW}) {
+      for (int gates = 0; gates < 4; ++gates) {
+        Problem p;
+        p.dtype = static_cast<DataType>(type);
+        p.layout = layout;
+        p.gates = static_cast<Gates>(gates);
+        p.batch = 3;
+        p.height = 19;
+        p.width = 23;
+        p.channels = 37;
+        p.hidden = 4;
+        p.batch_norm = p.gates == Gates::kChannelFirst;
+        const Tensors<double> inputs = MakeInputs(p, 11);
+        const Tensors<double> one = Run(p, inputs, 1);
+        for (const int threads : {2, 4}) {
+          const Tensors<double> many = Run(p, inputs, threads);
+          const bool same = one.y == many.y && one.dx == many.dx && one.dw0 == many.dw0 &&
+                            one.dw1 == many.dw1 && one.db0 == many.db0 && one.db1 == many.db1 &&
+                            one.dkernel == many.dkernel && one.dbias == many.dbias &&
+                            one.dgamma == many.dgamma;
+          Expect(same, std::to_string(threads) + " threads change " + Describe(p));
+        }
+      }
+    }
+  }
+}
+
+// Helpers that never start, or start when all is over, must not be waited for.
+void TestWorkSharing() {
+  std::vector<std::function<void()>> late;
+  cpu::WorkSharing sharing(4, [&late](std::function<void()> f) { late.push_back(std::move(f)); });
+  const cpu::Parallel parallel = sharing.parallel();
+  int64_t sum = 0;
+  parallel.run(
+      parallel.context, 10,
+      [](void* argument, int64_t i) { *static_cast<int64_t*>(argument) += i; }, &sum);
+  Expect(sum == 45, "the calling thread does all the work when no helper starts");
+  for (const auto& helper : late) helper();
+  Expect(sum == 45, "helpers that come late do nothing");
+}
+
+void TestStatuses() {
+  Problem p;
+  p.batch = p.height = p.width = p.channels = 1;
+  const cpu::Parallel parallel;
+  const auto refused = [&](const Problem& problem) {
+    const Status status = cpu::Forward(problem, ForwardArgs(), nullptr, parallel);
+    return status.code == StatusCode::kInvalidProblem && status.message[0] != '\0' &&
+           cpu::Backward(problem, BackwardArgs(), nullptr, parallel).code ==
+               StatusCode::kInvalidProblem;
+  };
+  Problem even = p;
+  even.kernel_size = 4;
+  Expect(refused(even), "an even kernel is refused");
+  Problem negative = p;
+  negative.width = -1;
+  Expect(refused(negative), "a negative size is refused");
+  Problem none = p;
+  none.hidden = 0;
+  Expect(refused(none), "no hidden units are refused");
+  Problem norm = p;
+  norm.gates = Gates::kChannelOnly;
+  norm.batch_norm = true;
+  Expect(refused(norm), "a batch norm without a spatial gate is refused");
+}
+
+int RunAll() {
+  TestWorkSharing();
+  TestStatuses();
+  for (const cpu::InstructionSet set :
+       {cpu::InstructionSet::kBaseline, cpu::InstructionSet::kAvx2, cpu::InstructionSet::kAvx512}) {
+    if (!cpu::SetInstructionSet(set)) {
+      std::printf("not on this machine: %s\n", cpu::Name(set));
+      continue;
+    }
+    TestAgainstDefinition();
+    TestThreads();
+    std::printf("tested: %s\n", cpu::Name(set));
+  }
+  std::printf("%d failures\n", failures);
+  return failures == 0 ? EXIT_SUCCESS : EXIT_FAILURE;
+}
+
+}  // namespace
+}  // namespace cbam_ops
+
+int main() { return cbam_ops::RunAll(); }
