@@ -35,6 +35,26 @@ LARGEST = {
     "float16": 65504.0,
 }
 
+# Central differences in float64: their own error is of the order of the step squared and of the
+# rounding over the step. Relative to the largest entry, like the other tolerances below.
+FINITE_DIFFERENCE_STEP = 1e-5
+FINITE_DIFFERENCE_TOLERANCE = 1e-7
+# <J v, w> against <v, J' w>, relative to the root of the sum of squares of the terms.
+DOT_PRODUCT_TOLERANCE = {"float32": 1e-4, "float64": 1e-10}
+# Second order and forward mode against the reference in float64.
+SECOND_ORDER_TOLERANCE = {"float32": 1e-3, "float64": 1e-10}
+
+# Whole networks of up to fifty layers, relative to the largest value: in float64 against a
+# composition of other ops (epsilon of the spatial batch norm is an attribute of type float32), in
+# mixed precision against float32.
+MODEL_FORWARD = 1e-9
+MODEL_GRADIENT = 1e-7
+MIXED_MODEL = {"mixed_float16": 0.03, "mixed_bfloat16": 0.2}
+# The same few operations in float32 in another order.
+FLOAT32 = 1e-5
+# Of a few hundred random draws or more against their distribution's.
+STANDARD_DEVIATION = 0.1
+
 
 def compute_type(dtype: str) -> str:
     """The type that sums, weights, gates and descriptors of a map of type ``dtype`` have."""
@@ -92,6 +112,23 @@ def assert_accurate(
             f"{value[at]!r} instead of {truth[at]!r}, error {error[at]:.3g}, allowed "
             f"{np.broadcast_to(bound, error.shape)[at]:.3g}"
         )
+
+
+def assert_close(actual: np.ndarray, expected: np.ndarray, tolerance: float, name: str) -> None:
+    """Asserts a largest error of ``tolerance`` times the largest expected value."""
+    actual, expected = np.asarray(actual), np.asarray(expected)
+    assert actual.shape == expected.shape, f"{name}: shape {actual.shape}, not {expected.shape}"
+    if actual.size == 0:
+        return
+    actual, expected = actual.astype(np.float64), expected.astype(np.float64)
+    _assert_same_kind(actual, expected, LARGEST["float64"], name)
+    finite = np.isfinite(expected)
+    error = np.abs(np.where(finite, actual - expected, 0.0)).max()
+    scale = np.abs(np.where(finite, expected, 0.0)).max()
+    assert error <= tolerance * scale, (
+        f"{name}: error {error:.3g}, {error / scale if scale else np.inf:.3g} of the largest "
+        f"value; allowed {tolerance:.3g}"
+    )
 
 
 def assert_same_bits(actual: np.ndarray, expected: np.ndarray, name: str) -> None:

@@ -1,0 +1,421 @@
+"""The public functions: right numbers from the native ops, wherever and however they are called."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tensorflow as tf
+from ops_cases import OPTIONS, SIZES, Case, magnitude, options, truth_and_stock
+from tolerances import assert_accurate, assert_same_bits
+
+import cbam_ops
+from cbam_ops import ops, reference
+
+pytestmark = pytest.mark.usefixtures("native")
+
+
+@pytest.fixture
+def native():
+    with cbam_ops.use_implementation("native"):
+        yield
+
+
+def op_types(function: tf.types.experimental.GenericFunction, *arguments) -> set[str]:
+    """The types of the ops that a function is traced to."""
+    graph = function.get_concrete_function(*arguments).graph
+    return {operation.type for operation in graph.get_operations()}
+
+
+def run_python(code: str, *arguments: str, **environment: str) -> str:
+    """Runs `code` in a new process with warnings as errors; returns what it printed last."""
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", textwrap.dedent(code), *arguments],
+        cwd=Path(__file__).parent,
+        env={**os.environ, "PYTHONPATH": pythonpath(), **environment},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
+    return done.stdout.splitlines()[-1]
+
+
+def pythonpath() -> str:
+    """The tests' folder first, for their helper modules."""
+    return os.pathsep.join(
+        filter(None, [str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+    )
+
+
+# --- numbers --------------------------------------------------------------------------------------
+
+
+def check_outputs(case: Case, dtype: str, data_format: str) -> None:
+    tensors = case.draw(dtype, data_format)
+    actual = case.call(ops, tensors, data_format)
+    truth, stock = truth_and_stock(case, tensors, "call", data_format)
+    for name, *values in zip(case.output_names(), actual, truth, stock, strict=True):
+        got, wanted, ordinary = (value.numpy() for value in values)
+        # In float64 the truth is no nearer to itself than ours: its rounding errors are in it.
+        scale = magnitude(wanted) if dtype == "float64" else None
+        assert_accurate(got, wanted, ordinary, name, magnitude=scale)
+
+
+@pytest.mark.parametrize("case", OPTIONS, ids=str)
+def test_every_option_is_accurate(case, dtype, data_format):
+    """Fails where an option, a type or a layout computes something else than the definition."""
+    check_outputs(case, dtype, data_format)
+
+
+@pytest.mark.parametrize("case", SIZES, ids=str)
+@pytest.mark.parametrize("size_dtype", ["float32", "float16"])
+def test_every_size_is_accurate(case, size_dtype, data_format):
+    """Fails where a tail of a vector, an edge of a tile or a halo is handled wrongly."""
+    check_outputs(case, size_dtype, data_format)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("case", [OPTIONS[0], OPTIONS[3], OPTIONS[6], *OPTIONS[-2:]], ids=str)
+def test_special_values_reach_the_same_outputs(case, value, data_format):
+    """Fails where NaN or an infinity is dropped by a maximum, or spreads to a sample of its own."""
+    tensors = case.draw("float32", data_format)
+    x = tensors["x"].numpy()
+    x[0, 2, 3, 5 if data_format == "NHWC" else 6] = value
+    tensors["x"] = tf.constant(x)
+    actual = case.call(ops, tensors, data_format)
+    truth, stock = truth_and_stock(case, tensors, "call", data_format)
+    for name, *values in zip(case.output_names(), actual, truth, stock, strict=True):
+        assert_accurate(*(output.numpy() for output in values), name)
+    if "batch_norm" not in case.function:  # whose statistics tie all samples together
+        assert np.isfinite(actual[0][1].numpy()).all()
+    expected = case.call(reference, tensors, data_format)
+    for name, ours, theirs in zip(case.output_names(), actual, expected, strict=True):
+        assert (np.isnan(ours.numpy()) == np.isnan(theirs.numpy())).all(), name
+
+
+@pytest.mark.parametrize("case", OPTIONS, ids=str)
+def test_types_and_shapes_equal_the_reference_s(case, dtype):
+    """Fails where a user who switches the implementation gets another type, say of a gate."""
+    tensors = case.draw(dtype, "NHWC")
+    for ours, theirs in zip(
+        case.call(ops, tensors, "NHWC"), case.call(reference, tensors, "NHWC"), strict=True
+    ):
+        assert (ours.dtype, ours.shape) == (theirs.dtype, theirs.shape)
+
+
+@pytest.mark.parametrize("case", OPTIONS, ids=str)
+def test_an_empty_batch_gives_empty_outputs(case, data_format):
+    """Fails where a kernel divides by the batch or refuses the last, empty batch of a data set."""
+    case = Case(**{**vars(case), "size": (0, 5, 7, 13)})
+    tensors = case.draw("float32", data_format)
+    expected = case.call(reference, tensors, data_format)
+    for ours, theirs in zip(case.call(ops, tensors, data_format), expected, strict=True):
+        assert_same_bits(ours.numpy(), theirs.numpy(), case.function)
+    for name, gradient in case.gradients(ops, tensors, data_format).items():
+        assert_same_bits(gradient.numpy(), np.zeros(tensors[name].shape, np.float32), name)
+
+
+def test_python_numbers_and_arrays_are_taken():
+    x = np.ones((1, 2, 2, 2), np.float32)
+    w = [[1.0], [2.0]], None, [[3.0, 4.0]], None
+    y = cbam_ops.cbam(x, *w, np.zeros((1, 1, 2, 1), np.float32), [0.0])
+    gate = 1 / (1 + np.exp(-np.array([18.0, 24.0])))
+    np.testing.assert_allclose(y, np.broadcast_to(gate / 2, (1, 2, 2, 2)), rtol=1e-6)
+
+
+# --- bits -----------------------------------------------------------------------------------------
+
+DIGEST = """
+    import hashlib, sys
+    import tensorflow as tf
+    tf.config.threading.set_intra_op_parallelism_threads(int(sys.argv[1]))
+    import cbam_ops
+    from cbam_ops import ops
+    from ops_cases import OPTIONS, SIZES
+    cbam_ops.use_implementation("native")
+    digest = hashlib.sha256()
+    for case in OPTIONS + SIZES:
+        for data_format, dtype in (("NHWC", "float32"), ("NCHW", "float16"), ("NCHW", "float64")):
+            tensors = case.draw(dtype, data_format)
+            outputs = case.call(ops, tensors, data_format)
+            for tensor in [*outputs, *case.gradients(ops, tensors, data_format).values()]:
+                digest.update(tensor.numpy().tobytes())
+    print(digest.hexdigest())
+"""
+
+
+@pytest.mark.slow
+def test_results_have_the_same_bits_for_any_number_of_threads():
+    """Fails where a sum depends on how the work was shared out, or on who came first."""
+    digests = {run_python(DIGEST, threads) for threads in ("1", "2", "4", "4")}
+    assert len(digests) == 1
+
+
+def test_results_have_the_same_bits_every_time():
+    case = Case(size=(4, 33, 31, 40), residual=True, options=options(activation="relu"))
+    tensors = case.draw("float32", "NHWC")
+    first = case.gradients(ops, tensors, "NHWC")
+    for _ in range(5):
+        for name, gradient in case.gradients(ops, tensors, "NHWC").items():
+            assert_same_bits(gradient.numpy(), first[name].numpy(), name)
+
+
+def other_instruction_sets() -> list[str]:
+    from cbam_ops import _core
+
+    active = _core.instruction_set()
+    return [name for name in _core.available_instruction_sets() if name != active]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("instruction_set", other_instruction_sets())
+def test_every_instruction_set_is_accurate(instruction_set):
+    """Fails where the code for an older processor is wrong, which this machine would never run."""
+    tests = [
+        "test_ops.py::test_every_option_is_accurate",
+        "test_ops.py::test_every_size_is_accurate",
+        "test_ops.py::test_special_values_reach_the_same_outputs",
+        "test_gradients.py::test_gradients_of_every_option_are_accurate",
+        "test_gradients.py::test_gradients_of_every_size_are_accurate",
+    ]
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *tests],
+        cwd=Path(__file__).parent,
+        env={**os.environ, "CBAM_OPS_INSTRUCTION_SET": instruction_set},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout
+
+
+# --- memory ---------------------------------------------------------------------------------------
+
+
+def test_inputs_may_lie_anywhere(dtype):
+    """Fails where a kernel takes the alignment of a whole tensor for granted: slices have none."""
+    case = Case(size=(4, 3, 3, 5))
+    tensors = case.draw(dtype, "NHWC")
+    whole = case.call(ops, tensors, "NHWC")
+    gradients = case.gradients(ops, tensors, "NHWC")
+    for start in range(1, 4):
+        part = {**tensors, "x": tensors["x"][start:]}  # shares the buffer, at an odd offset
+        outputs = case.call(ops, part, "NHWC")
+        for name, ours, theirs in zip(case.output_names(), outputs, whole, strict=True):
+            assert_same_bits(ours.numpy(), theirs[start:].numpy(), name)
+        got = case.gradients(ops, part, "NHWC")["x"]
+        assert got.shape == gradients["x"][start:].shape
+
+
+def test_inputs_stay_as_they_are():
+    """Fails where an op writes its output into its input: x is needed again, for the gradient."""
+    case = Case(residual=True, options=options(activation="relu"))
+    tensors = case.draw("float32", "NHWC")
+
+    @tf.function
+    def step(tensors):
+        # Temporaries of the graph, whose buffers an op could be tempted to take over.
+        temporaries = {name: tensor * 2.0 for name, tensor in tensors.items()}
+        y, *_ = case.call(ops, temporaries, "NHWC")
+        return y, [temporaries[name] + 0.0 for name in tensors]
+
+    _, after = step(tensors)
+    for name, value in zip(tensors, after, strict=True):
+        assert_same_bits(value.numpy(), (tensors[name] * 2.0).numpy(), name)
+
+
+# --- graphs ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", OPTIONS, ids=str)
+@pytest.mark.parametrize("known", ["rank", "nothing"])
+def test_unknown_shapes_in_a_graph(case, known, data_format):
+    """Fails where Python code needs a size that only the running graph knows."""
+    tensors = case.draw("float32", data_format)
+    specs = {
+        name: tf.TensorSpec([None] * tensor.shape.rank if known == "rank" else None, tensor.dtype)
+        for name, tensor in tensors.items()
+    }
+
+    @tf.function(input_signature=[specs])
+    def function(tensors):
+        outputs = case.call(ops, tensors, data_format)
+        assert outputs[0].shape.rank == len(case.call(ops, eager, data_format)[0].shape)
+        return outputs
+
+    eager = tensors
+    expected = case.call(ops, tensors, data_format)
+    for name, ours, theirs in zip(case.output_names(), function(tensors), expected, strict=True):
+        assert_same_bits(ours.numpy(), theirs.numpy(), name)
+
+
+@pytest.mark.filterwarnings("ignore")  # TensorFlow's own, about the loop it falls back to
+def test_vectorized_map_falls_back_to_a_loop():
+    case = Case(size=(2, 4, 5, 6))
+    tensors = case.draw("float32", "NHWC")
+    maps = tf.stack([tensors["x"], -tensors["x"], 2.0 * tensors["x"]])
+    mapped = tf.vectorized_map(lambda x: case.call(ops, {**tensors, "x": x}, "NHWC")[0], maps)
+    for ours, x in zip(mapped, maps, strict=True):
+        expected = case.call(ops, {**tensors, "x": x}, "NHWC")[0]
+        assert_same_bits(ours.numpy(), expected.numpy(), "y")
+
+
+class Module(tf.Module):
+    """A function to save: y and the gradient of its sum of squares."""
+
+    case = Case(
+        "cbam_with_batch_norm", residual=True, options=options(activation="relu", epsilon=1e-5)
+    )
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tensors = self.case.draw("float32", "NHWC")
+        self.weights = {
+            name: tf.Variable(value) for name, value in self.tensors.items() if name != "x"
+        }
+
+    @tf.function(input_signature=[tf.TensorSpec([None, None, None, 13], tf.float32)])
+    def __call__(self, x):
+        return self.case.call(ops, {"x": x, **self.weights}, "NHWC")[0]
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # the saver's own
+def test_a_saved_model_runs_and_trains_in_a_fresh_process(tmp_path):
+    """Fails where a saved model cannot be read without the code that made it, or not be trained."""
+    module = Module()
+    tf.saved_model.save(module, str(tmp_path / "saved"))
+    x = module.tensors["x"]
+    with tf.GradientTape() as tape:
+        tape.watch(x)
+        y = module(x)
+        loss = tf.reduce_sum(y * y)
+    expected = [y, *tape.gradient(loss, [x, module.weights["gamma"], module.weights["residual"]])]
+    np.save(tmp_path / "x.npy", x.numpy())
+    run_python(
+        """
+        import sys
+        from pathlib import Path
+        import numpy as np
+        import tensorflow as tf
+        import cbam_ops
+        cbam_ops.ops.load_library()
+        folder = Path(sys.argv[1])
+        x = tf.constant(np.load(folder / "x.npy"))
+        module = tf.saved_model.load(str(folder / "saved"))
+        with tf.GradientTape() as tape:
+            tape.watch(x)
+            y = module(x)
+            loss = tf.reduce_sum(y * y)
+        weights = module.weights
+        gradients = tape.gradient(loss, [x, weights["gamma"], weights["residual"]])
+        np.savez(folder / "results.npz", y, *gradients)
+        print("done")
+        """,
+        str(tmp_path),
+    )
+    results = np.load(tmp_path / "results.npz")
+    for i, value in enumerate(expected):
+        assert_same_bits(results[f"arr_{i}"], value.numpy(), f"result {i}")
+
+
+def test_an_imported_graph_has_gradients():
+    """Fails where the gradient hangs on Python objects that a GraphDef does not carry."""
+    case = Case(residual=True)
+    tensors = case.draw("float32", "NHWC")
+    expected = case.gradients(ops, tensors, "NHWC")
+    with tf.Graph().as_default() as graph:
+        placeholders = {
+            name: tf.compat.v1.placeholder(tensor.dtype, tensor.shape, name)
+            for name, tensor in tensors.items()
+        }
+        outputs = case.call(ops, placeholders, "NHWC")
+        names = [output.name for output in outputs]
+        definition = graph.as_graph_def()
+    assert any(node.op == "CbamOps>Cbam" for node in definition.node)
+    with tf.Graph().as_default() as graph:
+        tf.import_graph_def(definition, name="")
+        outputs = [graph.get_tensor_by_name(name) for name in names]
+        inputs = [graph.get_tensor_by_name(f"{name}:0") for name in tensors]
+        gradients = tf.gradients(outputs, inputs, case.cotangents(outputs))
+        with tf.compat.v1.Session() as session:
+            feed = {f"{name}:0": tensor.numpy() for name, tensor in tensors.items()}
+            values = session.run(gradients, feed)
+    for name, value in zip(tensors, values, strict=True):
+        assert_same_bits(value, expected[name].numpy(), name)
+
+
+# --- who computes ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", OPTIONS, ids=str)
+def test_the_choice_of_the_implementation_is_followed(case):
+    """Fails where a function ignores the choice: users compare the two to find out who is wrong."""
+    tensors = case.draw("float32", "NHWC")
+
+    def ours() -> set[str]:
+        function = tf.function(lambda tensors: case.call(ops, tensors, "NHWC"))
+        return {name for name in op_types(function, tensors) if name.startswith("CbamOps>")}
+
+    for name in ("native", "auto"):
+        with cbam_ops.use_implementation(name):
+            assert ours()
+    with cbam_ops.use_implementation("reference"):
+        assert not ours()
+
+
+@pytest.fixture
+def fresh_warnings(monkeypatch):
+    from cbam_ops import options as choices
+
+    monkeypatch.setattr(choices, "_warned", set())
+
+
+def test_xla_gets_the_reference(fresh_warnings):
+    """Fails where jit_compile=True, which Keras may turn on itself, meets an op it cannot take."""
+    case = Case()
+    tensors = case.draw("float32", "NHWC")
+    expected = case.call(ops, tensors, "NHWC")[0]
+
+    def function(tensors):
+        return case.call(ops, tensors, "NHWC")[0]
+
+    with cbam_ops.use_implementation("auto"):
+        compiled = tf.function(function, jit_compile=True)
+        with pytest.warns(RuntimeWarning, match="jit_compile=True"):
+            y = compiled(tensors)
+        tf.function(function, jit_compile=True)(tensors)  # and not a second time
+    np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-6)
+    # A NativeUnavailableError, which autograph wraps in an error of its own.
+    with pytest.raises(Exception, match="jit_compile"):
+        tf.function(function, jit_compile=True)(tensors)
+
+
+def test_a_gpu_without_kernels_gets_the_reference(fresh_warnings, monkeypatch):
+    """Fails where an op without a GPU kernel would run on the CPU, with copies nobody asked for."""
+    case = Case()
+    tensors = case.draw("float32", "NHWC")
+    gpu = tf.config.LogicalDevice("/device:GPU:0", "GPU")
+    monkeypatch.setattr(tf.config, "list_logical_devices", lambda kind=None: [gpu])
+    monkeypatch.setattr(ops, "_has_gpu_kernels", lambda: False)
+
+    def is_native(device: str | None) -> bool:
+        with tf.Graph().as_default() as graph, tf.device(device):
+            case.call(ops, {name: tf.constant(t.numpy()) for name, t in tensors.items()}, "NHWC")
+        return any(operation.type == "CbamOps>Cbam" for operation in graph.get_operations())
+
+    with cbam_ops.use_implementation("auto"):
+        with pytest.warns(RuntimeWarning, match="on a GPU"):
+            assert not is_native(None)  # by default TensorFlow would take the GPU
+        assert not is_native("/device:GPU:0")
+        assert is_native("/device:CPU:0")
+        assert case.call(ops, tensors, "NHWC")[0].device.endswith("CPU:0")
+        monkeypatch.setattr(ops, "_has_gpu_kernels", lambda: True)
+        assert is_native("/device:GPU:0")
+    monkeypatch.setattr(ops, "_has_gpu_kernels", lambda: False)
+    with pytest.raises(cbam_ops.NativeUnavailableError, match="on a GPU"):
+        is_native("/device:GPU:0")
