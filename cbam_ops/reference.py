@@ -16,9 +16,9 @@ Words and shapes (Woo et al., 2018, section 3): the feature map ``x`` is ``[N, H
 ``[N, C, H, W]`` (NCHW), its type T float16, bfloat16, float32 or float64. The compute type U is
 float64 for a float64 map and float32 for the others.
 
-Types. With weights of type U the descriptors of a half-type map are cast to float32, the MLP and the
-convolution compute in float32, and the gates are cast back to T before they multiply the map. With
-weights of the same half type as ``x`` everything is computed in that type, as a stock graph would.
+Types. With weights of type U the descriptors of a half-type map are cast to float32, the MLP and
+the convolution compute in float32, and the gates are cast back to T before they multiply the map.
+With weights of the half type of ``x`` everything is computed in that type, as a stock graph would.
 Gates and batch statistics are returned in U either way. Gradients are TensorFlow's own: at equal
 maxima the gradient is split evenly.
 
@@ -214,8 +214,8 @@ def channel_attention(
         return_gates: Whether to return the gate too.
 
     Returns:
-        ``y``, like ``x``; with ``return_gates`` the tuple ``(y, channel_gate)``, the gate ``[N, C]``
-        in the compute type.
+        ``y``, like ``x``; with ``return_gates`` the tuple ``(y, channel_gate)``, the gate
+        ``[N, C]`` in the compute type.
     """
     args = _checks.check_channel_attention(
         x,
@@ -367,12 +367,14 @@ def _channel_gate(
     data_format: str,
 ) -> tf.Tensor:
     """``[N, C]`` in the weights' type: sigmoid of the shared MLP's summed logits."""
+    w0, b0, w1, b1 = args.w0, args.b0, args.w1, args.b1
+    assert w0 is not None and w1 is not None  # the checks saw to it
 
     def mlp(t: tf.Tensor) -> tf.Tensor:
-        t = tf.matmul(tf.cast(t, args.w0.dtype), args.w0)
-        t = tf.nn.relu(t if args.b0 is None else t + args.b0)
-        t = tf.matmul(t, args.w1)
-        t = t if args.b1 is None else t + args.b1
+        t = tf.matmul(tf.cast(t, w0.dtype), w0)
+        t = tf.nn.relu(t if b0 is None else t + b0)
+        t = tf.matmul(t, w1)
+        t = t if b1 is None else t + b1
         return tf.nn.relu(t) if mlp_activation == "relu" else t
 
     axes = _checks.position_axes(data_format)
@@ -399,7 +401,9 @@ def _normalised_spatial_gate(
 ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
     """The spatial gate after batch norm, the batch's mean and its variance, both ``[1]`` in U."""
     # The statistics span the whole batch: at least float32, as in Keras's batch norm.
-    z = tf.cast(_spatial_logits(x, args.kernel, None, data_format), args.compute_type)
+    kernel = args.kernel
+    assert kernel is not None
+    z = tf.cast(_spatial_logits(x, kernel, None, data_format), args.compute_type)
     # Moments as tf.nn.moments computes them, except that those of an empty batch are 0, not NaN.
     count = tf.cast(tf.maximum(tf.size(z, tf.int64), 1), z.dtype)
     mean = tf.reshape(tf.reduce_sum(z) / count, [1])
@@ -407,7 +411,8 @@ def _normalised_spatial_gate(
     variance = tf.reshape(tf.reduce_sum(deviation) / count, [1])
     gamma, beta = tf.cast(args.gamma, z.dtype), tf.cast(args.beta, z.dtype)
     gate = tf.sigmoid(tf.nn.batch_normalization(z, mean, variance, beta, gamma, args.epsilon))
-    gate = tf.cast(gate, args.kernel.dtype)
+    # In the kernel's type, as without batch norm.
+    gate = tf.cast(gate, kernel.dtype)
     return gate, tf.stop_gradient(mean), tf.stop_gradient(variance)
 
 
