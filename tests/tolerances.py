@@ -52,6 +52,8 @@ MODEL_GRADIENT = 1e-7
 MIXED_MODEL = {"mixed_float16": 0.03, "mixed_bfloat16": 0.2}
 # The same few operations in float32 in another order.
 FLOAT32 = 1e-5
+# ... and in float64.
+FLOAT64 = 1e-13
 # Of a few hundred random draws or more against their distribution's.
 STANDARD_DEVIATION = 0.1
 
