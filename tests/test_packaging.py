@@ -1,4 +1,4 @@
-"""The package as a user gets it: sdist, wheel, a fresh environment; and a build that explains itself.
+"""The package as a user gets it, and a build that explains itself.
 
 The builds here compile for the baseline instruction set only, which saves time and shows that a
 build without the others works.

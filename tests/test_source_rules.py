@@ -46,7 +46,7 @@ def includes(path: Path) -> list[str]:
     return re.findall(r'^\s*#\s*include\s*[<"]([^>"]+)[>"]', code_of(path), re.MULTILINE)
 
 
-# --- layers: csrc/tf and csrc/python call csrc/core, which knows neither ---------------------------
+# --- layers: csrc/tf and csrc/python call csrc/core, which knows neither --------------------------
 
 
 def test_core_includes_no_framework():
@@ -246,7 +246,7 @@ def test_no_test_measures_time():
 
 
 def test_tolerances_are_in_one_file():
-    """A tolerance made up on the spot hides an error; tests/tolerances.py holds and explains all."""
+    """A tolerance made up on the spot hides an error; tests/tolerances.py explains each."""
     found = [
         f"{path.name}:{node.lineno}"
         for path, tree in parsed_tests()
