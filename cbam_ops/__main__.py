@@ -1,0 +1,175 @@
+"""The command `cbam-ops`, which is also `python -m cbam_ops`.
+
+Exit codes: 0 success; 1 the command ran and its answer is no (an accuracy missed, a check failed);
+2 it could not run (wrong arguments, a missing package, an unwritable folder); 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from cbam_ops import __version__
+from cbam_ops._cli.common import CommandError
+
+_DESCRIPTION = "Fused CBAM attention for TensorFlow and Keras."
+_EPILOG = """\
+exit codes:
+  0  success
+  1  the command ran, and its answer is no: accuracy missed, a check failed
+  2  the command could not run: wrong arguments, a missing package, an unwritable folder
+  130  interrupted (Ctrl-C)
+"""
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
+    return value
+
+
+def _seed(text: str) -> int:
+    value = int(text)
+    if not 0 <= value < 2**32:
+        raise argparse.ArgumentTypeError(f"must be in 0 ... 2^32 - 1, got {value}")
+    return value
+
+
+# What argparse calls the types in its error messages.
+_positive.__name__ = "whole number"
+_seed.__name__ = "whole number"
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="cbam-ops",
+        description=_DESCRIPTION,
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"cbam-ops {__version__}")
+    parser.add_argument(
+        "--traceback", action="store_true", help="show Python's traceback of an unexpected error"
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    demo = commands.add_parser(
+        "demo",
+        help="train a small CBAM network on real images and compare it with stock TensorFlow",
+        description=(
+            "Trains a small residual network with CBAM in every block on scikit-learn's "
+            "handwritten digits, compares the fused ops with the same module in stock TensorFlow "
+            "on the trained weights (largest difference, time per training step, memory kept for "
+            "the gradient), saves and reloads the model, and draws a picture of what the "
+            "spatial gates look at. Takes under three minutes on two cores. Exit code 1 if the "
+            "test accuracy is below 97 %."
+        ),
+    )
+    demo.add_argument(
+        "--quick",
+        action="store_true",
+        help="fewer epochs, under 30 seconds; no accuracy is asked for",
+    )
+    demo.add_argument(
+        "--output",
+        type=Path,
+        default=Path("cbam_demo"),
+        metavar="DIR",
+        help="folder for the model and the picture, made if it is not there (default: %(default)s)",
+    )
+    demo.add_argument(
+        "--epochs",
+        type=_positive,
+        default=None,
+        metavar="N",
+        help="passes over the training images (default: 10, with --quick 3)",
+    )
+    demo.add_argument(
+        "--seed", type=_seed, default=0, metavar="N", help="random seed (default: %(default)s)"
+    )
+
+    info = commands.add_parser(
+        "info",
+        help="versions, devices, instruction set and why native is off: for bug reports",
+        description="Prints what this installation is. Paste it into a bug report.",
+    )
+    info.add_argument("--json", action="store_true", help="print one JSON object instead")
+
+    check = commands.add_parser(
+        "check",
+        help="compare the fused ops with the float64 reference on this machine",
+        description=(
+            "Runs the fused ops, forward and every gradient, over a spread of shapes, types, "
+            "layouts and options, and compares them with the reference in float64. A value may err "
+            "at most twice what stock TensorFlow errs at the same type, plus a small floor. Exit "
+            "code 1 if any case fails."
+        ),
+    )
+    check.add_argument("--quick", action="store_true", help="a third of the cases")
+    return parser
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    # Imported here: a command's parts load only for that command, and --help loads nothing.
+    if arguments.command == "demo":
+        from cbam_ops._cli import demo
+
+        return demo.run(
+            output=arguments.output,
+            quick=arguments.quick,
+            epochs=arguments.epochs,
+            seed=arguments.seed,
+        )
+    if arguments.command == "info":
+        from cbam_ops._cli import info
+
+        return info.run(as_json=arguments.json)
+    from cbam_ops._cli import check
+
+    return check.run(quick=arguments.quick)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command and returns its exit code (see the module docstring).
+
+    Args:
+      argv: the arguments after the program's name; None takes them from `sys.argv`.
+
+    Raises:
+      SystemExit: from argparse, after --help (0) or wrong arguments (2).
+    """
+    arguments = _parser().parse_args(argv)
+    program = f"cbam-ops {arguments.command}"
+    try:
+        code = _run(arguments)
+        sys.stdout.flush()
+        return code
+    except CommandError as error:
+        sys.stdout.flush()
+        print(f"{program}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"\n{program}: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # Whoever read our output has gone (`cbam-ops info | head`); nobody is left to tell.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except Exception as error:
+        if arguments.traceback:
+            raise
+        sys.stdout.flush()
+        print(
+            f"{program}: unexpected {type(error).__name__}: {error}\n"
+            f"{program}: this is a bug; `cbam-ops --traceback {arguments.command}` shows where.",
+            file=sys.stderr,
+        )
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

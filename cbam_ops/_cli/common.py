@@ -1,0 +1,124 @@
+"""What the commands share: errors for the user, quiet imports, tables, progress."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+import tempfile
+import types
+from collections.abc import Iterable, Sequence
+
+
+class CommandError(Exception):
+    """The command cannot run and the user can mend it; the text is one clear sentence."""
+
+
+# What `pip install` calls a module, where it is another name.
+_DISTRIBUTIONS = {
+    "sklearn": "scikit-learn",
+    "PIL": "pillow",
+    "tensorflow": "'tensorflow>=2.21,<2.22'",
+}
+
+
+def require(modules: Iterable[str], purpose: str) -> None:
+    """Imports the modules, or raises one `CommandError` that names all missing ones.
+
+    Args:
+      modules: names as in an import statement.
+      purpose: who needs them, the start of the message ("the demo").
+    """
+    missing = []
+    for module in modules:
+        try:
+            importlib.import_module(module)
+        except ImportError as error:
+            # A package that is there but does not load is another matter than a missing one.
+            name = getattr(error, "name", None) or module
+            if name.split(".")[0] != module:
+                raise CommandError(
+                    f"{module} is installed but cannot be imported ({error}); install it again "
+                    f"with: pip install --force-reinstall {_DISTRIBUTIONS.get(module, module)}"
+                ) from error
+            missing.append(_DISTRIBUTIONS.get(module, module))
+    if missing:
+        what = "a package that is" if len(missing) == 1 else "packages that are"
+        raise CommandError(
+            f"{purpose} needs {what} not installed; install with: pip install {' '.join(missing)}"
+        )
+
+
+class _QuietStderr:
+    """Collects what is written to file descriptor 2, below Python, and shows it on failure only."""
+
+    def __enter__(self) -> _QuietStderr:
+        sys.stderr.flush()
+        try:
+            self._kept = os.dup(2)
+        except OSError:  # no stderr at all: nothing to keep quiet
+            self._kept = -1
+            return self
+        # The file lives until __exit__.
+        self._file = tempfile.TemporaryFile()  # noqa: SIM115
+        os.dup2(self._file.fileno(), 2)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: types.TracebackType | None,
+    ) -> None:
+        if self._kept < 0:
+            return
+        sys.stderr.flush()
+        os.dup2(self._kept, 2)
+        os.close(self._kept)
+        if kind is not None and not issubclass(kind, KeyboardInterrupt):
+            self._file.seek(0)
+            os.write(2, self._file.read())
+        self._file.close()
+
+
+def import_tensorflow() -> None:
+    """Imports TensorFlow and Keras without their start-up messages.
+
+    TF_CPP_MIN_LOG_LEVEL, unless it is set, silences what TensorFlow logs later (a missing GPU
+    driver, CPU features); what it writes while it loads comes before that setting counts.
+
+    Raises:
+      CommandError: TensorFlow is not installed or does not load.
+    """
+    quiet = "TF_CPP_MIN_LOG_LEVEL" not in os.environ
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    if not quiet:
+        require(["tensorflow", "keras"], "cbam_ops")
+        return
+    with _QuietStderr():
+        require(["tensorflow", "keras"], "cbam_ops")
+
+
+def table(rows: Sequence[Sequence[str]], align: str, indent: str = "  ") -> str:
+    """Rows as aligned columns; the first row is the head, underlined.
+
+    Args:
+      rows: cells, all rows of one length.
+      align: one character per column, "<" or ">".
+      indent: what each line starts with.
+    """
+    widths = [max(len(row[i]) for row in rows) for i in range(len(align))]
+
+    def line(row: Sequence[str]) -> str:
+        cells = (
+            f"{cell:{side}{width}}" for cell, side, width in zip(row, align, widths, strict=True)
+        )
+        return (indent + "  ".join(cells)).rstrip()
+
+    rule = indent + "  ".join("-" * width for width in widths)
+    return "\n".join([line(rows[0]), rule, *(line(row) for row in rows[1:])])
+
+
+def say(text: str = "") -> None:
+    """Prints a line at once: the output is read while the command runs."""
+    print(text, flush=True)

@@ -1,0 +1,204 @@
+"""Fused against reference on the same weights: largest difference, time per step, memory."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+Loss = Callable[[Any, Any], Any]
+
+# Operations of the gradient that look at the shape of a tensor, not at its values.
+_SHAPE_ONLY = {"Shape", "ShapeN", "Size", "Rank", "ZerosLike", "OnesLike", "BroadcastGradientArgs"}
+# Operations whose output is the memory of their input.
+_ALIASES = {"Identity", "Reshape", "ExpandDims", "Squeeze", "StopGradient", "PreventGradient"}
+# Outputs that exist with or without a gradient: weights, constants and the batch itself.
+_NOT_ACTIVATIONS = {"Const", "ReadVariableOp", "VarHandleOp", "Placeholder"}
+
+
+class Traced:
+    """A `tf.function` of a forward pass and its gradient, and what the first keeps for the second.
+
+    Args:
+      forward: from the input tensors to the outputs, the first of which is differentiated.
+      sources: what to differentiate by, beside the inputs where `watch` is set.
+      watch: whether to differentiate by the inputs too.
+      apply: what to do with the gradients, for instance an optimizer's step.
+    """
+
+    def __init__(
+        self,
+        forward: Callable[..., Any],
+        sources: Sequence[Any] = (),
+        watch: bool = False,
+        apply: Callable[[Any], Any] | None = None,
+    ) -> None:
+        import tensorflow as tf
+
+        self._borders = (0, 0)  # operations before the gradient's first and after its last
+
+        def count() -> int:
+            return len(tf.compat.v1.get_default_graph().get_operations())
+
+        def step(*inputs: Any) -> Any:
+            with tf.GradientTape() as tape:
+                if watch:
+                    tape.watch(inputs)
+                value = forward(*inputs)
+            begin = count()
+            gradients = tape.gradient(value, [*sources, *(inputs if watch else ())])
+            self._borders = (begin, count())
+            if apply is not None:
+                apply(gradients)
+            return value, gradients
+
+        self._function = tf.function(step, autograph=False)
+
+    def __call__(self, *inputs: Any) -> Any:
+        """The differentiated value and the gradients."""
+        return self._function(*inputs)
+
+    def kept_bytes(self, *inputs: Any) -> int:
+        """Bytes of the tensors that the forward pass must keep for the gradient.
+
+        Counts, in the traced graph, every tensor which the forward part makes and the gradient part
+        reads: each once, however often it is read; not the weights, the constants and the inputs.
+        """
+        import tensorflow as tf
+
+        operations = self._function.get_concrete_function(*inputs).graph.get_operations()
+        begin, end = self._borders
+        forward = {operation.name for operation in operations[:begin]}
+        kept: dict[str, int] = {}
+        for operation in operations[begin:end]:
+            if operation.type in _SHAPE_ONLY:
+                continue
+            for tensor in operation.inputs:
+                if tensor.op.name not in forward:
+                    continue
+                while tensor.op.type in _ALIASES:
+                    tensor = tensor.op.inputs[0]
+                if tensor.op.type in _NOT_ACTIVATIONS or tensor.dtype in (tf.resource, tf.variant):
+                    continue
+                kept[tensor.name] = (tensor.shape.num_elements() or 0) * tensor.dtype.size
+        return sum(kept.values())
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """What one network (or one module) does under both implementations; times in seconds."""
+
+    name: str
+    fused_seconds: float
+    reference_seconds: float
+    fused_bytes: int
+    reference_bytes: int
+    output_error: float
+    gradient_error: float
+
+
+def _largest_difference(a: Any, b: Any) -> float:
+    a, b = np.asarray(a, "float64"), np.asarray(b, "float64")
+    scale = float(np.max(np.abs(b)))
+    return float(np.max(np.abs(a - b))) / scale if scale else float(np.max(np.abs(a - b)))
+
+
+def compare_model(
+    name: str, model: Any, loss: Loss, images: np.ndarray, targets: np.ndarray, repeats: int
+) -> Comparison:
+    """Compares one training step of a Keras model (forward, backward, Adam) on one batch.
+
+    The model keeps its weights: the steps run on copies.
+    """
+    import keras
+    import tensorflow as tf
+
+    x, y = tf.constant(images), tf.constant(targets)
+
+    def prepare() -> tuple[Traced, Any]:
+        copy = keras.models.clone_model(model)
+        copy.set_weights(model.get_weights())
+        optimizer = keras.optimizers.Adam(1e-4)
+        optimizer.build(copy.trainable_variables)
+        traced = Traced(
+            lambda x: loss(y, copy(x, training=True)),
+            [variable.value for variable in copy.trainable_variables],
+            apply=lambda found: optimizer.apply(found, copy.trainable_variables),
+        )
+        return traced, copy(x, training=False)
+
+    return _compare(name, prepare, [x], repeats)
+
+
+def compare_module(name: str, shape: tuple[int, int, int, int], repeats: int) -> Comparison:
+    """Compares one CBAM, forward and backward, on random values (NHWC, float32, ratio 16)."""
+    import tensorflow as tf
+
+    import cbam_ops
+
+    random = np.random.default_rng(0)
+    channels = shape[-1]
+    hidden = channels // 16
+
+    def normal(*size: int, scale: float = 1.0) -> Any:
+        return tf.constant((random.standard_normal(size) * scale).astype("float32"))
+
+    arguments = [
+        normal(*shape),
+        normal(channels, hidden, scale=channels**-0.5),
+        normal(hidden),
+        normal(hidden, channels, scale=hidden**-0.5),
+        normal(channels),
+        normal(7, 7, 2, 1, scale=1 / 7),
+        normal(1),
+    ]
+
+    def prepare() -> tuple[Traced, Any]:
+        return Traced(cbam_ops.cbam, watch=True), cbam_ops.cbam(*arguments)
+
+    return _compare(name, prepare, arguments, repeats)
+
+
+def _compare(
+    name: str, prepare: Callable[[], tuple[Traced, Any]], inputs: list[Any], repeats: int
+) -> Comparison:
+    """Prepares, traces and runs under both implementations."""
+    import cbam_ops
+
+    traced, outputs, gradients, kept = {}, {}, {}, {}
+    for implementation in ("auto", "reference"):
+        with cbam_ops.use_implementation(implementation):  # type: ignore[arg-type]
+            traced[implementation], outputs[implementation] = prepare()
+            _, gradients[implementation] = traced[implementation](*inputs)
+            kept[implementation] = traced[implementation].kept_bytes(*inputs)
+    seconds = _interleaved_medians(traced, inputs, repeats)
+    return Comparison(
+        name,
+        seconds["auto"],
+        seconds["reference"],
+        kept["auto"],
+        kept["reference"],
+        _largest_difference(outputs["auto"], outputs["reference"]),
+        max(
+            _largest_difference(a, b)
+            for a, b in zip(gradients["auto"], gradients["reference"], strict=True)
+        ),
+    )
+
+
+def _interleaved_medians(
+    functions: dict[str, Traced], inputs: list[Any], repeats: int
+) -> dict[str, float]:
+    """Median seconds of each; they take turns, so that a busy moment hits them alike."""
+    times: dict[str, list[float]] = {name: [] for name in functions}
+    for round_ in range(repeats + 2):
+        for name, function in functions.items():
+            started = time.perf_counter()
+            value, _ = function(*inputs)
+            np.asarray(value)  # waits
+            if round_ >= 2:
+                times[name].append(time.perf_counter() - started)
+    return {name: float(np.median(values)) for name, values in times.items()}
