@@ -1,0 +1,207 @@
+"""Shapes as a graph is built: what is known is used and checked, what is not is left open."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import tensorflow as tf
+from ops_cases import ARGUMENTS
+
+from cbam_ops import _loader
+
+N, H, W, C, HIDDEN, K = 2, 5, 7, 13, 3, 3
+
+
+@pytest.fixture(scope="module")
+def native():
+    loaded = _loader.load_ops()
+    assert not isinstance(loaded, _loader.Cause), str(loaded)
+    return loaded
+
+
+def shapes(data_format: str) -> dict[str, list[int]]:
+    """The shape of every input and output of every op; see csrc/tf/signature.h."""
+    x = [N, H, W, C] if data_format == "NHWC" else [N, C, H, W]
+    weights = {
+        "w0": [C, HIDDEN],
+        "b0": [HIDDEN],
+        "w1": [HIDDEN, C],
+        "b1": [C],
+        "kernel": [K, K, 2, 1],
+        "bias": [1],
+        "gamma": [1],
+    }
+    small = {
+        "channel_gate": [N, C],
+        "spatial_gate": [N, H, W],
+        "channel_descriptors": [2, N, C],
+        "spatial_descriptors": [N, 2, H, W],
+    }
+    planes = [N, H, W, 2] if data_format == "NHWC" else [N, 2, H, W]
+    return {
+        **dict.fromkeys(("x", "y", "dy", "residual", "dx", "d_residual"), x),
+        **weights,
+        **{f"d{name}": shape for name, shape in weights.items()},
+        **small,
+        "d_channel_gate": small["channel_gate"],
+        "d_spatial_gate": small["spatial_gate"],
+        **{name: [N, C] for name in ("mean", "maximum", "d_mean", "d_maximum")},
+        "descriptors": planes,
+        "d_descriptors": planes,
+    }
+
+
+MLP = ["w0", "b0", "w1", "b1"]
+CONVOLUTION = ["kernel", "bias"]
+# op: (inputs, outputs, lists), lists being optional inputs by their name.
+OPS = {
+    "cbam": (
+        ["x", *MLP, *CONVOLUTION],
+        ["y", "channel_gate", "spatial_gate", "channel_descriptors", "spatial_descriptors"],
+        ["gamma", "residual"],
+    ),
+    "channel_attention": (
+        ["x", *MLP],
+        ["y", "channel_gate", "channel_descriptors"],
+        ["residual"],
+    ),
+    "spatial_attention": (
+        ["x", *CONVOLUTION],
+        ["y", "spatial_gate", "spatial_descriptors"],
+        ["gamma", "residual"],
+    ),
+    "channel_pool": (["x"], ["mean", "maximum"], []),
+    "spatial_pool": (["x"], ["descriptors"], []),
+    "cbam_grad": (
+        [
+            *("x", "dy", *MLP, *CONVOLUTION, "channel_gate", "spatial_gate"),
+            *("channel_descriptors", "spatial_descriptors", "d_channel_gate", "d_spatial_gate"),
+        ],
+        ["dx", "dw0", "db0", "dw1", "db1", "dkernel", "dbias"],
+        ["gamma", "y"],
+    ),
+    "channel_attention_grad": (
+        ["x", "dy", *MLP, "channel_gate", "channel_descriptors", "d_channel_gate"],
+        ["dx", "dw0", "db0", "dw1", "db1"],
+        ["y"],
+    ),
+    "spatial_attention_grad": (
+        ["x", "dy", *CONVOLUTION, "spatial_gate", "spatial_descriptors", "d_spatial_gate"],
+        ["dx", "dkernel", "dbias"],
+        ["gamma", "y"],
+    ),
+    "channel_pool_grad": (["x", "maximum", "d_mean", "d_maximum"], ["dx"], []),
+    "spatial_pool_grad": (["x", "descriptors", "d_descriptors"], ["dx"], []),
+}
+
+
+def build(native, op: str, given: dict, data_format: str, optional: bool = False) -> dict:
+    """Builds the op in a graph from placeholders of the given shapes; the outputs by name."""
+    inputs, outputs, lists = OPS[op]
+    with tf.Graph().as_default():
+
+        def placeholder(name: str) -> tf.Tensor:
+            return tf.compat.v1.placeholder(tf.float32, given[name])
+
+        arguments = {name: placeholder(name) for name in inputs}
+        for name in lists:
+            arguments[name] = [placeholder(name)] if optional else []
+        spatial = "kernel" in inputs
+        if op.endswith("_grad") and spatial:
+            arguments["batch_statistics"] = tf.compat.v1.placeholder(tf.float32)
+        if op.endswith("_grad") and lists and optional:
+            arguments["activation"] = "relu"
+            arguments["num_d_residual"] = 1
+        result = getattr(native, f"cbam_ops_{op}")(data_format=data_format, **arguments)
+    if isinstance(result, tf.Tensor):
+        return {outputs[0]: result.shape}
+    return {
+        name: value[0].shape if isinstance(value, list) and value else value
+        for name, value in result._asdict().items()
+    } | {
+        name: getattr(result, name).shape
+        for name in result._fields
+        if isinstance(getattr(result, name), tf.Tensor)
+    }
+
+
+@pytest.mark.parametrize("optional", [False, True])
+@pytest.mark.parametrize("op", OPS)
+def test_known_shapes_give_known_shapes(native, op, data_format, optional):
+    """Fails where Keras would build a layer on a wrong or an unknown shape."""
+    known = shapes(data_format)
+    result = build(native, op, known, data_format, optional)
+    for name in OPS[op][1]:
+        assert result[name].as_list() == known[name], name
+    if "batch_statistics" in result:
+        assert result["batch_statistics"].as_list() == [2 if optional else 0]
+    if optional and op == "cbam_grad":
+        assert result["dgamma"].as_list() == [1]
+        assert result["d_residual"].as_list() == known["x"]
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_unknown_ranks_give_the_rank(native, op, data_format):
+    """Fails where the shape function demands what a graph need not know."""
+    known = shapes(data_format)
+    result = build(native, op, dict.fromkeys(known), data_format)
+    for name in OPS[op][1]:
+        assert result[name].rank == len(known[name]), name
+    if "y" in result:
+        assert result["y"].as_list() == [None] * 4
+
+
+def test_sizes_are_learnt_from_any_argument(native):
+    """Fails where a size that one argument knows is not used for another."""
+    unknown = {name: [None] * len(shape) for name, shape in shapes("NHWC").items()}
+    result = build(native, "cbam", {**unknown, "w0": [C, None]}, "NHWC")
+    assert result["y"].as_list() == [None, None, None, C]
+    assert result["channel_gate"].as_list() == [None, C]
+    result = build(native, "cbam", {**unknown, "x": [None, H, W, None]}, "NHWC")
+    assert result["spatial_gate"].as_list() == [None, H, W]
+    result = build(native, "cbam", {**unknown, "residual": [N, H, None, C]}, "NHWC", True)
+    assert result["y"].as_list() == [N, H, None, C]
+
+
+WRONG = {
+    "x": ([[N, H, W], [N, H, W, C, 1], [N, H, W, 0], [N, 0, W, C]], "x"),
+    "w0": ([[C + 1, HIDDEN], [C], [C, 0]], "w0"),
+    "b0": ([[HIDDEN + 1], [1, HIDDEN]], "b0"),
+    "w1": ([[HIDDEN, C + 1], [HIDDEN + 1, C]], "w1"),
+    "b1": ([[C - 1]], "b1"),
+    "kernel": ([[K, K, 2], [K, K, 1, 1], [4, 4, 2, 1], [K, K + 2, 2, 1], [K, K, 2, 2]], "kernel"),
+    "bias": ([[2], []], "bias"),
+    "gamma": ([[2]], "gamma"),
+    "residual": ([[N, H, W, 1], [N + 1, H, W, C]], "residual"),
+    "dy": ([[N, H, W, C + 1]], "dy"),
+    "y": ([[N, H + 1, W, C]], "y"),
+    "channel_gate": ([[N, C, 1]], "channel_gate"),
+    "channel_descriptors": ([[1, N, C]], "channel_descriptors"),
+    "spatial_descriptors": ([[N, 1, H, W]], "spatial_descriptors"),
+    "d_spatial_gate": ([[N, H * W]], "d_spatial_gate"),
+}
+
+
+@pytest.mark.parametrize(
+    ("op", "name", "shape"),
+    [
+        (op, name, shape)
+        for op, (inputs, _, lists) in OPS.items()
+        for name, shape in itertools.chain.from_iterable(
+            [(name, shape) for shape in WRONG.get(name, ([], ""))[0]] for name in inputs + lists
+        )
+    ],
+)
+def test_shapes_that_do_not_fit_are_named(native, op, name, shape):
+    """Fails where a mistake shows only when the graph runs, or does not say what is wrong."""
+    given = {**shapes("NHWC"), name: shape}
+    with pytest.raises(ValueError, match=f"`{name}` must have") as caught:
+        build(native, op, given, "NHWC", optional=True)
+    assert f"got {'shape ' if 0 in shape or shape == [4, 4, 2, 1] else ''}[" in str(caught.value)
+
+
+def test_every_function_s_op_is_here():
+    """Fails where a new op has no test of its shape function."""
+    functions = {name.removesuffix("_with_batch_norm") for name in ARGUMENTS}
+    assert functions | {f"{name}_grad" for name in functions} == set(OPS)
