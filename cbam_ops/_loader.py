@@ -90,7 +90,7 @@ def build_record() -> dict[str, Any]:
     return read_build_record(compiled_directory())
 
 
-def _tensorflow_requirement() -> str:
+def tensorflow_requirement() -> str:
     """The release of TensorFlow that this package asks for, from its metadata."""
     try:
         requirements = importlib.metadata.requires("cbam-ops") or []
@@ -166,7 +166,7 @@ def load_from(directory: Path | None) -> ModuleType | Cause:
         return Cause(
             "no_tensorflow",
             f"TensorFlow cannot be imported ({error}).",
-            f"Install it: pip install '{_tensorflow_requirement()}'",
+            f"Install it: pip install '{tensorflow_requirement()}'",
         )
     cause = find_cause(directory, tf.__version__)
     if cause is not None or directory is None:

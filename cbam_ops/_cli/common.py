@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
 import sys
 import tempfile
 import types
 from collections.abc import Iterable, Sequence
+
+from cbam_ops._loader import tensorflow_requirement
 
 
 class CommandError(Exception):
@@ -18,7 +21,7 @@ class CommandError(Exception):
 _DISTRIBUTIONS = {
     "sklearn": "scikit-learn",
     "PIL": "pillow",
-    "tensorflow": "'tensorflow>=2.21,<2.22'",
+    "tensorflow": f"'{tensorflow_requirement()}'",
 }
 
 
@@ -84,18 +87,16 @@ class _QuietStderr:
 def import_tensorflow() -> None:
     """Imports TensorFlow and Keras without their start-up messages.
 
-    TF_CPP_MIN_LOG_LEVEL, unless it is set, silences what TensorFlow logs later (a missing GPU
-    driver, CPU features); what it writes while it loads comes before that setting counts.
+    TF_CPP_MIN_LOG_LEVEL silences what TensorFlow logs once it runs (a missing GPU driver, CPU
+    features); what it writes while it loads comes before that setting counts. Where the user has
+    set it to 0 or 1, everything is shown.
 
     Raises:
       CommandError: TensorFlow is not installed or does not load.
     """
-    quiet = "TF_CPP_MIN_LOG_LEVEL" not in os.environ
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    if not quiet:
-        require(["tensorflow", "keras"], "cbam_ops")
-        return
-    with _QuietStderr():
+    wanted = os.environ["TF_CPP_MIN_LOG_LEVEL"] in ("0", "1")
+    with contextlib.nullcontext() if wanted else _QuietStderr():
         require(["tensorflow", "keras"], "cbam_ops")
 
 
