@@ -1,6 +1,7 @@
 """How far results may be from the truth: every tolerance of the tests, and the comparers.
 
-The truth is the definition in float64 on the same inputs. Ours may err at most twice what an
+The truth is the definition in float64 on the same inputs (of float64 maps: in the widest type numpy
+has). Ours may err at most twice what an
 ordinary evaluation in the same type errs, plus a small floor; see :func:`assert_accurate`. Nothing
 passes on a wrong shape, a wrong type, or a NaN where the truth has a number (or the reverse).
 """
@@ -63,6 +64,11 @@ def compute_type(dtype: str) -> str:
     return "float64" if dtype == "float64" else "float32"
 
 
+def truth_type(dtype: str) -> str:
+    """The type to evaluate the truth in for results of type ``dtype``."""
+    return "longdouble" if dtype == "float64" else "float64"
+
+
 def assert_accurate(
     actual: np.ndarray,
     truth: np.ndarray,
@@ -76,7 +82,7 @@ def assert_accurate(
     Args:
       actual: the result, of any of the four types. A result of a half type was computed in float32
         and rounded once: that rounding is all that its bound has over a float32 result's.
-      truth: float64.
+      truth: of a wider type than the compute type of ``actual``.
       stock: the ordinary evaluation, in the *compute type* of ``actual``, not rounded to a half.
       name: for the message.
       magnitude: what the sums behind ``actual`` come to without their signs, where that is more
@@ -89,14 +95,14 @@ def assert_accurate(
     if actual.size == 0:
         return
     dtype = actual.dtype.name
-    value = actual.astype(np.float64)
+    value = actual.astype(truth.dtype)
     _assert_same_kind(value, truth, LARGEST[dtype], name)
 
     finite = np.isfinite(value) & np.isfinite(truth)
     if not finite.any():
         return
     with np.errstate(invalid="ignore", over="ignore"):
-        stock_error = np.abs(stock.astype(np.float64) - truth)
+        stock_error = np.abs(stock.astype(truth.dtype) - truth)
         error = np.abs(value - truth)
     usable = stock_error[finite & np.isfinite(stock_error)]
     bound = STOCK_FACTOR * (usable.max() if usable.size else 0.0)
@@ -125,7 +131,7 @@ def assert_close(actual: np.ndarray, expected: np.ndarray, tolerance: float, nam
     actual, expected = actual.astype(np.float64), expected.astype(np.float64)
     _assert_same_kind(actual, expected, LARGEST["float64"], name)
     finite = np.isfinite(expected)
-    error = np.abs(np.where(finite, actual - expected, 0.0)).max()
+    error = np.abs(np.subtract(actual, expected, where=finite, out=np.zeros_like(actual))).max()
     scale = np.abs(np.where(finite, expected, 0.0)).max()
     assert error <= tolerance * scale, (
         f"{name}: error {error:.3g}, {error / scale if scale else np.inf:.3g} of the largest "
