@@ -1,0 +1,64 @@
+// The kernels on NVIDIA GPUs: entry points and the questions a caller may ask about the device.
+//
+// Plain C++: no CUDA header is needed to include this. Pointers are device pointers of the stream's
+// device, which must be current; `stream` is a cudaStream_t (CUstream). All work is enqueued there,
+// nothing waits for it. Semantics, types and what is saved for the gradient are contract.h's, the
+// same as on CPUs: forward on one and backward on the other agree.
+#ifndef CBAM_OPS_CORE_CUDA_KERNELS_H_
+#define CBAM_OPS_CORE_CUDA_KERNELS_H_
+
+#include <cstddef>
+#include <cstdint>
+
+#include "core/contract.h"
+
+namespace cbam_ops {
+namespace cuda {
+
+// Bytes of device memory that a call needs, aligned to 256 bytes. The same on every device.
+size_t ForwardWorkspace(const Problem& problem);
+size_t BackwardWorkspace(const Problem& problem);
+size_t ChannelPoolWorkspace(const Problem& problem);  // also for the gradient
+size_t SpatialPoolWorkspace(const Problem& problem);  // also for the gradient
+
+Status Forward(const Problem& problem, const ForwardArgs& args, void* workspace, void* stream);
+Status Backward(const Problem& problem, const BackwardArgs& args, void* workspace, void* stream);
+Status ChannelPool(const Problem& problem, const ChannelPoolArgs& args, void* workspace,
+                   void* stream);
+Status ChannelPoolGrad(const Problem& problem, const ChannelPoolGradArgs& args, void* workspace,
+                       void* stream);
+Status SpatialPool(const Problem& problem, const SpatialPoolArgs& args, void* workspace,
+                   void* stream);
+Status SpatialPoolGrad(const Problem& problem, const SpatialPoolGradArgs& args, void* workspace,
+                       void* stream);
+
+// Whether this build can run on the current device: ok, or kUnsupported (the driver is older than
+// the CUDA that the kernels were built with, or the device's architecture was not built), or
+// kDeviceError. Costs a lookup; meant for a first use.
+Status CheckDevice();
+
+// CUDA versions as 1000 * major + 10 * minor: of the driver (0 without one) and of the toolkit of
+// the build.
+int DriverVersion();
+int BuildVersion();
+// Compute capability of the current device as 10 * major + minor; 0 without a device.
+int DeviceCapability();
+// The architectures in this build, like "75 80 90 121-virtual"; empty where the build did not say.
+const char* BuiltArchitectures();
+
+// Which kernels run. kAuto: the cluster kernels where the device has clusters and a sample fits its
+// shared memory, else the portable ones. The environment variable CBAM_OPS_CUDA_PATH (auto,
+// portable or cluster), read once, is the initial choice. With kCluster a problem that does not fit
+// is kUnsupported: for tests and measurements.
+enum class Path : int32_t { kAuto = 0, kPortable = 1, kCluster = 2 };
+void SetPath(Path path);
+Path ActivePath();
+// The path that Forward and Backward would take for a problem on the current device, with pointers
+// aligned to 16 bytes.
+Path ForwardPath(const Problem& problem);
+Path BackwardPath(const Problem& problem);
+
+}  // namespace cuda
+}  // namespace cbam_ops
+
+#endif  // CBAM_OPS_CORE_CUDA_KERNELS_H_

@@ -1,0 +1,36 @@
+// Fills a map type's table (table.h).
+#ifndef CBAM_OPS_CORE_CUDA_MAKE_TABLE_CUH_
+#define CBAM_OPS_CORE_CUDA_MAKE_TABLE_CUH_
+
+#include "core/cuda/portable.cuh"
+#include "core/cuda/table.h"
+
+namespace cbam_ops {
+namespace cuda {
+
+template <typename T>
+constexpr Table MakeTable() {
+  using A = Compute<T>;
+  Table table = {};
+  table.forward_workspace = [](const Problem& problem) {
+    return ForwardBuffers<A>(problem, nullptr).bytes;
+  };
+  table.backward_workspace = [](const Problem& problem) {
+    return BackwardBuffers<A>(problem, nullptr).bytes;
+  };
+  table.pool_workspace = [](const Problem& problem, bool over_channels) {
+    return PoolBuffers<A>(problem, over_channels, nullptr).bytes;
+  };
+  table.forward = &PortableForward<T>;
+  table.backward = &PortableBackward<T>;
+  table.channel_pool = &PortableChannelPool<T>;
+  table.channel_pool_grad = &PortableChannelPoolGrad<T>;
+  table.spatial_pool = &PortableSpatialPool<T>;
+  table.spatial_pool_grad = &PortableSpatialPoolGrad<T>;
+  return table;
+}
+
+}  // namespace cuda
+}  // namespace cbam_ops
+
+#endif  // CBAM_OPS_CORE_CUDA_MAKE_TABLE_CUH_

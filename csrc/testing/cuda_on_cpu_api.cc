@@ -1,0 +1,87 @@
+// The emulated kernels as a C library, for tests through ctypes: structs are contract.h's, errors
+// come back as text.
+#include <cstdio>
+#include <cstring>
+
+#include "core/cuda/kernels.h"
+#include "testing/cuda_on_cpu.h"
+
+namespace {
+
+char failure[512];
+
+int Report(const cbam_ops::Status& status, char* message, size_t size) {
+  if (failure[0] != '\0') {
+    std::snprintf(message, size, "%s", failure);
+    failure[0] = '\0';
+    return -1;
+  }
+  std::snprintf(message, size, "%s: %s", status.kernel, status.message);
+  return static_cast<int>(status.code);
+}
+
+}  // namespace
+
+#define CBAM_EXPORT extern "C" __attribute__((visibility("default")))
+
+namespace cuda = cbam_ops::cuda;
+using cbam_ops::Problem;
+
+CBAM_EXPORT size_t cbam_forward_workspace(const Problem* problem) {
+  return cuda::ForwardWorkspace(*problem);
+}
+CBAM_EXPORT size_t cbam_backward_workspace(const Problem* problem) {
+  return cuda::BackwardWorkspace(*problem);
+}
+CBAM_EXPORT size_t cbam_channel_pool_workspace(const Problem* problem) {
+  return cuda::ChannelPoolWorkspace(*problem);
+}
+CBAM_EXPORT size_t cbam_spatial_pool_workspace(const Problem* problem) {
+  return cuda::SpatialPoolWorkspace(*problem);
+}
+
+#define CBAM_CALL(name, Function, Args)                                                     \
+  CBAM_EXPORT int name(const Problem* problem, const cbam_ops::Args* args, void* workspace, \
+                       char* message, size_t size) {                                        \
+    return Report(cuda::Function(*problem, *args, workspace, nullptr), message, size);      \
+  }
+CBAM_CALL(cbam_forward, Forward, ForwardArgs)
+CBAM_CALL(cbam_backward, Backward, BackwardArgs)
+CBAM_CALL(cbam_channel_pool, ChannelPool, ChannelPoolArgs)
+CBAM_CALL(cbam_channel_pool_grad, ChannelPoolGrad, ChannelPoolGradArgs)
+CBAM_CALL(cbam_spatial_pool, SpatialPool, SpatialPoolArgs)
+CBAM_CALL(cbam_spatial_pool_grad, SpatialPoolGrad, SpatialPoolGradArgs)
+
+CBAM_EXPORT void cbam_set_path(int path) { cuda::SetPath(static_cast<cuda::Path>(path)); }
+CBAM_EXPORT int cbam_forward_path(const Problem* problem) {
+  return static_cast<int>(cuda::ForwardPath(*problem));
+}
+CBAM_EXPORT int cbam_backward_path(const Problem* problem) {
+  return static_cast<int>(cuda::BackwardPath(*problem));
+}
+CBAM_EXPORT void cbam_set_schedule(uint64_t seed) { cbam_ops::cuda_on_cpu::SetSchedule(seed); }
+CBAM_EXPORT const char* cbam_take_launched_kernels() {
+  return cbam_ops::cuda_on_cpu::TakeLaunchedKernels();
+}
+CBAM_EXPORT void cbam_set_device(int64_t l2_bytes, int capability, int64_t shared_bytes) {
+  auto& device = cbam_ops::cuda_on_cpu::PretendedDevice();
+  device.l2_bytes = l2_bytes;
+  device.capability = capability;
+  device.shared_bytes = shared_bytes;
+}
+// From now on what would hang or be undefined on a GPU comes back as an error text instead of
+// ending the process.
+CBAM_EXPORT void cbam_report_failures() {
+  cbam_ops::cuda_on_cpu::SetFailureHandler([](const char* message) {
+    if (failure[0] == '\0') std::snprintf(failure, sizeof(failure), "%s", message);
+  });
+}
+CBAM_EXPORT float cbam_half_to_float(uint16_t bits) {
+  return cbam_ops::cuda_on_cpu::HalfToFloat(bits);
+}
+CBAM_EXPORT uint16_t cbam_float_to_half(float value) {
+  return cbam_ops::cuda_on_cpu::FloatToHalf(value);
+}
+CBAM_EXPORT uint16_t cbam_float_to_bfloat16(float value) {
+  return cbam_ops::cuda_on_cpu::FloatToBFloat16(value);
+}
