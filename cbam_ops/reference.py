@@ -407,7 +407,7 @@ def _normalised_spatial_gate(
     # Moments as tf.nn.moments computes them, except that those of an empty batch are 0, not NaN.
     count = tf.cast(tf.maximum(tf.size(z, tf.int64), 1), z.dtype)
     mean = tf.reshape(tf.reduce_sum(z) / count, [1])
-    deviation = tf.math.squared_difference(z, tf.stop_gradient(mean))
+    deviation = tf.math.squared_difference(z, mean)
     variance = tf.reshape(tf.reduce_sum(deviation) / count, [1])
     gamma, beta = tf.cast(args.gamma, z.dtype), tf.cast(args.beta, z.dtype)
     gate = tf.sigmoid(tf.nn.batch_normalization(z, mean, variance, beta, gamma, args.epsilon))
