@@ -13,6 +13,7 @@ from types import ModuleType
 from typing import Any
 
 import numpy as np
+import numpy_oracle
 import tensorflow as tf
 
 from cbam_ops import reference
@@ -160,6 +161,33 @@ def truth_and_stock(case: Case, tensors: dict[str, tf.Tensor], what: str, data_f
 
         stock = tf.nest.map_structure(shrink, truth, stock)
     return truth, stock
+
+
+def gradient_magnitudes(
+    case: Case, tensors: dict[str, tf.Tensor], data_format: str
+) -> dict[str, np.ndarray]:
+    """What the sums behind each gradient come to without their signs (of pools: nothing known)."""
+    if case.function.endswith("pool"):
+        return {}
+    values = {name: tensor.numpy().astype(np.float64) for name, tensor in tensors.items()}
+    keywords = {key: value or "none" for key, value in case.options}
+    outputs = case.call(reference, cast(tensors, "float64"), data_format)
+    cotangents = dict(zip(case.output_names(), case.cotangents(outputs), strict=True))
+    gates = {"channel_attention": "channel_only", "spatial_attention": "spatial_only"}
+    keywords["gates"] = gates.get(
+        case.function.removesuffix("_with_batch_norm"), keywords.pop("order", "channel_first")
+    )
+    if "gamma" in values:
+        keywords["batch_norm"] = True
+        values["bias"] = values.pop("beta")
+    for gate in ("channel_gate", "spatial_gate"):
+        if gate in cotangents:
+            keywords[f"d_{gate}"] = cotangents[gate].numpy()
+    result = numpy_oracle.backward(
+        dy=cotangents["y"].numpy(), layout=data_format, magnitude=True, **values, **keywords
+    )
+    names = {"residual": "d_residual", "beta": "dbias"}
+    return {name: result[names.get(name, f"d{name}")] for name in tensors}
 
 
 def magnitude(truth: np.ndarray) -> float:

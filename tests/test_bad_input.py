@@ -106,7 +106,8 @@ BAD = [
         CHANNEL,
         {"x": zeros(2, 5, 7, 13, dtype="float16"), "w0": zeros(13, 3, dtype="bfloat16")},
         {},
-        "channel_attention: `w0` must have dtype float16 or float32 beside `x` of dtype float16, got bfloat16",
+        "channel_attention: `w0` must have dtype float16 or float32 beside `x` of dtype float16, "
+        "got bfloat16",
     ),
     (
         CBAM,

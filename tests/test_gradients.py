@@ -12,6 +12,7 @@ from ops_cases import (
     STATISTICS,
     Case,
     cast,
+    gradient_magnitudes,
     magnitude,
     options,
     truth_and_stock,
@@ -51,10 +52,12 @@ def check_gradients(case: Case, dtype: str, data_format: str) -> None:
     tensors = case.draw(dtype, data_format)
     actual = case.gradients(ops, tensors, data_format)
     truth, stock = truth_and_stock(case, tensors, "gradients", data_format)
+    magnitudes = gradient_magnitudes(case, tensors, data_format)
     for name, gradient in actual.items():
         assert gradient.dtype == tensors[name].dtype
         got, wanted, ordinary = gradient.numpy(), truth[name].numpy(), stock[name].numpy()
-        assert_accurate(got, wanted, ordinary, f"gradient of {name}", magnitude=magnitude(wanted))
+        scale = np.maximum(magnitudes.get(name, 0.0), magnitude(wanted))
+        assert_accurate(got, wanted, ordinary, f"gradient of {name}", magnitude=scale)
 
 
 @pytest.mark.parametrize("case", OPTIONS, ids=str)
@@ -383,7 +386,7 @@ def test_a_hessian():
 
 
 def test_special_values_in_gradients():
-    """Fails where a NaN in one sample's gradient leaks into another sample's map."""
+    """Fails where a NaN gets into another sample's gradient, or is lost on its way to a weight's."""
     case = Case()
     tensors = case.draw("float32", "NHWC")
     x = tensors["x"].numpy()
@@ -393,5 +396,8 @@ def test_special_values_in_gradients():
     expected = case.gradients(reference, tensors, "NHWC")
     assert np.isfinite(gradients["x"][1].numpy()).all()
     for name in set(tensors) - set(MAPS):
-        nan = np.isnan(gradients[name].numpy())
-        assert (nan == np.isnan(expected[name].numpy())).all(), name
+        ours, theirs = (np.isnan(g[name].numpy()) for g in (gradients, expected))
+        assert (ours <= theirs).all(), f"{name}: a NaN that the reference does not have"
+        # A ReLU gives 0 or 0 * NaN where it cuts a gradient off; TensorFlow's own devices differ.
+        if name not in ("w0", "b0"):
+            assert (ours == theirs).all(), f"{name}: a NaN is lost"
