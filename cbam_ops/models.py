@@ -4,14 +4,16 @@ Two families, which differ in more than their depth:
 
 - `CBAMResNet18/34/50/101/152`: the network of the paper as its authors released it (the PyTorch
   repository Jongchan/attention-module): no biases in the convolutions, symmetric padding, stride on
-  the 3x3 convolution, a projection shortcut with batch norm only where the shape changes, batch
-  norm on the spatial attention's convolution.
+  the 3x3 convolution, a projection shortcut with batch norm only where the shape changes, and a
+  batch norm on the spatial attention's convolution.
 - `SeedCBAMResNet50/101/152`: an older TensorFlow network that this project grew from: biases
-  everywhere, TensorFlow's `same` padding, stride on the first 1x1 convolution, a projection shortcut
-  without batch norm in every block, a ReLU after the second dense layer of the channel attention.
+  everywhere, TensorFlow's `same` padding, stride on the first 1x1 convolution, a projection
+  shortcut without batch norm in every block, a ReLU after the second dense layer of the channel
+  attention.
 
-Both put the module after the last batch norm of a block and before the addition; the addition and
-the ReLU after it are computed by the same fused op (`CBAM(activation="relu")(x, residual=shortcut)`).
+Both put the module after the last batch norm of a block and before the addition; one fused op
+computes the module, the addition and the ReLU after it (`CBAM(activation="relu")(x,
+residual=shortcut)`).
 
 No pretrained weights are published for them. `build_resnet` is what all of them call: it can also
 build the same network without attention, or with the module made of stock Keras layers, which is
@@ -82,7 +84,7 @@ _ARGUMENTS_DOC = """
         kernel_size: odd size of the spatial attention's convolution.
 
     Returns:
-        A `keras.Model`. Its input is a batch of images as `preprocess_input` makes them{input}; its
+        A `keras.Model`. Its input is a batch of images as `preprocess_input` makes them; its
         output has shape `[N, classes]`, or without the top `[N, H/32, W/32, F]` (`[N, F, H/32,
         W/32]` for `channels_first`; sizes rounded up) or `[N, F]`, F = {features}.
 
@@ -138,8 +140,8 @@ def preprocess_input(x: Any, data_format: str | None = None) -> Any:
     channels = x.shape[-1 if data_format == "channels_last" else -3] if rank in (3, 4) else None
     if channels != 3:
         raise ValueError(
-            f"preprocess_input: `x` must be a {data_format} image or batch of images of 3 channels, "
-            f"got shape {tuple(x.shape)}"
+            f"preprocess_input: `x` must be a {data_format} image or batch of images with "
+            f"3 channels, got shape {tuple(x.shape)}"
         )
     return keras.applications.imagenet_utils.preprocess_input(
         x, data_format=data_format, mode="torch"
@@ -191,7 +193,7 @@ def _no_module(x: Any, shortcut: Any, name: str, out_name: str, options: dict[st
 
 
 def _stock_module(x: Any, shortcut: Any, name: str, out_name: str, options: dict[str, Any]) -> Any:
-    """The stock layers that one CBAM layer stands for; the same weights in the same order."""
+    """The stock layers that one CBAM layer stands for, with weights of the same shapes."""
     data_format = options["data_format"]
     channel_axis = _channel_axis(data_format)
     channels = x.shape[channel_axis]
@@ -261,7 +263,7 @@ def _channel_axis(data_format: str) -> int:
 
 
 def _he_normal_fan_out() -> Any:
-    # A new object every time: a Keras initializer draws the same values for every variable it makes.
+    # A new object every time: a Keras initializer draws the same values again at every call.
     return keras.initializers.VarianceScaling(2.0, "fan_out", "untruncated_normal")
 
 
@@ -484,10 +486,17 @@ def build_resnet(
         network: `"released"` (the paper's, as its authors released it) or `"seed"`.
         attention: `"cbam"` (the fused layer), `"stock"` (the same function in stock Keras layers,
             whose weights have the same shapes) or `None` (the plain residual network).
-        include_top, weights, input_tensor, input_shape, pooling, classes, classifier_activation,
-            ratio, kernel_size: as in `CBAMResNet50`.
+        include_top: this and the next six as in `CBAMResNet50`.
+        weights: path of a weights file, or `None`.
+        input_tensor: Keras tensor of the images, or `None`.
+        input_shape: shape of the images, or `None`.
+        pooling: `None`, `"avg"` or `"max"`.
+        classes: number of classes.
+        classifier_activation: activation of the classifier.
         name: name of the model; default e.g. `cbam_resnet50`, `stock_cbam_resnet50`, `resnet50`,
             with `seed_` before it for the seed's network.
+        ratio: reduction ratio of the channel attention.
+        kernel_size: size of the spatial attention's convolution.
 
     Returns:
         A `keras.Model`.
@@ -543,7 +552,10 @@ def build_resnet(
     elif pooling == "max":
         x = keras.layers.GlobalMaxPooling2D(data_format, name="max_pool")(x)
 
-    inputs = images if input_tensor is None else keras.utils.get_source_inputs(input_tensor)
+    inputs = images
+    if input_tensor is not None:  # the model starts where that tensor comes from
+        inputs = keras.utils.get_source_inputs(input_tensor)
+        inputs = inputs[0] if len(inputs) == 1 else inputs
     model = keras.Model(inputs, x, name=name)
     if weights is not None:
         model.load_weights(weights)
@@ -794,7 +806,6 @@ def _complete_docstrings() -> None:
                 continue
             basic = depth in _BASIC_DEPTHS
             constructor.__doc__ += "\n" + _ARGUMENTS_DOC.format(
-                input=" (or as you trained it)" if prefix else "",
                 features=512 if basic else 2048,
                 narrowest=64 if basic else 256,
                 source=source,
