@@ -268,8 +268,8 @@ class _Attention(keras.layers.Layer):
     def supports_jit(self) -> bool:
         """Whether Keras may compile a model with this layer by XLA of its own accord.
 
-        False where the native ops run, for they have no XLA kernels: with ``jit_compile="auto"``
-        Keras then leaves XLA out. With ``jit_compile=True`` the layer computes by the reference.
+        False where the native ops run, for they have no XLA kernels: Keras then leaves XLA out,
+        quietly with ``jit_compile="auto"``, with a warning with ``jit_compile=True``.
         """
         return self._supports_jit and not _native_runs()
 
