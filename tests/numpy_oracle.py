@@ -59,36 +59,25 @@ def _share(values: Array, largest: Array, axes: tuple[int, ...]) -> Array:
         return equal / np.sum(equal, axis=axes, keepdims=True).astype(values.dtype)
 
 
-def conv(planes: Array, kernel: Array) -> Array:
-    """``[N, 2, H, W]`` by ``[k, k, 2, 1]`` to ``[N, H, W]``, stride 1, zero padding, same size."""
-    k = kernel.shape[0]
-    height, width = planes.shape[2:]
+def _windows(planes: Array, k: int) -> Array:
+    """The k x k surroundings of every position, zeros outside: ``[N, planes, H, W, k, k]``."""
     r = k // 2
     padded = np.pad(planes, ((0, 0), (0, 0), (r, r), (r, r)))
-    out = np.zeros((planes.shape[0], height, width), planes.dtype)
-    for i in range(k):
-        for j in range(k):
-            for plane in range(2):
-                window = padded[:, plane, i : i + height, j : j + width]
-                out += window * kernel[i, j, plane, 0]
-    return out
+    return np.lib.stride_tricks.sliding_window_view(padded, (k, k), axis=(2, 3))
+
+
+def conv(planes: Array, kernel: Array) -> Array:
+    """``[N, 2, H, W]`` by ``[k, k, 2, 1]`` to ``[N, H, W]``, stride 1, zero padding, same size."""
+    return np.tensordot(_windows(planes, len(kernel)), kernel[..., 0], ((4, 5, 1), (0, 1, 2)))
 
 
 def conv_grad(planes: Array, kernel: Array, dz: Array) -> tuple[Array, Array]:
     """Gradients of :func:`conv` with respect to ``planes`` and ``kernel``."""
-    k = kernel.shape[0]
-    height, width = planes.shape[2:]
-    r = k // 2
-    padded = np.pad(planes, ((0, 0), (0, 0), (r, r), (r, r)))
-    d_padded = np.zeros_like(padded)
-    d_kernel = np.zeros_like(kernel)
-    for i in range(k):
-        for j in range(k):
-            for plane in range(2):
-                window = padded[:, plane, i : i + height, j : j + width]
-                d_kernel[i, j, plane, 0] = np.sum(window * dz)
-                d_padded[:, plane, i : i + height, j : j + width] += dz * kernel[i, j, plane, 0]
-    return d_padded[:, :, r : r + height, r : r + width], d_kernel
+    k = len(kernel)
+    d_kernel = np.tensordot(_windows(planes, k), dz, ((0, 2, 3), (0, 1, 2)))  # [2, k, k]
+    turned = kernel[::-1, ::-1, :, 0]
+    d_planes = np.tensordot(_windows(dz[:, None], k)[:, 0], turned, ((3, 4), (0, 1)))
+    return np.moveaxis(d_planes, 3, 1), np.moveaxis(d_kernel, 0, 2)[..., None]
 
 
 def channel_pool(x: Array, layout: str = "NHWC", dtype: DTypeLike = np.float64) -> Tensors:

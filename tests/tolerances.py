@@ -76,6 +76,7 @@ def assert_accurate(
     name: str,
     *,
     magnitude: np.ndarray | None = None,
+    smallest: float = 0.0,
 ) -> None:
     """Asserts that ``actual`` is as near the truth as its type allows.
 
@@ -87,6 +88,7 @@ def assert_accurate(
       name: for the message.
       magnitude: what the sums behind ``actual`` come to without their signs, where that is more
         than ``truth``: terms that cancel leave their rounding errors.
+      smallest: values below may be 0 (the smallest normal number where denormals may be flushed).
     """
     actual, truth, stock = np.asarray(actual), np.asarray(truth), np.asarray(stock)
     assert actual.shape == truth.shape == stock.shape, (
@@ -108,7 +110,7 @@ def assert_accurate(
     bound = STOCK_FACTOR * (usable.max() if usable.size else 0.0)
     scale = np.abs(truth) if magnitude is None else np.fmax(np.abs(truth), magnitude)
     narrow = compute_type(dtype)
-    bound = bound + FLOOR_ROUNDINGS * (EPSILON[narrow] * scale + SMALLEST[narrow])
+    bound = bound + FLOOR_ROUNDINGS * (EPSILON[narrow] * scale + SMALLEST[narrow]) + smallest
     if narrow != dtype:
         bound = bound + 0.5 * EPSILON[dtype] * (np.abs(truth) + bound) + SMALLEST[dtype]
     wrong = finite & ~(error <= bound)
