@@ -17,7 +17,8 @@
 #define CBAM_KERNEL __global__ void __launch_bounds__(::cbam_ops::cuda::kThreads)
 // For kernels of few blocks: registers rather than occupancy.
 #define CBAM_SMALL_KERNEL __global__ void __launch_bounds__(::cbam_ops::cuda::kThreads, 1)
-#define CBAM_CLUSTER_KERNEL __global__ void __launch_bounds__(::cbam_ops::cuda::kClusterThreads)
+#define CBAM_CLUSTER_KERNEL(blocks) \
+  __global__ void __launch_bounds__(::cbam_ops::cuda::kClusterThreads, blocks)
 #define CBAM_UNROLL _Pragma("unroll")
 #define CBAM_NO_UNROLL _Pragma("unroll 1")
 #else
@@ -25,7 +26,7 @@
 #define CBAM_DEVICE inline
 #define CBAM_KERNEL void
 #define CBAM_SMALL_KERNEL void
-#define CBAM_CLUSTER_KERNEL void
+#define CBAM_CLUSTER_KERNEL(blocks) void
 #define CBAM_UNROLL
 #define CBAM_NO_UNROLL
 #endif
@@ -91,6 +92,59 @@ CBAM_DEVICE void AllowSuccessors() {
 #endif
 }
 
+// Thread-block clusters, and bulk copies that a memory barrier in shared memory waits for: compute capability 9.0 on. A kernel that
+// uses them has an empty body on older architectures (CBAM_HAVE_CLUSTERS) and is never launched there.
+#if __CUDA_ARCH__ >= 900 || !defined(__CUDA_ARCH__)
+#define CBAM_HAVE_CLUSTERS 1
+#endif
+#if __CUDA_ARCH__ >= 900
+CBAM_DEVICE uint32_t SharedAddress(const void* pointer) { return static_cast<uint32_t>(__cvta_generic_to_shared(pointer)); }
+CBAM_DEVICE int ClusterRank() {
+  uint32_t rank;
+  asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  return static_cast<int>(rank);
+}
+CBAM_DEVICE int ClusterSize() {
+  uint32_t size;
+  asm volatile("mov.u32 %0, %%cluster_nctarank;" : "=r"(size));
+  return static_cast<int>(size);
+}
+// Also a barrier of the block; orders what was written to any block's shared memory.
+CBAM_DEVICE void ClusterBarrier() {
+  asm volatile("barrier.cluster.arrive.release.aligned;\n\tbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+// The address in block `rank`'s shared memory that corresponds to `pointer` in one's own.
+template <typename P>
+CBAM_DEVICE P* MapToRank(P* pointer, int rank) {
+  uint64_t mapped;
+  asm volatile("mapa.u64 %0, %1, %2;" : "=l"(mapped) : "l"(reinterpret_cast<uint64_t>(pointer)), "r"(rank));
+  return reinterpret_cast<P*>(mapped);
+}
+// One arrival, which announces the bytes. To be followed by a barrier of the block.
+CBAM_DEVICE void InitCopyBarrier(uint64_t* barrier) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(SharedAddress(barrier)) : "memory");
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+}
+CBAM_DEVICE void ExpectBytes(uint64_t* barrier, uint32_t bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(SharedAddress(barrier)), "r"(bytes) : "memory");
+}
+CBAM_DEVICE void BulkCopyToShared(void* destination, const void* source, uint32_t bytes, uint64_t* barrier) {
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
+                   SharedAddress(destination)),
+               "l"(__cvta_generic_to_global(source)), "r"(bytes), "r"(SharedAddress(barrier))
+               : "memory");
+}
+CBAM_DEVICE void WaitForCopies(uint64_t* barrier, int parity) {
+  asm volatile(
+      "{\n\t.reg .pred done;\n\t"
+      "again:\n\t"
+      "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n\t"
+      "@!done bra again;\n\t}" ::"r"(SharedAddress(barrier)),
+      "r"(parity)
+      : "memory");
+}
+#endif
+
 CBAM_DEVICE float Multiply(float a, float b) { return __fmul_rn(a, b); }
 CBAM_DEVICE double Multiply(double a, double b) { return __dmul_rn(a, b); }
 // The larger, NaN if either is.
@@ -131,13 +185,25 @@ CBAM_DEVICE void FromCompute(float value, BFloat16* result) {
 
 #else  // on a CPU
 
+#define CBAM_HAVE_CLUSTERS 1
 using cuda_on_cpu::AllowSuccessors;
 using cuda_on_cpu::Barrier;
 using cuda_on_cpu::BlockIndex;
+using cuda_on_cpu::BulkCopyToShared;
+using cuda_on_cpu::ClusterBarrier;
+using cuda_on_cpu::ClusterRank;
+using cuda_on_cpu::ClusterSize;
+using cuda_on_cpu::ExpectBytes;
+using cuda_on_cpu::InitCopyBarrier;
 using cuda_on_cpu::SharedMemory;
 using cuda_on_cpu::ShuffleXor;
 using cuda_on_cpu::ThreadIndex;
+using cuda_on_cpu::WaitForCopies;
 using cuda_on_cpu::WaitForPredecessors;
+template <typename P>
+P* MapToRank(P* pointer, int rank) {
+  return static_cast<P*>(cuda_on_cpu::MapToRank(pointer, rank));
+}
 
 inline float Multiply(float a, float b) { return a * b; }  // the build forbids contraction
 inline double Multiply(double a, double b) { return a * b; }

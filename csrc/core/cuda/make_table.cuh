@@ -2,7 +2,7 @@
 #ifndef CBAM_OPS_CORE_CUDA_MAKE_TABLE_CUH_
 #define CBAM_OPS_CORE_CUDA_MAKE_TABLE_CUH_
 
-#include "core/cuda/portable.cuh"
+#include "core/cuda/cluster_launch.cuh"
 #include "core/cuda/table.h"
 
 namespace cbam_ops {
@@ -16,13 +16,16 @@ constexpr Table MakeTable() {
     return ForwardBuffers<A>(problem, nullptr).bytes;
   };
   table.backward_workspace = [](const Problem& problem) {
-    return BackwardBuffers<A>(problem, nullptr).bytes;
+    return AnyBackwardWorkspace<A>(problem);
   };
   table.pool_workspace = [](const Problem& problem, bool over_channels) {
     return PoolBuffers<A>(problem, over_channels, nullptr).bytes;
   };
-  table.forward = &PortableForward<T>;
-  table.backward = &PortableBackward<T>;
+  table.forward = &AnyForward<T>;
+  table.backward = &AnyBackward<T>;
+  table.uses_cluster = [](const Problem& problem, bool backward, const DeviceInfo& device, Path path) {
+    return ChooseCluster<T>(problem, backward, device, path).cluster > 0;
+  };
   table.channel_pool = &PortableChannelPool<T>;
   table.channel_pool_grad = &PortableChannelPoolGrad<T>;
   table.spatial_pool = &PortableSpatialPool<T>;

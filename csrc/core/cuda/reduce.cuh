@@ -427,6 +427,19 @@ CBAM_SMALL_KERNEL CombineKernel(CombineParams<A> params) {
   }
 }
 
+// Pass C at an element.
+template <typename A>
+CBAM_DEVICE A MapGradient(A x, A dy, const Side<A>& channel, const Side<A>& position, bool parallel) {
+  const A source = parallel ? x : Multiply(x, channel.gate);
+  const A du = dy * position.gate;
+  A spatial = position.mean_share;
+  if (source == position.maximum) spatial += position.max_share;
+  A result = parallel ? du * channel.gate + spatial : (du + spatial) * channel.gate;
+  result += channel.mean_share;
+  if (x == channel.maximum) result += channel.max_share;
+  return result;
+}
+
 template <typename A>
 struct GradParams {
   const void* x;
@@ -500,13 +513,7 @@ CBAM_KERNEL GradKernel(GradParams<Compute<T>> params) {
         const Side<A>& channel = kRowsArePositions ? side : row_sides[k];
         const Side<A>& position = kRowsArePositions ? row_sides[k] : side;
         const A value = ToCompute(xs[k].value[i]);
-        const A source = params.parallel ? value : Multiply(value, channel.gate);
-        const A du = dys[k][i] * position.gate;
-        A spatial = position.mean_share;
-        if (source == position.maximum) spatial += position.max_share;
-        A result = params.parallel ? du * channel.gate + spatial : (du + spatial) * channel.gate;
-        result += channel.mean_share;
-        if (value == channel.maximum) result += channel.max_share;
+        const A result = MapGradient(value, dys[k][i], channel, position, params.parallel);
         FromCompute(result, &results[k].value[i]);
       }
     }

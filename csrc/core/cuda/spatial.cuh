@@ -73,10 +73,10 @@ CBAM_DEVICE Tile TileAt(const Tiling& tiling, int64_t index) {
   return tile;
 }
 
-// Fills a window; value(p) is the plane's value at position p.
+// Fills a window; value(p) is the plane's value at position p. `threads` is the block's size.
 template <typename A, typename Value>
-CBAM_DEVICE void FillWindow(const Tiling& tiling, const Tile& tile, A* window, Value value) {
-  for (int i = ThreadIndex(); i < tile.rows * tile.columns; i += kThreads) {
+CBAM_DEVICE void FillWindow(const Tiling& tiling, const Tile& tile, A* window, Value value, int threads = kThreads) {
+  for (int i = ThreadIndex(); i < tile.rows * tile.columns; i += threads) {
     const int64_t row = tile.row + i / tile.columns, column = tile.column + i % tile.columns;
     const bool inside = row >= 0 && row < tiling.height && column >= 0 && column < tiling.width;
     window[i] = inside ? value(row * tiling.width + column) : A(0);
@@ -437,6 +437,52 @@ CBAM_DEVICE A ConvolutionGradient(const SpatialGradParams<A>& params, int64_t at
   return centred * params.gamma[0] / SquareRoot(params.statistics[1] + params.epsilon);
 }
 
+// The transposed convolution around position p, from the window of the gradients.
+template <typename A>
+CBAM_DEVICE void ConvolveTransposed(const Tiling& tiling, const Tile& tile, const A* gradients, const A* weights, int64_t p,
+                                    A* d_mean, A* d_max) {
+  const int k = tiling.kernel_size;
+  const int64_t row = Quotient(p, tiling.width), column = p - row * tiling.width;
+  const A* const last = gradients + (row + k / 2 - tile.row) * tile.columns + (column + k / 2 - tile.column);
+  *d_mean = *d_max = A(0);
+  CBAM_NO_UNROLL
+  for (int i = 0; i < k; ++i) {
+    for (int j = 0; j < k; ++j) {
+      const A value = last[-(i * tile.columns + j)];
+      const A* const weight = weights + (i * k + j) * 2;
+      *d_mean += value * weight[0];
+      *d_max += value * weight[1];
+    }
+  }
+}
+
+// The tile's part of dK, and of dbias as the last tap, from the three windows: a warp per tap, which store(tap, sum) is called for.
+// `corners` holds an int per position of the tile: where its window begins is worked out once.
+template <typename A, typename Store>
+CBAM_DEVICE void SumTaps(const Tiling& tiling, const Tile& tile, const A* windows, const A* gradients, int* corners, int threads,
+                         Store store) {
+  const int k = tiling.kernel_size, radius = k / 2;
+  for (int q = ThreadIndex(); q < tile.size; q += threads) {
+    const int64_t p = tile.begin + q, row = Quotient(p, tiling.width), column = p - row * tiling.width;
+    corners[q] = static_cast<int>((row - radius - tile.row) * tile.columns + (column - radius - tile.column));
+  }
+  Barrier();
+  const int lane = ThreadIndex() % kWarp, taps = k * k * 2;
+  const A* const centre = gradients + radius * tile.columns + radius;
+  CBAM_NO_UNROLL
+  for (int tap = ThreadIndex() / kWarp; tap <= taps; tap += threads / kWarp) {
+    const int i = tap / 2 / k, j = tap / 2 % k;
+    const A* const other = windows + (tap % 2) * tiling.window_values + i * tile.columns + j;
+    A sum = A(0);
+    for (int q = lane; q < tile.size; q += kWarp) {
+      const A value = centre[corners[q]];
+      sum += tap < taps ? value * other[corners[q]] : value;
+    }
+    sum = SumOverLanes(sum, kWarp);
+    if (lane == 0) store(tap, sum);
+  }
+}
+
 // Grid: samples x tiles. Shared memory if staged: three windows, the kernel, and an int per
 // position of the tile.
 template <typename A>
@@ -460,71 +506,54 @@ CBAM_SMALL_KERNEL SpatialGradKernel(SpatialGradParams<A> params) {
     FillWindow(tiling, tile, gradients, gradient_at);
     Barrier();
   }
-  // The gradient at a position, 0 outside the plane.
-  const auto gradient = [&](int64_t row, int64_t column) {
-    if (tiling.staged) return gradients[(row - tile.row) * tile.columns + (column - tile.column)];
-    const bool inside = row >= 0 && row < tiling.height && column >= 0 && column < tiling.width;
-    return inside ? gradient_at(row * tiling.width + column) : A(0);
+  const auto inside = [&tiling](int64_t row, int64_t column) {
+    return row >= 0 && row < tiling.height && column >= 0 && column < tiling.width;
   };
-  const auto plane_value = [&](int plane, int64_t row, int64_t column) {
-    const bool inside = row >= 0 && row < tiling.height && column >= 0 && column < tiling.width;
-    return inside ? planes[plane * positions + row * tiling.width + column] : A(0);
-  };
-  // The transposed convolution.
   for (int q = ThreadIndex(); q < tile.size; q += kThreads) {
-    const int64_t p = tile.begin + q, row = Quotient(p, tiling.width),
-                  column = p - row * tiling.width;
+    const int64_t p = tile.begin + q;
     A d_mean = A(0), d_max = A(0);
-    CBAM_NO_UNROLL
-    for (int i = 0; i < k; ++i) {
-      for (int j = 0; j < k; ++j) {
-        const A value = gradient(row - i + radius, column - j + radius);
-        const A* const weight = weights + (static_cast<int64_t>(i) * k + j) * 2;
-        d_mean += value * weight[0];
-        d_max += value * weight[1];
+    if (tiling.staged) {
+      ConvolveTransposed(tiling, tile, gradients, weights, p, &d_mean, &d_max);
+    } else {
+      const int64_t row = Quotient(p, tiling.width), column = p - row * tiling.width;
+      CBAM_NO_UNROLL
+      for (int64_t tap = 0; tap < static_cast<int64_t>(k) * k; ++tap) {
+        const int64_t i = Quotient(tap, k), r = row - i + radius, c = column - (tap - i * k) + radius;
+        if (!inside(r, c)) continue;
+        const A value = gradient_at(r * tiling.width + c);
+        d_mean += value * weights[tap * 2];
+        d_max += value * weights[tap * 2 + 1];
       }
     }
     params.positions_side[n * positions + p] =
-        MakeSide(params.spatial_gate[n * positions + p], d_mean, params.channels, true, d_max,
-                 params.count[n * positions + p], planes[positions + p]);
+        MakeSide(params.spatial_gate[n * positions + p], d_mean, params.channels, true, d_max, params.count[n * positions + p],
+                 planes[positions + p]);
   }
-  // This tile's part of dK and of dbias: a warp per tap. Where a position's window begins is worked
-  // out once.
-  int* const corners = reinterpret_cast<int*>(gradients + tiling.window_values + 2 * k * k);
+  const auto store = [&params](int64_t tap, A sum) {
+    params.partial[tap * params.blocks + params.first_block + BlockIndex()] = sum;
+  };
   if (tiling.staged) {
-    for (int q = ThreadIndex(); q < tile.size; q += kThreads) {
-      const int64_t p = tile.begin + q, row = Quotient(p, tiling.width),
-                    column = p - row * tiling.width;
-      corners[q] = static_cast<int>((row - radius - tile.row) * tile.columns +
-                                    (column - radius - tile.column));
-    }
-    Barrier();
+    int* const corners = reinterpret_cast<int*>(gradients + tiling.window_values + 2 * k * k);
+    SumTaps(tiling, tile, windows, gradients, corners, kThreads, store);
+    return;
   }
-  const int lane = ThreadIndex() % kWarp;
   const int64_t taps = static_cast<int64_t>(k) * k * 2;
   CBAM_NO_UNROLL
   for (int64_t tap = ThreadIndex() / kWarp; tap <= taps; tap += kThreads / kWarp) {
-    const int plane = static_cast<int>(tap % 2);
     const int64_t i = Quotient(tap / 2, k), j = tap / 2 - i * k;
     A sum = A(0);
-    if (tiling.staged) {
-      const A* const centre = gradients + radius * tile.columns + radius;
-      const A* const other = windows + plane * tiling.window_values + i * tile.columns + j;
-      for (int q = lane; q < tile.size; q += kWarp) {
-        const A value = centre[corners[q]];
-        sum += tap < taps ? value * other[corners[q]] : value;
-      }
-    } else {
-      for (int q = lane; q < tile.size; q += kWarp) {
-        const int64_t p = tile.begin + q, row = Quotient(p, tiling.width),
-                      column = p - row * tiling.width;
-        const A value = gradient_at(p);
-        sum +=
-            tap < taps ? value * plane_value(plane, row + i - radius, column + j - radius) : value;
+    for (int q = ThreadIndex() % kWarp; q < tile.size; q += kWarp) {
+      const int64_t p = tile.begin + q, row = Quotient(p, tiling.width), column = p - row * tiling.width;
+      const int64_t r = row + i - radius, c = column + j - radius;
+      const A value = gradient_at(p);
+      if (tap == taps) {
+        sum += value;
+      } else if (inside(r, c)) {
+        sum += value * planes[(tap % 2) * positions + r * tiling.width + c];
       }
     }
     sum = SumOverLanes(sum, kWarp);
-    if (lane == 0) params.partial[tap * params.blocks + params.first_block + BlockIndex()] = sum;
+    if (ThreadIndex() % kWarp == 0) store(tap, sum);
   }
 }
 

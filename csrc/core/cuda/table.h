@@ -6,6 +6,7 @@
 #include <cstddef>
 
 #include "core/contract.h"
+#include "core/cuda/kernels.h"
 #include "core/cuda/launch.h"
 
 namespace cbam_ops {
@@ -15,8 +16,10 @@ struct Table {
   size_t (*forward_workspace)(const Problem&);
   size_t (*backward_workspace)(const Problem&);
   size_t (*pool_workspace)(const Problem&, bool over_channels);
-  Status (*forward)(const Problem&, const ForwardArgs&, void* workspace, Launcher);
-  Status (*backward)(const Problem&, const BackwardArgs&, void* workspace, Launcher);
+  Status (*forward)(const Problem&, const ForwardArgs&, void* workspace, Launcher, Path);
+  Status (*backward)(const Problem&, const BackwardArgs&, void* workspace, Launcher, Path);
+  // Whether the cluster path would be taken.
+  bool (*uses_cluster)(const Problem&, bool backward, const DeviceInfo&, Path);
   Status (*channel_pool)(const Problem&, const ChannelPoolArgs&, void* workspace, Launcher);
   Status (*channel_pool_grad)(const Problem&, const ChannelPoolGradArgs&, void* workspace,
                               Launcher);
