@@ -285,7 +285,6 @@ class BackwardPipeline {
     const int64_t c = g_.channels, h = problem_.hidden;
     const Mlp<A> mlp{problem_,
                      dense_,
-                     parallel_,
                      static_cast<const A*>(args.w0),
                      static_cast<const A*>(args.b0),
                      static_cast<const A*>(args.w1),
@@ -308,13 +307,13 @@ class BackwardPipeline {
         const Range columns = channel_blocks.At(i);
         for (int q = 0; q < 2; ++q) {
           if (mlp.IsUsed(q))
-            mlp.OutputBlock(hidden[q], samples, columns, false, Activation::kNone, d_channel_[q]);
+            mlp.OutputBlock(hidden[q], samples, columns, Activation::kNone, d_channel_[q]);
         }
         for (int64_t s = 0; s < samples; ++s) {
           for (int64_t j = s * c + columns.begin; j < s * c + columns.end; ++j) {
             const A gradient = dz[0][j];
             for (int q = 0; q < 2; ++q)
-              dz[q][j] = mlp.IsUsed(q) && d_channel_[q][j] > 0 ? gradient : A{0};
+              dz[q][j] = mlp.IsUsed(q) ? gradient * static_cast<A>(d_channel_[q][j] > 0) : A{0};
           }
         }
       });
@@ -339,8 +338,10 @@ class BackwardPipeline {
           const A of_max = !mlp.IsUsed(1)           ? A{0}
                            : relu || !mlp.IsUsed(0) ? d_hidden_[1][j]
                                                     : of_mean;
-          d_hidden_[0][j] = mlp.IsUsed(0) && hidden_[0][j] > 0 ? of_mean : A{0};
-          d_hidden_[1][j] = mlp.IsUsed(1) && hidden_[1][j] > 0 ? of_max : A{0};
+          // Multiplied, not selected: as in TensorFlow, a gradient that is NaN or infinite stays
+          // NaN.
+          d_hidden_[0][j] = mlp.IsUsed(0) ? of_mean * static_cast<A>(hidden_[0][j] > 0) : A{0};
+          d_hidden_[1][j] = mlp.IsUsed(1) ? of_max * static_cast<A>(hidden_[1][j] > 0) : A{0};
         }
       }
     });

@@ -18,75 +18,76 @@ namespace {
 
 // --- Products ---
 
-// Sums over at most this many products before they move to the output, so that long sums stay
-// accurate.
+// Sums over at most this many products before they move to the output: long sums stay accurate, and
+// the panel of b that one block of columns reads stays in the first-level cache for all rows.
 constexpr int64_t kInnerBlock = 256;
 
-// `n` is the number of columns of the last vector, kLanes when it is whole.
+// Adds a's and b's inner range to a block of the output. `n` is the number of columns of the last
+// vector, kLanes when it is whole.
 template <int kRows, int kVectors, bool kTail, typename A>
-CBAM_INLINE void ProductBlock(const Product<A>& p, int64_t row, int64_t column, int64_t n) {
+CBAM_INLINE void ProductBlock(const Product<A>& p, Range inner, int64_t row, int64_t column,
+                              int64_t n) {
   using V = typename Simd<A>::V;
   constexpr int64_t kLanes = Simd<A>::kLanes;
   const auto load = [n](const A* from, int v) {
-    if constexpr (kTail)
+    if constexpr (kTail) {
       return v == kVectors - 1 ? LoadFirst(from + v * kLanes, n) : Load(from + v * kLanes);
-    return Load(from + v * kLanes);
+    } else {
+      return Load(from + v * kLanes);
+    }
   };
-  V total[kRows][kVectors];
-  for (int i = 0; i < kRows; ++i) {
-    for (int v = 0; v < kVectors; ++v) {
-      total[i][v] = V{};
-      if (p.accumulate) total[i][v] += load(p.out + (row + i) * p.out_stride + column, v);
-      if (p.bias != nullptr) total[i][v] += load(p.bias + column, v);
-    }
-  }
-  for (int64_t begin = 0; begin < p.inner; begin += kInnerBlock) {
-    const int64_t end = begin + kInnerBlock < p.inner ? begin + kInnerBlock : p.inner;
-    V sum[kRows][kVectors] = {};
-    const A* a = p.a + row * p.a_row_stride + begin * p.a_inner_stride;
-    const A* b = p.b + begin * p.b_stride + column;
-    for (int64_t k = begin; k < end; ++k, a += p.a_inner_stride, b += p.b_stride) {
-      V right[kVectors];
-      for (int v = 0; v < kVectors; ++v) right[v] = load(b, v);
-      for (int i = 0; i < kRows; ++i) {
-        const V left = Splat<A>(a[i * p.a_row_stride]);
-        for (int v = 0; v < kVectors; ++v) sum[i][v] = Fma(left, right[v], sum[i][v]);
-      }
-    }
+  V sum[kRows][kVectors] = {};
+  const A* a = p.a + row * p.a_row_stride + inner.begin * p.a_inner_stride;
+  const A* b = p.b + inner.begin * p.b_stride + column;
+  for (int64_t k = inner.begin; k < inner.end; ++k, a += p.a_inner_stride, b += p.b_stride) {
+    V right[kVectors];
+    for (int v = 0; v < kVectors; ++v) right[v] = load(b, v);
     for (int i = 0; i < kRows; ++i) {
-      for (int v = 0; v < kVectors; ++v) total[i][v] += sum[i][v];
+      const V left = Splat<A>(a[i * p.a_row_stride]);
+      for (int v = 0; v < kVectors; ++v) sum[i][v] = Fma(left, right[v], sum[i][v]);
     }
   }
+  const bool first = inner.begin == 0, last = inner.end == p.inner;
   for (int i = 0; i < kRows; ++i) {
+    A* out = p.out + (row + i) * p.out_stride + column;
     for (int v = 0; v < kVectors; ++v) {
-      A* out = p.out + (row + i) * p.out_stride + column + v * kLanes;
-      const V value = p.activation == Activation::kRelu ? Max(V{}, total[i][v]) : total[i][v];
+      V value = sum[i][v];
+      if (!first || p.accumulate) value += load(out, v);
+      if (first && p.bias != nullptr) value += load(p.bias + column, v);
+      if (last && p.activation == Activation::kRelu) value = Max(V{}, value);
       if (kTail && v == kVectors - 1) {
-        StoreFirst(out, value, n);
+        StoreFirst(out + v * kLanes, value, n);
       } else {
-        Store(out, value);
+        Store(out + v * kLanes, value);
       }
     }
   }
 }
 
-template <int kRows, typename A>
-CBAM_INLINE void ProductRows(const Product<A>& p, int64_t row) {
-  constexpr int64_t kLanes = Simd<A>::kLanes;
-  int64_t column = 0;
-  for (; column + 2 * kLanes <= p.columns; column += 2 * kLanes)
-    ProductBlock<kRows, 2, false>(p, row, column, kLanes);
-  for (; column + kLanes <= p.columns; column += kLanes)
-    ProductBlock<kRows, 1, false>(p, row, column, kLanes);
-  if (column < p.columns) ProductBlock<kRows, 1, true>(p, row, column, p.columns - column);
+template <int kVectors, bool kTail, typename A>
+CBAM_INLINE void ProductColumns(const Product<A>& p, int64_t column, int64_t n) {
+  int64_t begin = 0;
+  do {  // once even where there is nothing to add: the output is written
+    const Range inner{begin, begin + kInnerBlock < p.inner ? begin + kInnerBlock : p.inner};
+    int64_t row = 0;
+    for (; row + 6 <= p.rows; row += 6) ProductBlock<6, kVectors, kTail>(p, inner, row, column, n);
+    for (; row + 2 <= p.rows; row += 2) ProductBlock<2, kVectors, kTail>(p, inner, row, column, n);
+    for (; row < p.rows; ++row) ProductBlock<1, kVectors, kTail>(p, inner, row, column, n);
+    begin += kInnerBlock;
+  } while (begin < p.inner);
 }
 
 template <typename A>
 void Multiply(const Product<A>& p) {
-  int64_t row = 0;
-  for (; row + 6 <= p.rows; row += 6) ProductRows<6>(p, row);
-  for (; row + 2 <= p.rows; row += 2) ProductRows<2>(p, row);
-  for (; row < p.rows; ++row) ProductRows<1>(p, row);
+  constexpr int64_t kLanes = Simd<A>::kLanes;
+  int64_t column = 0;
+  for (; column + 2 * kLanes <= p.columns; column += 2 * kLanes) {
+    ProductColumns<2, false>(p, column, kLanes);
+  }
+  for (; column + kLanes <= p.columns; column += kLanes) {
+    ProductColumns<1, false>(p, column, kLanes);
+  }
+  if (column < p.columns) ProductColumns<1, true>(p, column, p.columns - column);
 }
 
 template <int kRows, int kColumns, typename A>
@@ -119,18 +120,18 @@ CBAM_INLINE void DotBlock(const Product<A>& p, int64_t row, int64_t column) {
   }
 }
 
-template <int kRows, typename A>
-CBAM_INLINE void DotRows(const Product<A>& p, int64_t row) {
-  int64_t column = 0;
-  for (; column + 4 <= p.columns; column += 4) DotBlock<kRows, 4>(p, row, column);
-  for (; column < p.columns; ++column) DotBlock<kRows, 1>(p, row, column);
+template <int kColumns, typename A>
+CBAM_INLINE void DotColumns(const Product<A>& p, int64_t column) {
+  int64_t row = 0;
+  for (; row + 4 <= p.rows; row += 4) DotBlock<4, kColumns>(p, row, column);
+  for (; row < p.rows; ++row) DotBlock<1, kColumns>(p, row, column);
 }
 
 template <typename A>
 void MultiplyTransposed(const Product<A>& p) {
-  int64_t row = 0;
-  for (; row + 2 <= p.rows; row += 2) DotRows<2>(p, row);
-  for (; row < p.rows; ++row) DotRows<1>(p, row);
+  int64_t column = 0;
+  for (; column + 3 <= p.columns; column += 3) DotColumns<3>(p, column);
+  for (; column < p.columns; ++column) DotColumns<1>(p, column);
 }
 
 // --- Sigmoid ---

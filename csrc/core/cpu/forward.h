@@ -159,30 +159,38 @@ class ForwardPipeline {
 
     const Mlp<A> mlp{problem_,
                      dense_,
-                     parallel_,
                      static_cast<const A*>(args.w0),
                      static_cast<const A*>(args.b0),
                      static_cast<const A*>(args.w1),
                      static_cast<const A*>(args.b1)};
     const A* descriptors[2] = {mean, maximum};
+    // Without a second activation the branches of the mean and the maximum meet before W1 instead
+    // of after it.
+    const bool meet_early =
+        mlp.UsesMean() && mlp.UsesMax() && problem_.mlp_activation == Activation::kNone;
+    const bool meet_late = mlp.UsesMean() && mlp.UsesMax() && !meet_early;
+    const int branch = mlp.UsesMean() ? 0 : 1;
+
     const Blocks hidden_blocks = mlp.HiddenBlocks(samples);
     ForEach(parallel_, hidden_blocks.count, [&](int64_t i) {
-      mlp.HiddenBlock(descriptors, samples, hidden_blocks.At(i), hidden_);
+      const Range columns = hidden_blocks.At(i);
+      mlp.HiddenBlock(descriptors, samples, columns, hidden_);
+      if (meet_early) AddRows(hidden_[1], samples, problem_.hidden, columns, hidden_[0]);
     });
 
     A* gate = ChannelGateOf(args, first);
     const Blocks channel_blocks = mlp.ChannelBlocks(samples);
     ForEach(parallel_, channel_blocks.count, [&](int64_t i) {
       const Range columns = channel_blocks.At(i);
-      for (int q = 0; q < 2; ++q) {
-        if (mlp.IsUsed(q))
-          mlp.OutputBlock(hidden_[q], samples, columns, false, problem_.mlp_activation, logits_[q]);
+      mlp.OutputBlock(hidden_[branch], samples, columns, problem_.mlp_activation, logits_[branch]);
+      if (meet_late) {
+        mlp.OutputBlock(hidden_[1], samples, columns, problem_.mlp_activation, logits_[1]);
+        AddRows(logits_[1], samples, c, columns, logits_[0]);
       }
       for (int64_t s = 0; s < samples; ++s) {
-        A* logits = logits_[mlp.UsesMean() ? 0 : 1] + s * c + columns.begin;
-        if (mlp.UsesMean() && mlp.UsesMax()) {
-          const A* other = logits_[1] + s * c + columns.begin;
-          for (int64_t j = 0; j < columns.size(); ++j) logits[j] += other[j];
+        A* logits = logits_[branch] + s * c + columns.begin;
+        if (meet_early && mlp.b1 != nullptr) {  // the second branch's bias
+          for (int64_t j = 0; j < columns.size(); ++j) logits[j] += mlp.b1[columns.begin + j];
         }
         dense_.sigmoid(logits, columns.size(), gate + s * c + columns.begin);
       }

@@ -227,6 +227,15 @@ A MaxOrNan(A a, A b) {
   return b > a || b != b ? b : a;
 }
 
+// to[r, j] += from[r, j] over a range of columns; rows are `stride` apart in both.
+template <typename A>
+void AddRows(const A* from, int64_t rows, int64_t stride, Range columns, A* to) {
+  for (int64_t r = 0; r < rows; ++r) {
+    for (int64_t j = r * stride + columns.begin; j < r * stride + columns.end; ++j)
+      to[j] += from[j];
+  }
+}
+
 // Cuts `size` columns of work into blocks of whole cache lines; one block where there is little to
 // do.
 struct Blocks {
@@ -248,7 +257,6 @@ template <typename A>
 struct Mlp {
   const Problem& problem;
   const DensePasses<A>& dense;
-  const Parallel& parallel;
   const A *w0, *b0, *w1, *b1;
 
   bool UsesMean() const { return problem.pooling != Pooling::kMax; }
@@ -267,12 +275,12 @@ struct Mlp {
                      hidden[q] + columns.begin, h});
     }
   }
-  // out[n, c] = hidden.W1 + b1, before the second activation, over a block of columns c.
-  void OutputBlock(const A* hidden, int64_t samples, Range columns, bool accumulate,
-                   Activation activation, A* out) const {
+  // out[n, c] = activation(hidden.W1 + b1) over a block of columns c.
+  void OutputBlock(const A* hidden, int64_t samples, Range columns, Activation activation,
+                   A* out) const {
     dense.product({samples, columns.size(), problem.hidden, hidden, problem.hidden, 1,
                    w1 + columns.begin, problem.channels,
-                   b1 == nullptr ? nullptr : b1 + columns.begin, accumulate, activation,
+                   b1 == nullptr ? nullptr : b1 + columns.begin, false, activation,
                    out + columns.begin, problem.channels});
   }
   Blocks HiddenBlocks(int64_t samples) const {

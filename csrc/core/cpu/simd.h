@@ -217,9 +217,17 @@ CBAM_INLINE void Store(float* p, VF v) { __builtin_memcpy(p, &v, sizeof(v)); }
 CBAM_INLINE void Store(double* p, VD v) { __builtin_memcpy(p, &v, sizeof(v)); }
 
 CBAM_INLINE VF Load(const BFloat16* p) {
+#if defined(CBAM_LEVEL_AVX512)
+  const __m256i h = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  return (VF)_mm512_slli_epi32(_mm512_cvtepu16_epi32(h), 16);
+#elif defined(CBAM_LEVEL_AVX2)
+  const __m128i h = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  return (VF)_mm256_slli_epi32(_mm256_cvtepu16_epi32(h), 16);
+#else
   Simd<float>::H h;
   __builtin_memcpy(&h, p, sizeof(h));
   return (VF)(__builtin_convertvector(h, Simd<float>::U) << 16);
+#endif
 }
 
 CBAM_INLINE Simd<float>::H ToBFloat16(VF v) {
@@ -228,7 +236,15 @@ CBAM_INLINE Simd<float>::H ToBFloat16(VF v) {
   const U u = (U)v;
   const U rounded = (u + (0x7fff + ((u >> 16) & 1))) >> 16;  // to nearest, ties to even
   const U quiet = (u >> 16) | 0x40;                          // a NaN stays one
-  return __builtin_convertvector((U)Select((I)(v != v), (VF)quiet, (VF)rounded), Simd<float>::H);
+  const VF h = Select((I)(v != v), (VF)quiet, (VF)rounded);
+#if defined(CBAM_LEVEL_AVX512)
+  return (Simd<float>::H)_mm512_cvtepi32_epi16((__m512i)h);
+#elif defined(CBAM_LEVEL_AVX2)
+  return (Simd<float>::H)_mm_packus_epi32(_mm256_castsi256_si128((__m256i)h),
+                                          _mm256_extracti128_si256((__m256i)h, 1));
+#else
+  return __builtin_convertvector((U)h, Simd<float>::H);
+#endif
 }
 CBAM_INLINE void Store(BFloat16* p, VF v) {
   const Simd<float>::H h = ToBFloat16(v);
@@ -285,14 +301,31 @@ CBAM_INLINE void Store(Float16* p, VF v) {
 template <typename T>
 CBAM_INLINE auto LoadFirst(const T* p, int64_t n) -> decltype(Load(p)) {
   T lanes[sizeof(decltype(Load(p))) / sizeof(typename ScalarOf<decltype(Load(p))>::A)] = {};
-  for (int64_t i = 0; i < n; ++i) lanes[i] = p[i];
+  if constexpr (sizeof(T) == 2) {
+    // By powers of two, not one by one: the tails of half types are longer than those of others.
+    int64_t i = 0;
+    if (n & 8) __builtin_memcpy(lanes, p, 16), i += 8;
+    if (n & 4) __builtin_memcpy(lanes + i, p + i, 8), i += 4;
+    if (n & 2) __builtin_memcpy(lanes + i, p + i, 4), i += 2;
+    if (n & 1) lanes[i] = p[i];
+  } else {
+    for (int64_t i = 0; i < n; ++i) lanes[i] = p[i];
+  }
   return Load(lanes);
 }
 template <typename T, typename V>
 CBAM_INLINE void StoreFirst(T* p, V v, int64_t n) {
   T lanes[sizeof(V) / sizeof(typename ScalarOf<V>::A)];
   Store(lanes, v);
-  for (int64_t i = 0; i < n; ++i) p[i] = lanes[i];
+  if constexpr (sizeof(T) == 2) {
+    int64_t i = 0;
+    if (n & 8) __builtin_memcpy(p, lanes, 16), i += 8;
+    if (n & 4) __builtin_memcpy(p + i, lanes + i, 8), i += 4;
+    if (n & 2) __builtin_memcpy(p + i, lanes + i, 4), i += 2;
+    if (n & 1) p[i] = lanes[i];
+  } else {
+    for (int64_t i = 0; i < n; ++i) p[i] = lanes[i];
+  }
 }
 #if defined(CBAM_LEVEL_AVX2)
 CBAM_INLINE __m256i FirstMask32(int64_t n) {
