@@ -243,3 +243,12 @@ SIZES = [
     Case("spatial_pool", size=(2, 3, 5, 515)),
     Case(size=(2, 4, 6, 10), values="equal"),
 ]
+
+# Large enough to be shared out among threads: by samples, and within one sample.
+LARGE = [
+    Case(size=(1, 56, 56, 128), hidden=8, kernel_size=7),
+    Case(size=(5, 28, 28, 256), hidden=16, kernel_size=7, residual=True),
+    Case("cbam_with_batch_norm", size=(16, 7, 7, 512), hidden=32, kernel_size=7),
+    Case("channel_pool", size=(1, 100, 100, 96)),
+    Case("spatial_pool", size=(1, 100, 100, 96)),
+]

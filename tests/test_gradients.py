@@ -386,7 +386,7 @@ def test_a_hessian():
 
 
 def test_special_values_in_gradients():
-    """Fails where a NaN gets into another sample's gradient, or is lost on its way to a weight's."""
+    """Fails where a NaN gets into another sample's gradient, or is lost before a weight's."""
     case = Case()
     tensors = case.draw("float32", "NHWC")
     x = tensors["x"].numpy()
