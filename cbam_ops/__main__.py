@@ -77,7 +77,7 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument(
         "--output",
         type=Path,
-        default=Path("cbam_demo"),
+        default=Path("cbam_ops_demo"),
         metavar="DIR",
         help="folder for the model and the picture, made if it is not there (default: %(default)s)",
     )

@@ -32,19 +32,20 @@ def require(modules: Iterable[str], purpose: str) -> None:
       modules: names as in an import statement.
       purpose: who needs them, the start of the message ("the demo").
     """
-    missing = []
+    missing: list[str] = []
     for module in modules:
         try:
             importlib.import_module(module)
+        except ModuleNotFoundError as error:
+            # The module itself or one that it needs.
+            name = (error.name or module).split(".")[0]
+            missing.append(_DISTRIBUTIONS.get(name, name))
         except ImportError as error:
-            # A package that is there but does not load is another matter than a missing one.
-            name = getattr(error, "name", None) or module
-            if name.split(".")[0] != module:
-                raise CommandError(
-                    f"{module} is installed but cannot be imported ({error}); install it again "
-                    f"with: pip install --force-reinstall {_DISTRIBUTIONS.get(module, module)}"
-                ) from error
-            missing.append(_DISTRIBUTIONS.get(module, module))
+            raise CommandError(
+                f"{module} is installed but cannot be imported ({error}); install it again with: "
+                f"pip install --force-reinstall {_DISTRIBUTIONS.get(module, module)}"
+            ) from error
+    missing = list(dict.fromkeys(missing))
     if missing:
         what = "a package that is" if len(missing) == 1 else "packages that are"
         raise CommandError(
@@ -97,7 +98,8 @@ def import_tensorflow() -> None:
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     wanted = os.environ["TF_CPP_MIN_LOG_LEVEL"] in ("0", "1")
     with contextlib.nullcontext() if wanted else _QuietStderr():
-        require(["tensorflow", "keras"], "cbam_ops")
+        require(["tensorflow"], "cbam_ops")
+        require(["keras"], "cbam_ops")
 
 
 def table(rows: Sequence[Sequence[str]], align: str, indent: str = "  ") -> str:

@@ -59,12 +59,12 @@ def _block(x: Any, filters: int, stride: int, gates: dict[str, Any], **options: 
     y = _convolution(y, filters, 3)
     name = f"cbam_{len(gates) + 1}"
     module = cbam_ops.CBAM(ratio=8, activation="relu", name=name, **options)
-    _, _, gates[name] = module(y, residual=shortcut, return_gates=True)
-    return module(y, residual=shortcut)
+    y, _, gates[name] = module(y, residual=shortcut, return_gates=True)
+    return y
 
 
 def digits_network() -> tuple[Any, Any]:
-    """Stem and three residual blocks with CBAM, for logits of the ten digits.
+    """Stem and two residual blocks with CBAM, for logits of the ten digits.
 
     Returns:
       The model, and another on the same layers that maps images to the spatial gates by name.
@@ -77,7 +77,6 @@ def digits_network() -> tuple[Any, Any]:
     x = layers.ReLU()(_convolution(image, 32, 3))
     x = _block(x, 32, 1, gates, kernel_size=3)
     x = _block(x, 64, 2, gates, kernel_size=3)
-    x = _block(x, 64, 1, gates, kernel_size=3)
     x = layers.GlobalAveragePooling2D()(x)
     model = keras.Model(image, layers.Dense(10, name="logits")(x), name="cbam_digits")
     return model, keras.Model(image, gates, name="digits_gates")
@@ -126,8 +125,7 @@ def load_photographs() -> list[np.ndarray]:
 def photograph_network() -> tuple[Any, Any]:
     """Stem and two residual blocks with CBAM, for images of any size; a logit per object.
 
-    As in the authors' release, a batch norm follows the spatial convolution and starts at zero, so
-    that every spatial gate starts at 0.5.
+    As in the authors' release, a batch norm follows the spatial convolution.
 
     Returns:
       The model, and another on the same layers that maps images to the spatial gates by name.
@@ -136,11 +134,7 @@ def photograph_network() -> tuple[Any, Any]:
     from keras import layers
 
     gates: dict[str, Any] = {}
-    options = {
-        "spatial_batch_norm": True,
-        "batch_norm_momentum": 0.9,
-        "batch_norm_gamma_initializer": "zeros",
-    }
+    options = {"spatial_batch_norm": True, "batch_norm_momentum": 0.9}
     image = keras.Input((None, None, 3), name="image")
     x = layers.ReLU()(_convolution(image, 16, 3, 2))
     x = _block(x, 16, 1, gates, **options)

@@ -1,0 +1,485 @@
+"""The command `cbam-ops`: what a user sees, the exit codes, and that `check` can fail."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from cbam_ops import __main__ as command
+from cbam_ops import __version__
+from cbam_ops._cli import check, common, demo
+from cbam_ops._loader import tensorflow_requirement
+
+# Hides modules from a program: the argument list's first entry names them.
+_WITHOUT = """
+import sys
+class Hidden:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in sys.argv[1].split(","):
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+sys.meta_path.insert(0, Hidden())
+from cbam_ops.__main__ import main
+sys.exit(main(sys.argv[2:]))
+"""
+
+
+def _environment() -> dict[str, str]:
+    """That of a user: nothing set that the tests set for themselves."""
+    leave_out = ("TF_CPP_MIN_LOG_LEVEL", "CBAM_OPS_IMPLEMENTATION")
+    return {key: value for key, value in os.environ.items() if key not in leave_out}
+
+
+def _run(*arguments: str, cwd: Path, program: tuple[str, ...] = ("-m", "cbam_ops")):
+    return subprocess.run(
+        [sys.executable, *program, *arguments],
+        cwd=cwd,
+        env=_environment(),
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+def _assert_one_sentence(result: subprocess.CompletedProcess, *words: str) -> None:
+    """Exit code 2 and one line on stderr that holds the words."""
+    assert result.returncode == 2, result.stderr
+    assert "Traceback" not in result.stderr
+    lines = result.stderr.strip().splitlines()
+    assert len(lines) == 1, f"more than one sentence:\n{result.stderr}"
+    for word in words:
+        assert word in lines[0], f"{word!r} is not in: {lines[0]}"
+
+
+# --- demo ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def quick_demo(tmp_path_factory: pytest.TempPathFactory):
+    folder = tmp_path_factory.mktemp("demo")
+    output = folder / "new" / "folder"
+    return _run("demo", "--quick", "--output", str(output), cwd=folder), output
+
+
+@pytest.mark.slow
+def test_demo_succeeds_quietly(quick_demo):
+    """Fails when the demo breaks, or lets start-up chatter or a progress bar into a log."""
+    result, _ = quick_demo
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert result.stderr == ""
+    assert "\r" not in result.stdout
+    assert "FAILED" not in result.stdout
+    assert "native kernels" in result.stdout.splitlines()[0]
+
+
+@pytest.mark.slow
+def test_demo_learns_and_says_so(quick_demo):
+    """Fails when a quick run learns nothing, or the printed accuracy cannot be read."""
+    text = quick_demo[0].stdout
+    accuracy = float(re.search(r"test accuracy: ([\d.]+)%", text)[1])
+    assert 80 < accuracy <= 100  # ten digits: chance is 10 %
+    assert len(re.findall(r"epoch +\d+/3: loss [\d.]+, accuracy", text)) == 3
+    assert "450 held out" in text
+
+
+@pytest.mark.slow
+def test_demo_compares_fused_with_reference(quick_demo):
+    """Fails when fused and reference differ, or the fused ops keep maps for the gradient."""
+    text = quick_demo[0].stdout
+    errors = [
+        float(e) for e in re.findall(r"largest error of (?:the output|a gradient) +(\S+)", text)
+    ]
+    assert len(errors) == 4
+    assert max(errors) < 1e-3
+    times = re.findall(r"time per training step +([\d.]+) ms +([\d.]+) ms +([\d.]+)", text)
+    assert len(times) == 2 and all(float(value) > 0 for row in times for value in row)
+    memory = re.findall(r"memory kept for the gradient +([\d.]+) MiB +([\d.]+) MiB", text)
+    assert len(memory) == 2
+    network, module = ([float(value) for value in row] for row in memory)
+    assert network[0] < network[1]
+    assert module[0] < 0.1 * module[1]
+
+
+@pytest.mark.slow
+def test_demo_saves_a_model_that_predicts_the_same(quick_demo):
+    """Fails when the saved network cannot be loaded, or predicts something else."""
+    result, output = quick_demo
+    difference = float(re.search(r"largest difference of its predictions (\S+)", result.stdout)[1])
+    assert difference <= 1e-6
+    assert (output / demo.MODEL_FILE).stat().st_size > 100_000
+
+
+@pytest.mark.slow
+def test_demo_draws_a_picture(quick_demo):
+    """Fails when the picture is missing, blank, or has lost its photographs or its heat maps."""
+    from PIL import Image
+
+    with Image.open(quick_demo[1] / demo.PICTURE_FILE) as image:
+        pixels = np.asarray(image.convert("RGB")).astype(int)
+    height, width, _ = pixels.shape
+    assert height > 800 and width > 800
+    assert (pixels[0, 0] == 255).all()
+    assert 0.1 < np.mean(pixels.min(axis=2) == 255) < 0.9  # white paper, with things on it
+    photograph = pixels[height // 8 : height // 4, : width // 4]
+    heat = pixels[height // 8 : height // 4, width // 3 : width // 2]
+    assert len(np.unique(photograph.reshape(-1, 3), axis=0)) > 1000
+    assert len(np.unique(heat.reshape(-1, 3), axis=0)) > 1000
+    colourful = np.max(heat, axis=2) - np.min(heat, axis=2)
+    assert np.mean(colourful > 30) > 0.5
+
+
+def test_demo_fails_on_missed_promises():
+    """Fails when the full demo could end with exit code 0 though it missed what it promises."""
+    assert demo.verdict(0.97, 1e-6, 0.0) == []
+    assert demo.verdict(None, 1e-6, 0.0) == []  # --quick
+    assert "below 97%" in demo.verdict(0.9689, 1e-6, 0.0)[0]
+    nan = float("nan")
+    assert len(demo.verdict(0.5, 1.0, 1.0)) == 3
+    assert len(demo.verdict(nan, nan, nan)) == 3
+
+
+def test_demo_in_an_unwritable_folder(tmp_path):
+    """Fails when a folder that cannot be made or written to gives more than one sentence."""
+    file = tmp_path / "file"
+    file.write_text("not a folder")
+    for output in (file, file / "inside", Path("/proc/cbam_demo")):
+        result = _run("demo", "--output", str(output), cwd=tmp_path)
+        _assert_one_sentence(result, "cbam-ops demo:", f"{output}", "--output DIR")
+
+
+@pytest.mark.parametrize(
+    ("hidden", "distributions"),
+    [("sklearn", "scikit-learn"), ("matplotlib,tqdm", "matplotlib tqdm"), ("PIL", "pillow")],
+)
+def test_demo_without_an_optional_package(tmp_path, hidden, distributions):
+    """Fails when a missing package is not named together with the command that installs it."""
+    result = _run("demo", "--quick", cwd=tmp_path, program=("-c", _WITHOUT, hidden))
+    _assert_one_sentence(result, "the demo needs", f"pip install {distributions}")
+
+
+@pytest.mark.slow
+def test_demo_is_interrupted_cleanly(tmp_path):
+    """Fails when Ctrl-C shows a traceback or another exit code than the shell's 130."""
+    child = subprocess.Popen(
+        [sys.executable, "-m", "cbam_ops", "demo", "--output", str(tmp_path)],
+        cwd=tmp_path,
+        env=_environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert child.stdout is not None
+        for line in child.stdout:
+            if line.startswith("1. Train"):
+                break
+        time.sleep(2)
+        child.send_signal(signal.SIGINT)
+        _, errors = child.communicate(timeout=60)
+    finally:
+        child.kill()
+    assert child.returncode == 130
+    assert errors.strip() == "cbam-ops demo: interrupted"
+
+
+def test_progress_bar_on_a_terminal(monkeypatch):
+    """Fails when a person at a terminal sees no progress bar."""
+
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    screen = Terminal()
+    monkeypatch.setattr(sys, "stderr", screen)
+    progress = demo._Progress("training", 3)
+    for _ in range(3):
+        time.sleep(0.12)  # the bar refreshes ten times a second
+        progress.step(", loss 0.5")
+    progress.close()
+    assert "training" in screen.getvalue() and "3/3 steps" in screen.getvalue()
+    assert "loss 0.5" in screen.getvalue()
+
+
+def test_memory_is_counted_right():
+    """Fails when the demo's memory column does not count what the gradient keeps."""
+    import tensorflow as tf
+
+    import cbam_ops
+    from cbam_ops._cli.compare import Traced
+
+    x = tf.random.normal((2, 8, 8, 16))
+    map_bytes = 2 * 8 * 8 * 16 * 4
+    once = Traced(lambda x: tf.exp(x), watch=True)  # keeps its result
+    once(x)
+    assert once.kept_bytes(x) == map_bytes
+    twice = Traced(lambda x: tf.reduce_sum(tf.reshape(tf.exp(tf.tanh(x)), (-1,))), watch=True)
+    twice(x)
+    assert twice.kept_bytes(x) == 2 * map_bytes
+    none = Traced(lambda x: 2 * x, watch=True)
+    none(x)
+    assert none.kept_bytes(x) == 0
+
+    weights = [tf.random.normal(s) for s in ((16, 2), (2,), (2, 16), (16,), (7, 7, 2, 1), (1,))]
+    with cbam_ops.use_implementation("reference"):
+        reference = Traced(cbam_ops.cbam, watch=True)
+        reference(x, *weights)
+        assert reference.kept_bytes(x, *weights) >= map_bytes
+    with cbam_ops.use_implementation("native"):
+        fused = Traced(cbam_ops.cbam, watch=True)
+        fused(x, *weights)
+        assert fused.kept_bytes(x, *weights) < map_bytes / 2
+
+
+# --- info ----------------------------------------------------------------------------------------
+
+
+def test_info_is_a_table(tmp_path):
+    """Fails when the report for bug reports misses what a maintainer asks for first."""
+    result = _run("info", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert result.stderr == ""
+    rows = dict(re.findall(r"^  (\S.*?)  +(\S.*)$", result.stdout, re.MULTILINE))
+    assert rows["version"] == __version__
+    assert rows["native kernels"] == "on"
+    for label in (
+        "implementation",
+        "instruction set in use",
+        "TensorFlow",
+        "Keras",
+        "numpy",
+        "Python",
+        "operating system",
+        "processor",
+        "devices",
+        "compiler version",
+        "cuda enabled",
+    ):
+        assert rows[label] not in ("", "-"), f"{label} is missing"
+    if rows["cuda enabled"] == "no":
+        assert len(rows["cuda why not"]) > 10
+
+
+def test_info_as_json(tmp_path):
+    """Fails when a program can no longer read the report."""
+    result = _run("info", "--json", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    report = json.loads(result.stdout)
+    assert report["version"] == __version__
+    assert report["native"] is True and report["native_off_because"] is None
+    assert report["instruction_set"]["active"] in report["instruction_set"]["available"]
+    assert report["processor"]["cores"] >= 1
+    assert report["build"]
+
+
+def test_info_without_tensorflow(tmp_path):
+    """Fails when the report does not come out of a broken installation, or hides the reason."""
+    result = _run("info", cwd=tmp_path, program=("-c", _WITHOUT, "tensorflow"))
+    assert result.returncode == 0, result.stderr
+    assert "Traceback" not in result.stdout + result.stderr
+    assert re.search(r"native kernels +off", result.stdout)
+    assert f"pip install '{tensorflow_requirement()}'" in result.stdout
+
+
+# --- check ---------------------------------------------------------------------------------------
+
+
+def test_check_passes(tmp_path):
+    """Fails when the fused ops err more than twice what stock TensorFlow errs."""
+    result = _run("check", cwd=tmp_path)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert result.stderr == ""
+    assert re.search(r"All \d\d+ cases pass: \d+ outputs and gradients", result.stdout)
+    for word in ("float16", "bfloat16", "float64", "NCHW", "cbam_with_batch_norm", "spatial_pool"):
+        assert word in result.stdout, f"no case with {word}"
+
+
+def test_check_quick_still_covers_every_type_and_layout():
+    """Fails when the quick check leaves out a type, a layout or a function."""
+    quick = check.cases(quick=True)
+    assert len(quick) < len(check.cases()) / 2
+    assert {case.dtype for case in quick} == {"float32", "float16", "bfloat16", "float64"}
+    assert {case.layout for case in quick} == {"NHWC", "NCHW"}
+    assert {case.function for case in quick} == set(check._OUTPUT_NAMES)
+
+
+def _break(kind, original):
+    """The op with one thing wrong with it."""
+    import tensorflow as tf
+
+    def broken(x, *args, **kwargs):
+        y, *gates = original(x, *args, **kwargs)
+        if kind == "value":
+            y = y * 1.0001
+        elif kind == "one value":
+            flat = tf.reshape(y, [-1])
+            y = tf.reshape(tf.concat([flat[:-1], flat[-1:] + 0.01], 0), tf.shape(y))
+        elif kind == "gradient":
+            y = y + 0.001 * (x - tf.stop_gradient(x))
+        elif kind == "nan":
+            y = tf.where(y == tf.reduce_max(y), tf.constant(float("nan"), y.dtype), y)
+        elif kind == "shape":
+            y = y[:, :-1]
+        elif kind == "raises":
+            raise RuntimeError("the kernel is broken")
+        return (y, *gates)
+
+    return broken
+
+
+@pytest.mark.parametrize("kind", ["value", "one value", "gradient", "nan", "shape", "raises"])
+def test_check_fails_on_a_broken_kernel(monkeypatch, capsys, kind):
+    """Fails when `check` would pass kernels that compute something else."""
+    import cbam_ops
+
+    case = check.Case("cbam", (2, 6, 6, 16))
+    monkeypatch.setattr(check, "cases", lambda quick: [case])
+    assert command.main(["check"]) == 0, capsys.readouterr().out
+    monkeypatch.setattr(cbam_ops, "cbam", _break(kind, cbam_ops.cbam))
+    assert command.main(["check"]) == 1
+    assert "FAILED" in capsys.readouterr().out
+
+
+def test_check_of_all_cases_fails_on_a_broken_kernel(monkeypatch, capsys):
+    """Fails when the real list of cases would not notice a broken kernel."""
+    import cbam_ops
+
+    monkeypatch.setattr(cbam_ops, "cbam", _break("value", cbam_ops.cbam))
+    assert command.main(["check", "--quick"]) == 1
+    assert "FAILED" in capsys.readouterr().out
+
+
+def test_check_where_nothing_fused_runs(monkeypatch, capsys):
+    """Fails when `check` calls an installation without its kernels good."""
+    import cbam_ops
+
+    off = {**cbam_ops.build_info(), "native": False, "native_off_because": "It is not built."}
+    monkeypatch.setattr(cbam_ops, "build_info", lambda: off)
+    assert command.main(["check"]) == 1
+    assert "It is not built." in capsys.readouterr().out
+
+
+def test_check_without_tensorflow(tmp_path):
+    """Fails when a missing TensorFlow is not one sentence."""
+    result = _run("check", cwd=tmp_path, program=("-c", _WITHOUT, "tensorflow,keras"))
+    _assert_one_sentence(result, "cbam-ops check:", f"pip install '{tensorflow_requirement()}'")
+
+
+def test_errors_are_measured_strictly():
+    """Fails when a NaN, an infinity or another shape could pass for a small error."""
+    truth = np.array([1.0, -4.0])
+    nan, inf = float("nan"), float("inf")
+    assert check.error_of(np.array([1.0, -4.0]), truth) == 0
+    assert check.error_of(np.array([1.0, -3.0]), truth) == 0.25
+    assert check.error_of(np.array([nan, -4.0]), truth) == inf
+    assert check.error_of(np.array([inf, -4.0]), truth) == inf
+    assert check.error_of(truth[:, np.newaxis], truth) == inf
+    assert check.error_of(truth, np.array([nan, -4.0])) == inf
+    assert check.error_of(np.array([nan, inf]), np.array([nan, inf])) == 0
+    assert check.error_of(np.array([nan, -inf]), np.array([nan, inf])) == inf
+    assert check.error_of(np.zeros((0, 3)), np.zeros((0, 3))) == 0
+    assert check.error_of(np.array([0.5]), np.array([0.0])) == 0.5
+    assert not check.Finding("y", nan, 0.0, 1.0).passed
+
+
+# --- the program ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([], "COMMAND"),
+        (["frobnicate"], "'frobnicate'"),
+        (["demo", "--epochs", "0"], "at least 1"),
+        (["demo", "--epochs", "many"], "'many'"),
+        (["demo", "--seed", "-1"], "--seed"),
+        (["info", "--xml"], "--xml"),
+    ],
+)
+def test_wrong_arguments(capsys, arguments, words):
+    """Fails when a mistyped command does anything but explain itself with exit code 2."""
+    with pytest.raises(SystemExit) as stop:
+        command.main(arguments)
+    assert stop.value.code == 2
+    assert words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["demo", "--help"], ["info", "--help"], ["check", "--help"]]
+)
+def test_help(capsys, arguments):
+    """Fails when help is missing or not an answer."""
+    with pytest.raises(SystemExit) as stop:
+        command.main(arguments)
+    assert stop.value.code == 0
+    assert len(capsys.readouterr().out) > 150
+
+
+def test_version(capsys):
+    """Fails when the command tells another version than the package."""
+    with pytest.raises(SystemExit):
+        command.main(["--version"])
+    assert capsys.readouterr().out.strip() == f"cbam-ops {__version__}"
+
+
+def test_help_loads_no_tensorflow(tmp_path):
+    """Fails when --help takes the seconds that importing TensorFlow takes."""
+    program = (
+        "import sys\n"
+        "from cbam_ops.__main__ import main\n"
+        "try: main(['demo', '--help'])\n"
+        "except SystemExit: pass\n"
+        "assert 'tensorflow' not in sys.modules and 'numpy' not in sys.modules"
+    )
+    result = _run(cwd=tmp_path, program=("-c", program))
+    assert result.returncode == 0, result.stderr
+
+
+def test_console_command_is_the_same_program():
+    """Fails when `cbam-ops` and `python -m cbam_ops` go apart."""
+    from importlib.metadata import entry_points
+
+    (entry,) = entry_points(group="console_scripts", name="cbam-ops")
+    assert entry.value == "cbam_ops.__main__:main"
+
+
+def test_unexpected_error_is_no_traceback(monkeypatch, capsys):
+    """Fails when a bug shows a traceback without being asked for one."""
+
+    def fail(as_json: bool) -> int:
+        raise ZeroDivisionError("oops")
+
+    from cbam_ops._cli import info
+
+    monkeypatch.setattr(info, "run", fail)
+    assert command.main(["info"]) == 2
+    text = capsys.readouterr().err
+    assert "ZeroDivisionError: oops" in text and "Traceback" not in text
+    with pytest.raises(ZeroDivisionError):
+        command.main(["--traceback", "info"])
+
+
+def test_interrupt_gives_130(monkeypatch, capsys):
+    """Fails when Ctrl-C in any command is not the exit code that shells expect."""
+    from cbam_ops._cli import info
+
+    def interrupt(as_json: bool) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(info, "run", interrupt)
+    assert command.main(["info"]) == 130
+    assert "interrupted" in capsys.readouterr().err
+
+
+def test_table_aligns():
+    """Fails when columns no longer line up."""
+    text = common.table([["a", "number"], ["long name", "1"]], "<>", indent="")
+    assert text.splitlines() == ["a          number", "---------  ------", "long name       1"]
