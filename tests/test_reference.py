@@ -266,7 +266,7 @@ def test_cbam_equals_the_stock_keras_layers(spatial_batch_norm):
     else:
         function = reference.cbam
     actual_y, actual = gradients(function, v["x"], *(v[name] for name in names), upstream=upstream)
-    tolerances.assert_close(actual_y, y, tolerances.FLOAT64, "y")
+    tolerances.assert_close(actual_y, y, 10 * tolerances.FLOAT64, "y")
     for name, a, e in zip(("x", *names), actual, expected, strict=True):
         tolerances.assert_close(a, e, 100 * tolerances.FLOAT64, f"gradient of {name}")
 
