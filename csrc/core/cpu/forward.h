@@ -51,7 +51,7 @@ class ChannelDescriptors {
       const int64_t end = std::min(g_.units, (task % tasks + 1) * units_per_task);
       for (int64_t u = task % tasks * units_per_task; u < end; ++u) {
         A* partial = partial_ + (s * g_.units + u) * 2 * c;
-        map_.channel_pool(g_.sample, g_.At(x, s), g_.Unit(u), {0, c}, partial, partial + c);
+        map_.channel_pool(g_.sample, g_.At(x, s), g_.Unit(u), {0, c}, A{1}, partial, partial + c);
       }
     });
     ForEach(parallel_, samples, [&](int64_t s) {
@@ -78,10 +78,9 @@ class ChannelDescriptors {
     ForEach(parallel_, samples * tasks, [&](int64_t task) {
       const int64_t s = task / tasks;
       const Range range{task % tasks * per_task, std::min(c, (task % tasks + 1) * per_task)};
-      A* sum = mean + s * c + range.begin;
-      map_.channel_pool(g_.sample, g_.At(x, s), {0, g_.positions}, range, sum,
+      map_.channel_pool(g_.sample, g_.At(x, s), {0, g_.positions}, range,
+                        static_cast<A>(g_.positions), mean + s * c + range.begin,
                         maximum + s * c + range.begin);
-      for (int64_t i = 0; i < range.size(); ++i) sum[i] /= static_cast<A>(g_.positions);
     });
   }
 

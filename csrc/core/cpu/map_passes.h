@@ -288,13 +288,13 @@ CBAM_INLINE void PoolAcross(const Body& body, int64_t rows, int64_t columns, A d
 }
 
 template <typename T, typename A = typename ComputeOf<T>::A>
-void ChannelPool(const Sample& sample, const void* x, Range positions, Range channels, A* sum,
-                 A* maximum) {
+void ChannelPool(const Sample& sample, const void* x, Range positions, Range channels, A divisor,
+                 A* sum, A* maximum) {
   const PoolBody<T, false, false> body{MakeTile<T>(sample, x, positions, channels), {nullptr}};
   if (sample.layout == Layout::kNHWC) {
-    PoolAcross(body, body.x.rows, body.x.columns, A{1}, sum, maximum);
+    PoolAcross(body, body.x.rows, body.x.columns, divisor, sum, maximum);
   } else {
-    PoolAlong(body, body.x.rows, body.x.columns, A{1}, sum, maximum);
+    PoolAlong(body, body.x.rows, body.x.columns, divisor, sum, maximum);
   }
 }
 
@@ -405,7 +405,9 @@ struct MaskBody {
   }
   template <bool kTail>
   CBAM_INLINE V Value(const Row& row, int64_t column, int64_t n) const {
-    return Where(LoadSome<kTail>(row.y + column, n) > V{}, LoadSome<kTail>(row.dy + column, n));
+    // A product, so that NaN passes as it does in TensorFlow's gradient of relu.
+    return LoadSome<kTail>(row.dy + column, n) *
+           Where(LoadSome<kTail>(row.y + column, n) > V{}, Splat<A>(1));
   }
 };
 

@@ -63,9 +63,9 @@ enum class MapKind : int32_t {
 // first element.
 template <typename A>
 struct MapPasses {
-  // sum[c - channels.begin] and maximum[...] over a range of positions.
-  void (*channel_pool)(const Sample&, const void* x, Range positions, Range channels, A* sum,
-                       A* maximum);
+  // sum[c - channels.begin], divided by `divisor`, and maximum[...] over a range of positions.
+  void (*channel_pool)(const Sample&, const void* x, Range positions, Range channels, A divisor,
+                       A* sum, A* maximum);
 
   // mean[p - begin] and maximum[...] over channels of x, or of x * gate where gate is given.
   void (*spatial_pool)(const Sample&, const void* x, const A* gate, Range positions, A* mean,
@@ -92,7 +92,7 @@ struct MapPasses {
                        const PositionValues<A>&, const ChannelValues<A>&, Range positions,
                        bool stream, void* dx);
 
-  // masked = y > 0 ? dy : 0, over the tile.
+  // masked = dy * (y > 0), over the tile.
   void (*mask)(const Sample&, const void* dy, const void* y, Range positions, void* masked);
 
   // Conversions of small tensors between T and A; element i of the T side is at i * stride.

@@ -298,34 +298,30 @@ CBAM_INLINE void Store(Float16* p, VF v) {
 #endif
 
 // The first n lanes, 0 < n < kLanes; the others are 0 (loads) or left alone (stores).
+template <int64_t kCount, typename T>
+CBAM_INLINE void CopyFirst(const T* from, int64_t n, T* to) {
+  if constexpr (kCount > 0) {  // by powers of two, not one by one
+    if (n & kCount) {
+      __builtin_memcpy(to, from, kCount * sizeof(T));
+      from += kCount;
+      to += kCount;
+    }
+    CopyFirst<kCount / 2>(from, n, to);
+  }
+}
 template <typename T>
 CBAM_INLINE auto LoadFirst(const T* p, int64_t n) -> decltype(Load(p)) {
-  T lanes[sizeof(decltype(Load(p))) / sizeof(typename ScalarOf<decltype(Load(p))>::A)] = {};
-  if constexpr (sizeof(T) == 2) {
-    // By powers of two, not one by one: the tails of half types are longer than those of others.
-    int64_t i = 0;
-    if (n & 8) __builtin_memcpy(lanes, p, 16), i += 8;
-    if (n & 4) __builtin_memcpy(lanes + i, p + i, 8), i += 4;
-    if (n & 2) __builtin_memcpy(lanes + i, p + i, 4), i += 2;
-    if (n & 1) lanes[i] = p[i];
-  } else {
-    for (int64_t i = 0; i < n; ++i) lanes[i] = p[i];
-  }
+  constexpr int64_t kLanes = Simd<typename ScalarOf<decltype(Load(p))>::A>::kLanes;
+  T lanes[kLanes] = {};
+  CopyFirst<kLanes / 2>(p, n, lanes);
   return Load(lanes);
 }
 template <typename T, typename V>
 CBAM_INLINE void StoreFirst(T* p, V v, int64_t n) {
-  T lanes[sizeof(V) / sizeof(typename ScalarOf<V>::A)];
+  constexpr int64_t kLanes = Simd<typename ScalarOf<V>::A>::kLanes;
+  T lanes[kLanes];
   Store(lanes, v);
-  if constexpr (sizeof(T) == 2) {
-    int64_t i = 0;
-    if (n & 8) __builtin_memcpy(p, lanes, 16), i += 8;
-    if (n & 4) __builtin_memcpy(p + i, lanes + i, 8), i += 4;
-    if (n & 2) __builtin_memcpy(p + i, lanes + i, 4), i += 2;
-    if (n & 1) p[i] = lanes[i];
-  } else {
-    for (int64_t i = 0; i < n; ++i) p[i] = lanes[i];
-  }
+  CopyFirst<kLanes / 2>(lanes, n, p);
 }
 #if defined(CBAM_LEVEL_AVX2)
 CBAM_INLINE __m256i FirstMask32(int64_t n) {
