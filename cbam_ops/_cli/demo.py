@@ -307,6 +307,7 @@ def _run(output: Path, quick: bool, epochs: int, seed: int, started: float) -> i
     say()
     say("2. Train on patches of two photographs, to see what the spatial gates look at")
     photographs = networks.load_photographs()
+    keras.utils.set_random_seed(seed)  # the same start whatever happened before
     photo_model, photo_gates = networks.photograph_network()
     patches = networks.Patches(photographs, seed)
     train_started = time.perf_counter()
