@@ -7,12 +7,17 @@ them as the C++ compiler does (`benchmarks/gpu_check.py` does that on a GPU).
 
 from __future__ import annotations
 
+import os
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy_oracle as oracle
 import pytest
-from cuda_on_cpu import COMPILER, Kernels, build, empty, place, problem
+from cuda_on_cpu import COMPILER, CSRC, Kernels, build, empty, place, problem
 
 ml_dtypes = pytest.importorskip("ml_dtypes")
 
@@ -152,8 +157,10 @@ class Case:
         for name, value in self.weights.items():
             if value is not None:
                 out["d" + name] = empty(value.shape, self.compute)
-        if self.has_spatial:
-            out.setdefault("dbias", empty((1,), self.compute))
+        if self.has_spatial and "dbias" not in out:
+            weights_bias = empty((1,), self.compute)  # always wanted by the kernels
+        else:
+            weights_bias = None
         inputs = {k: v for k, v in self.weights.items() if k != "bias"}
         its_saved = {k: v for k, v in saved.items() if k != "y"}
         if relu:
@@ -166,6 +173,7 @@ class Case:
             **inputs,
             **its_saved,
             **(self.d_gates if d_gates else {}),
+            **({"dbias": weights_bias} if weights_bias is not None else {}),
             **out,
         )
         return out
@@ -179,18 +187,22 @@ class Case:
     def expected_forward(self) -> dict[str, Array]:
         return oracle.forward(**self.oracle_inputs())
 
-    def expected_backward(self, saved: dict[str, Array], d_gates: bool = True) -> dict[str, Array]:
+    def expected_backward(
+        self, saved: dict[str, Array], d_gates: bool = True, magnitude: bool = False
+    ) -> dict[str, Array]:
         extra: dict[str, Any] = dict(self.d_gates) if d_gates else {}
+        extra["magnitude"] = magnitude
         if self.options["activation"] == "relu":
             extra["y"] = saved["y"].astype(np.float64)
         if self.gates == "channel_first":
             extra["tie_gate"] = saved["channel_gate"]
         return oracle.backward(dy=self.dy, **extra, **self.oracle_inputs())
 
-    def compare(self, got: dict[str, Array], expected: dict[str, Array]) -> None:
+    def compare(
+        self, got: dict[str, Array], expected: dict[str, Array], sizes: dict[str, Array]
+    ) -> None:
+        """`sizes`: the same tensors with nothing cancelled, which errors are measured against."""
         for name, value in got.items():
-            if name == "dbias" and name not in expected:
-                continue
             truth = np.asarray(expected[name]).reshape(value.shape)
             bound = (MAP_ERROR if name in MAPS else COMPUTE_ERROR)[self.dtype]
             value = value.astype(np.float64)
@@ -201,20 +213,396 @@ class Case:
             assert (value[other] == truth[other]).all(), f"{name}: infinities differ"
             if finite.any():
                 error = np.abs(value - truth)[finite].max()
-                scale = max(np.abs(truth[finite]).max(), 1e-3)
+                scale = np.nanmax(np.abs(np.asarray(sizes[name]).reshape(value.shape)[finite]))
+                scale = max(min(scale, 1e30), 1e-3)
                 assert error <= bound * scale, f"{name}: error {error:.3g}, values to {scale:.3g}"
 
     def check(self, kernels: Kernels, d_gates: bool = True) -> dict[str, Array]:
-        got = self.forward(kernels)
-        self.compare(got, self.expected_forward())
-        gradients = self.backward(kernels, got, d_gates)
-        self.compare(gradients, self.expected_backward(got, d_gates))
+        """Forward and backward against the definition; returns what the kernels gave."""
+        with np.errstate(all="ignore"):
+            got = self.forward(kernels)
+            expected = self.expected_forward()
+            self.compare(got, expected, expected)
+            gradients = self.backward(kernels, got, d_gates)
+            truth = self.expected_backward(got, d_gates)
+            sizes = self.expected_backward(got, d_gates, magnitude=True)
+            self.compare(gradients, truth, sizes)
         return {**got, **gradients}
+
+
+def same(one: dict[str, Array], other: dict[str, Array]) -> None:
+    """Bitwise equality of all tensors."""
+    for name, value in one.items():
+        assert value.tobytes() == other[name].tobytes(), f"{name} differs"
+
+
+@pytest.mark.parametrize("path", ["portable", "cluster"])
+@pytest.mark.parametrize("layout", ["NHWC", "NCHW"])
+@pytest.mark.parametrize("dtype", list(DTYPES))
+@pytest.mark.parametrize("gates", ["channel_first", "parallel", "channel_only", "spatial_only"])
+def test_every_kind_of_gates(
+    kernels: Kernels, gates: str, dtype: str, layout: str, path: str
+) -> None:
+    """Fails where a type, layout or order computes another function than the definition."""
+    if path == "cluster" and dtype == "float64":
+        pytest.skip("float64 has no cluster kernels")
+    kernels.set_path(path)
+    kernels.set_schedule(1)
+    Case(5, 4, 6, 16, gates=gates, dtype=dtype, layout=layout).check(kernels)
+
+
+OPTIONS = [
+    dict(zip(("pooling", "mlp_activation", "activation", "residual", "biases"), row, strict=True))
+    for row in (
+        ("avg+max", "none", "none", True, True),
+        ("avg+max", "relu", "relu", True, False),
+        ("avg+max", "relu", "none", False, True),
+        ("avg", "none", "relu", False, True),
+        ("avg", "relu", "relu", True, True),
+        ("max", "none", "none", False, False),
+        ("max", "relu", "relu", True, True),
+        ("max", "none", "relu", False, True),
+    )
+]
+
+
+@pytest.mark.parametrize("kind", ["portable", "cluster", "batch_norm"])
+@pytest.mark.parametrize("layout", ["NHWC", "NCHW"])
+@pytest.mark.parametrize("options", OPTIONS, ids=lambda o: "-".join(str(v) for v in o.values()))
+def test_options(kernels: Kernels, options: dict[str, Any], layout: str, kind: str) -> None:
+    """Fails where pooling, activations, residual, biases or batch norm are wired wrongly."""
+    kernels.set_path("cluster" if kind == "cluster" else "portable")
+    kernels.set_schedule(2)
+    case = Case(5, 4, 6, 16, k=5, layout=layout, batch_norm=kind == "batch_norm", **options)
+    case.check(kernels, d_gates=options["biases"])
+
+
+@pytest.mark.parametrize("layout", ["NHWC", "NCHW"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    "size",
+    [
+        (1, 1, 1, 1),
+        (3, 1, 9, 5),
+        (2, 7, 7, 33),
+        (1, 13, 11, 64),
+        (9, 2, 3, 17),
+        (1, 20, 9, 130),
+        (1, 2, 2, 1500),
+        (1, 40, 40, 8),
+    ],
+    ids=str,
+)
+def test_sizes(kernels: Kernels, size: tuple[int, ...], dtype: str, layout: str) -> None:
+    """Odd sizes: tails of vectors, of tiles, of slices, and rows shorter than a warp."""
+    kernels.set_schedule(3)
+    Case(*size, dtype=dtype, layout=layout).check(kernels)
+
+
+@pytest.mark.parametrize("layout", ["NHWC", "NCHW"])
+@pytest.mark.parametrize("size", [(1, 3, 600, 4), (1, 2, 1030, 8), (1, 4, 143, 4)], ids=str)
+def test_rows_longer_than_a_tile(kernels: Kernels, size: tuple[int, ...], layout: str) -> None:
+    """Planes wider than a tile are cut within rows; a width that is no multiple of a vector too."""
+    Case(*size, layout=layout).check(kernels)
+
+
+@pytest.mark.parametrize("layout", ["NHWC", "NCHW"])
+@pytest.mark.parametrize("kernel_size", [1, 3, 7, 9, 15, 41])
+@pytest.mark.parametrize("batch_norm", [False, True])
+def test_kernel_sizes(kernels: Kernels, kernel_size: int, batch_norm: bool, layout: str) -> None:
+    """Halos from none to wider than the plane, and a kernel whose window does not fit (41)."""
+    Case(2, 9, 10, 8, k=kernel_size, layout=layout, batch_norm=batch_norm).check(kernels)
+
+
+@pytest.mark.parametrize("layout", ["NHWC", "NCHW"])
+@pytest.mark.parametrize("hidden", [1, 7, 300, 700])
+@pytest.mark.parametrize("path", ["portable", "cluster"])
+def test_hidden_sizes(kernels: Kernels, path: str, hidden: int, layout: str) -> None:
+    """More hidden units than a slice of shared memory, and than a block has threads."""
+    kernels.set_path(path)
+    Case(9, 2, 4, 40, hidden=hidden, layout=layout).check(kernels)
+
+
+@pytest.mark.parametrize("layout", ["NHWC", "NCHW"])
+def test_misaligned(kernels: Kernels, layout: str) -> None:
+    """Maps off a 16-byte boundary take the scalar kernels, with the same results."""
+    for dtype in ("float32", "float16"):
+        Case(2, 4, 4, 16, layout=layout, dtype=dtype, offset=1).check(kernels)
+
+
+@pytest.mark.parametrize("layout", ["NHWC", "NCHW"])
+@pytest.mark.parametrize("batch_norm", [False, True])
+def test_chunks_of_samples_change_nothing(kernels: Kernels, batch_norm: bool, layout: str) -> None:
+    """How many samples are in flight depends on the GPU's L2: results must not."""
+    case = Case(7, 4, 4, 8, layout=layout, batch_norm=batch_norm, activation="relu", residual=True)
+    kernels.set_device(l2=1 << 30)
+    kernels.launched()
+    whole = case.check(kernels)
+    whole_launches = len(kernels.launched())
+    kernels.set_device(l2=3 * 4 * 4 * 8 * 4 * 2)
+    parts = case.check(kernels)
+    assert len(kernels.launched()) > whole_launches
+    same(whole, parts)
+
+
+@pytest.mark.parametrize("layout", ["NHWC", "NCHW"])
+@pytest.mark.parametrize("shared", [20_000, 30_000, 45_000, 232_448])
+def test_a_sample_over_more_or_fewer_blocks(kernels: Kernels, shared: int, layout: str) -> None:
+    """Clusters of several sizes: halos, column sums and gates cross the blocks' borders."""
+    kernels.set_path("cluster")
+    kernels.set_device(shared=shared)
+    Case(5, 12, 12, 32, k=7, hidden=20, layout=layout).check(kernels)
+
+
+def test_the_path_that_is_chosen(kernels: Kernels) -> None:
+    """What the plan promises for the sizes of a ResNet-50, and the override."""
+    kernels.set_path("auto")
+    stages = {(56, 256): True, (28, 512): True, (14, 1024): True, (7, 2048): False}
+    for (side, channels), expected in stages.items():
+        sizes = {"height": side, "width": side, "channels": channels, "hidden": channels // 16}
+        stage = problem(dtype="float32", layout="NHWC", batch=32, gates="channel_first", **sizes)
+        assert (kernels.path("forward", stage) == "cluster") is expected, side
+    kernels.set_device(capability=80)
+    assert kernels.path("forward", problem(batch=1, height=8, width=8, channels=8)) == "portable"
+    kernels.set_path("cluster")
+    with pytest.raises(RuntimeError, match="does not fit"):
+        Case(2, 4, 4, 8).forward(kernels)
+
+
+@pytest.mark.parametrize("path", ["portable", "cluster"])
+@pytest.mark.parametrize("layout", ["NHWC", "NCHW"])
+def test_repeats_bitwise_in_any_order(kernels: Kernels, layout: str, path: str) -> None:
+    """Threads and blocks in another order: the same bits, or something depends on who is first."""
+    kernels.set_path(path)
+    case = Case(5, 9, 8, 36, layout=layout, activation="relu")
+    first = case.check(kernels)
+    for schedule in (1, 2, 3):
+        kernels.set_schedule(schedule)
+        same(first, case.check(kernels))
+
+
+@pytest.mark.parametrize("path", ["portable", "cluster"])
+@pytest.mark.parametrize("layout", ["NHWC", "NCHW"])
+@pytest.mark.parametrize("gates", ["channel_first", "parallel"])
+def test_nan_and_infinity(kernels: Kernels, gates: str, layout: str, path: str) -> None:
+    """They reach what they reach in the definition, and nothing else."""
+    kernels.set_path(path)
+    for value in (np.nan, np.inf, -np.inf):
+        case = Case(5, 4, 4, 8, layout=layout, gates=gates)
+        case.x.reshape(-1)[5] = value
+        with np.errstate(all="ignore"):
+            got, expected = case.forward(kernels), case.expected_forward()
+            case.compare(got, expected, expected)
+            gradients = case.backward(kernels, got)
+            truth = case.expected_backward(got)
+            # Which of the samples have a NaN gradient; the others must be untouched by it.
+            touched = np.isnan(truth["dx"]).any(axis=(1, 2, 3))
+            ours = np.isnan(gradients["dx"]).any(axis=(1, 2, 3))
+        assert (touched == ours).all()
+
+
+def test_constant_map(kernels: Kernels) -> None:
+    """Everything is a maximum (after a ReLU whole maps are): the gradient is split evenly."""
+    for path in ("portable", "cluster"):
+        kernels.set_path(path)
+        for layout in ("NHWC", "NCHW"):
+            shape = (2, 4, 4, 8)
+            Case(
+                *shape, layout=layout, x=np.zeros(shape if layout == "NHWC" else (2, 8, 4, 4))
+            ).check(kernels)
+
+
+@pytest.mark.parametrize("batch_norm", [False, True])
+@pytest.mark.parametrize("layout", ["NHWC", "NCHW"])
+def test_empty_batch(kernels: Kernels, layout: str, batch_norm: bool) -> None:
+    """No samples: empty maps, and weights' gradients of zero rather than of nothing."""
+    case = Case(0, 4, 4, 8, layout=layout, batch_norm=batch_norm)
+    got = case.forward(kernels)
+    gradients = case.backward(kernels, got)
+    for name, value in gradients.items():
+        assert (value == 0).all(), name
 
 
 @pytest.mark.parametrize("layout", ["NHWC", "NCHW"])
 @pytest.mark.parametrize("dtype", list(DTYPES))
-@pytest.mark.parametrize("gates", ["channel_first", "parallel", "channel_only", "spatial_only"])
-def test_every_kind_of_gates(kernels: Kernels, gates: str, dtype: str, layout: str) -> None:
-    """Fails where a type, layout or order computes another function than the definition."""
-    Case(2, 4, 6, 16, gates=gates, dtype=dtype, layout=layout).check(kernels)
+@pytest.mark.parametrize("size", [(2, 5, 7, 8), (3, 4, 4, 32), (1, 20, 17, 3)], ids=str)
+def test_pools(kernels: Kernels, size: tuple[int, ...], dtype: str, layout: str) -> None:
+    """The pools on their own and their gradients, with ties."""
+    n, h, w, c = size
+    case = Case(*size, dtype=dtype, layout=layout)
+    map_type = DTYPES[dtype]
+    rng = np.random.default_rng(1)
+    planes = (n, h, w, 2) if layout == "NHWC" else (n, 2, h, w)
+
+    def check(got: dict[str, Array], expected: dict[str, Array]) -> None:
+        for name, value in got.items():
+            truth = np.asarray(expected[name])
+            error = np.abs(value.astype(np.float64) - truth).max()
+            assert error <= MAP_ERROR[dtype] * np.abs(truth).max(), f"{name}: {error:.3g}"
+
+    got = {"mean": empty((n, c), map_type), "maximum": empty((n, c), map_type)}
+    kernels.call("channel_pool", case.problem, x=case.x, **got)
+    check(got, oracle.channel_pool(case.x, layout))
+    d = {name: place(rng.normal(size=(n, c)).astype(map_type)) for name in ("d_mean", "d_maximum")}
+    dx = empty(case.shape, map_type)
+    kernels.call("channel_pool_grad", case.problem, x=case.x, maximum=got["maximum"], dx=dx, **d)
+    check({"dx": dx}, oracle.channel_pool_grad(case.x, d["d_mean"], d["d_maximum"], layout))
+
+    got = {"descriptors": empty(planes, map_type)}
+    kernels.call("spatial_pool", case.problem, x=case.x, **got)
+    check(got, oracle.spatial_pool(case.x, layout))
+    d_planes = place(rng.normal(size=planes).astype(map_type))
+    dx = empty(case.shape, map_type)
+    kernels.call("spatial_pool_grad", case.problem, x=case.x, dx=dx, d_descriptors=d_planes, **got)
+    check({"dx": dx}, oracle.spatial_pool_grad(case.x, d_planes, layout))
+
+
+def test_invalid_problems_are_named(kernels: Kernels) -> None:
+    """The contract's own checks come first."""
+    case = Case(1, 2, 2, 4)
+    case.problem.kernel_size = 4
+    with pytest.raises(RuntimeError, match="kernel_size must be odd"):
+        case.forward(kernels)
+    case = Case(1, 2, 2, 4)
+    case.problem.height = case.problem.width = 1 << 20
+    with pytest.raises(RuntimeError, match="below 2"):
+        case.forward(kernels)
+
+
+def test_half_conversions_of_the_header(kernels: Kernels) -> None:
+    """All float16 numbers, and all roundings between neighbours, as numpy rounds them."""
+    bits = np.arange(0, 1 << 16, 7, dtype=np.uint16)
+    values = bits.view(np.float16).astype(np.float32)
+    for number, value in zip(bits, values, strict=True):
+        if np.isnan(value):
+            assert np.isnan(kernels.from_half(int(number)))
+            continue
+        assert kernels.from_half(int(number)) == value
+        between = np.float32(value * np.float32(1.0003))
+        with np.errstate(over="ignore"):
+            assert kernels.to_half(float(between)) == between.astype(np.float16).view(np.uint16)
+
+
+# ---- sanitizers and mutants ----------------------------------------------------------------------
+
+CHECK = CSRC / "testing" / "cuda_on_cpu_check.cc"
+FLOAT32 = ("kernels", "float32", "gates_float32")
+
+
+def _sanitizer_works(name: str) -> bool:
+    if not COMPILER:
+        return False
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder, "one.cc")
+        source.write_text("int main() { return 0; }")
+        command = [COMPILER, f"-fsanitize={name}", str(source), "-o", f"{folder}/one"]
+        built = subprocess.run(command, capture_output=True, check=False)
+        if built.returncode != 0:
+            return False
+        return subprocess.run([f"{folder}/one"], capture_output=True, check=False).returncode == 0
+
+
+def _run_check(binary: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    environment = {
+        **os.environ,
+        "TSAN_OPTIONS": "halt_on_error=1",
+        "ASAN_OPTIONS": "detect_leaks=0",
+    }
+    return subprocess.run(
+        [str(binary), *arguments],
+        capture_output=True, text=True, check=False, timeout=300, env=environment,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("sanitizer", ["address", "thread"])
+def test_sanitizer(sanitizer: str) -> None:
+    """address: reads and writes beyond shared memory, maps and workspace. thread: missing barriers,
+    and blocks or clusters that write what others read."""
+    if not _sanitizer_works(sanitizer):
+        pytest.skip(f"-fsanitize={sanitizer} does not work with {COMPILER} here")
+    arguments = ["threads"] if sanitizer == "thread" else []
+    done = _run_check(build(sanitizer=sanitizer, only=FLOAT32, main=CHECK), *arguments)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
+
+
+# Faults put into a copy of the sources: file, text, replacement. Each must be noticed by the results
+# or by a sanitizer, or the tests above would not notice it either.
+MUTANTS = {
+    "reduce: barrier before the fold removed": (
+        "reduce.cuh",
+        "  Barrier();\n  for (int c = ThreadIndex(); c < width;",
+        "  for (int c = ThreadIndex(); c < width;",
+    ),
+    "reduce: one row thread too few": (
+        "reduce.cuh",
+        "for (int r = 1; r < params.row_threads; ++r)",
+        "for (int r = 1; r < params.row_threads - 1; ++r)",
+    ),
+    "reduce: tail rows counted twice": (
+        "reduce.cuh",
+        "if (this_row >= end) continue;",
+        "",
+    ),
+    "spatial: halo one column too narrow": (
+        "spatial.cuh",
+        "tile.column = -radius;",
+        "tile.column = -radius + 1;",
+    ),
+    "spatial: window one row too short": (
+        "spatial.cuh",
+        "tile.rows = static_cast<int>(last_row - first_row) + 1 + 2 * radius;",
+        "tile.rows = static_cast<int>(last_row - first_row) + 2 * radius;",
+    ),
+    "spatial: kernel not flipped": (
+        "spatial.cuh",
+        "const A value = last[-(i * tile.columns + j)];",
+        "const A value = last[(i - 2) * tile.columns + j - 2];",
+    ),
+    "mlp: barrier after a slice removed": (
+        "gate_mlp.cuh",
+        "    }\n    Barrier();\n  }\n  CBAM_UNROLL\n  for (int s = 0; s < kSums; ++s) shared[s * kThreads",
+        "    }\n  }\n  CBAM_UNROLL\n  for (int s = 0; s < kSums; ++s) shared[s * kThreads",
+    ),
+    "cluster: waits for no copy": (
+        "cluster.cuh",
+        "void WaitForStage(int stage) const { WaitForCopies(barriers + stage, 0); }",
+        "void WaitForStage(int) const {}",
+    ),
+    "cluster: barrier before combining removed": (
+        "cluster.cuh",
+        "      ClusterBarrier();\n      CombineColumns<true>(part, partial, store);",
+        "      CombineColumns<true>(part, partial, store);",
+    ),
+    "cluster: last barrier of the gather removed": (
+        "cluster.cuh",
+        "    store(i, sum);\n  }\n  ClusterBarrier();",
+        "    store(i, sum);\n  }",
+    ),
+    "cluster: first stage copied twice, last never": (
+        "cluster.cuh",
+        "const int64_t begin = static_cast<int64_t>(StageRow(stage)) * columns;",
+        "const int64_t begin = static_cast<int64_t>(StageRow(stage > 2 ? 0 : stage)) * columns;",
+    ),
+    "map: ties get the whole gradient": (
+        "reduce.cuh",
+        "side.max_share = d_max / count;",
+        "side.max_share = d_max;",
+    ),
+}
+
+
+@pytest.mark.parametrize("mutant", list(MUTANTS))
+def test_mutants_are_caught(mutant: str, tmp_path: Path) -> None:
+    """A fault in the sources is noticed by the results, by the scheduler or by ThreadSanitizer."""
+    name, text, replacement = MUTANTS[mutant]
+    csrc = tmp_path / "csrc"
+    for folder in ("core", "testing"):
+        shutil.copytree(CSRC / folder, csrc / folder)
+    target = csrc / "core" / "cuda" / name
+    source = target.read_text()
+    assert text in source, "the mutation no longer applies: update it"
+    target.write_text(source.replace(text, replacement))
+    done = _run_check(build(csrc, only=FLOAT32, main=CHECK), "quick")
+    if done.returncode == 0 and _sanitizer_works("thread"):
+        done = _run_check(build(csrc, sanitizer="thread", only=FLOAT32, main=CHECK), "threads")
+    assert done.returncode != 0, "nobody noticed"

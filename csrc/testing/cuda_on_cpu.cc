@@ -14,6 +14,7 @@
 #include <vector>
 
 #if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
 #include <sanitizer/common_interface_defs.h>
 #define CBAM_ASAN 1
 #endif
@@ -21,7 +22,6 @@
 extern "C" {
 void* __tsan_get_current_fiber(void);
 void* __tsan_create_fiber(unsigned flags);
-void __tsan_destroy_fiber(void* fiber);
 void __tsan_switch_to_fiber(void* fiber, unsigned flags);
 void __tsan_acquire(void* address);
 void __tsan_release(void* address);
@@ -105,6 +105,7 @@ struct Runtime {
   std::vector<BlockState> blocks;
   std::vector<int> order;
   std::vector<unsigned char*> stacks;
+  std::vector<void*> tsan_fibers;
   Meeting cluster;
   Fiber main;
   Fiber* current = nullptr;
@@ -180,6 +181,10 @@ extern "C" void cbam_switch_stacks(void** save, void* load) __asm__("cbam_switch
 void Entry();
 
 void Prepare(Fiber* fiber) {
+#if defined(CBAM_ASAN)
+  // The frames of the thread that had this stack before are gone.
+  __asan_unpoison_memory_region(fiber->stack, kStackBytes);
+#endif
 #if defined(__x86_64__)
   auto* top = reinterpret_cast<uint64_t*>(fiber->stack + kStackBytes);
   *--top = 0;                                   // as if called from address 0
@@ -452,7 +457,10 @@ void Run(const LaunchShape& shape, void (*body)(const void*), const void* argume
   for (int i = 0; i < count; ++i) {
     state.fibers[i].stack = state.stacks[i];
 #if defined(CBAM_TSAN)
-    state.fibers[i].tsan = __tsan_create_fiber(0);
+    // Made once: a launch starts by acquiring what came before, not by being new.
+    if (static_cast<int>(state.tsan_fibers.size()) <= i)
+      state.tsan_fibers.push_back(__tsan_create_fiber(0));
+    state.fibers[i].tsan = state.tsan_fibers[i];
 #endif
   }
 #if defined(CBAM_TSAN)
@@ -524,9 +532,6 @@ void Run(const LaunchShape& shape, void (*body)(const void*), const void* argume
     }
     if (state.failed) break;
   }
-#if defined(CBAM_TSAN)
-  for (Fiber& fiber : state.fibers) __tsan_destroy_fiber(fiber.tsan);
-#endif
 }
 
 Device& PretendedDevice() {

@@ -17,6 +17,11 @@ struct ClusterPlan {
   ClusterLayout layout = {};
 };
 
+// float64 is for checking: its maps are twice as large, its kernels would be half of the cluster
+// kernels' compile time.
+template <typename T>
+constexpr bool kHasCluster = sizeof(T) < 8;
+
 // The layout over `cluster` blocks. `shared_bytes` is what a block would need, or beyond any limit.
 template <typename T>
 ClusterPlan LayOutCluster(const Problem& problem, bool backward, int cluster) {
@@ -25,14 +30,16 @@ ClusterPlan LayOutCluster(const Problem& problem, bool backward, int cluster) {
   const int64_t positions = Positions(problem), radius = problem.kernel_size / 2;
   const int64_t rows = ChannelsLast(problem) ? positions : problem.channels;
   const int64_t columns = ChannelsLast(problem) ? problem.channels : positions;
-  const int64_t rows_per_block = CeilDiv(rows, cluster), columns_per_block = CeilDiv(columns, cluster);
+  const int64_t rows_per_block = CeilDiv(rows, cluster),
+                columns_per_block = CeilDiv(columns, cluster);
   const int64_t share_c = ChannelsLast(problem) ? columns_per_block : rows_per_block;
   const int64_t share_p = ChannelsLast(problem) ? rows_per_block : columns_per_block;
   constexpr int64_t kTooMuch = int64_t{1} << 24;
   plan.shared_bytes = kTooMuch;
   plan.cluster = cluster;
   const int64_t slice = rows_per_block * columns * static_cast<int64_t>(sizeof(T));
-  if (slice > kTooMuch || columns > kTooMuch || problem.hidden > kTooMuch || problem.width > kTooMuch || problem.kernel_size > 255) {
+  if (slice > kTooMuch || columns > kTooMuch || problem.hidden > kTooMuch ||
+      problem.width > kTooMuch || problem.kernel_size > 255) {
     return plan;
   }
   plan.rows_per_block = static_cast<int>(rows_per_block);
@@ -44,7 +51,8 @@ ClusterPlan LayOutCluster(const Problem& problem, bool backward, int cluster) {
   plan.tiling.tile = static_cast<int>(share_p);
   plan.tiling.tiles = cluster;
   plan.tiling.staged = true;
-  const int64_t window = (AtMost(problem.height, (share_p - 1) / problem.width + 2) + 2 * radius) * (problem.width + 2 * radius);
+  const int64_t window = (AtMost(problem.height, (share_p - 1) / problem.width + 2) + 2 * radius) *
+                         (problem.width + 2 * radius);
   if (window > kTooMuch) return plan;
   plan.tiling.window_values = spatial ? static_cast<int>(window) : 0;
 
@@ -78,14 +86,15 @@ ClusterPlan LayOutCluster(const Problem& problem, bool backward, int cluster) {
   return plan;
 }
 
-// The most blocks a cluster may have: 16 on the big chips, if asked for; 8 everywhere else that has clusters.
+// The most blocks a cluster may have: 16 on the big chips, if asked for; 8 everywhere else that has
+// clusters.
 inline int MostBlocks(const DeviceInfo& device) {
   if (device.capability < 90) return 0;
   return device.capability < 110 ? 16 : 8;
 }
 
-// As few blocks as leave room for two on a multiprocessor (forward), else as few as fit. A handful of samples is spread over as many
-// blocks as there are: then latency counts.
+// As few blocks as leave room for two on a multiprocessor (forward), else as few as fit. A handful
+// of samples is spread over as many blocks as there are: then latency counts.
 template <typename T>
 ClusterPlan PlanCluster(const Problem& problem, bool backward, const DeviceInfo& device) {
   const int64_t positions = Positions(problem);
@@ -104,12 +113,13 @@ ClusterPlan PlanCluster(const Problem& problem, bool backward, const DeviceInfo&
   return best;
 }
 
-// Whether the cluster path is expected to be faster: where the MLP's weights, which every cluster reads for its one sample, are not
-// more than the sample itself.
+// Whether the cluster path is expected to be faster: where the MLP's weights, which every cluster
+// reads for its one sample, are not more than the sample itself.
 template <typename T>
 bool ClusterPays(const Problem& problem) {
   if (!HasChannelGate(problem) || problem.batch <= 4) return true;
-  const int64_t weights = 2 * problem.channels * problem.hidden * static_cast<int64_t>(sizeof(Compute<T>));
+  const int64_t weights =
+      2 * problem.channels * problem.hidden * static_cast<int64_t>(sizeof(Compute<T>));
   return weights <= Positions(problem) * problem.channels * static_cast<int64_t>(sizeof(T));
 }
 
@@ -136,7 +146,8 @@ ClusterParams<A> MakeClusterParams(const Problem& problem, const ClusterPlan& pl
 }
 
 template <typename T>
-Status ClusterForward(const Problem& problem, const ForwardArgs& args, const ClusterPlan& plan, Launcher launcher) {
+Status ClusterForward(const Problem& problem, const ForwardArgs& args, const ClusterPlan& plan,
+                      Launcher launcher) {
   using A = Compute<T>;
   ClusterParams<A> params = MakeClusterParams<A>(problem, plan);
   params.x = args.x;
@@ -152,8 +163,10 @@ Status ClusterForward(const Problem& problem, const ForwardArgs& args, const Clu
   params.channel_gate = static_cast<A*>(args.channel_gate);
   params.planes = static_cast<A*>(args.spatial_descriptors);
   params.spatial_gate = static_cast<A*>(args.spatial_gate);
-  launcher.Run("ClusterForward", ChannelsLast(problem) ? &ClusterForwardKernel<T, true> : &ClusterForwardKernel<T, false>,
-               problem.batch * plan.cluster, plan.shared_bytes, params, kClusterThreads, plan.cluster);
+  launcher.Run(
+      "ClusterForward",
+      ChannelsLast(problem) ? &ClusterForwardKernel<T, true> : &ClusterForwardKernel<T, false>,
+      problem.batch * plan.cluster, plan.shared_bytes, params, kClusterThreads, plan.cluster);
   return launcher.status();
 }
 
@@ -177,7 +190,8 @@ struct ClusterBuffers {
 };
 
 template <typename T>
-Status ClusterBackward(const Problem& problem, const BackwardArgs& args, const ClusterPlan& plan, void* workspace, Launcher launcher) {
+Status ClusterBackward(const Problem& problem, const BackwardArgs& args, const ClusterPlan& plan,
+                       void* workspace, Launcher launcher) {
   using A = Compute<T>;
   const ClusterBuffers<A> buffers(problem, plan.cluster, workspace);
   ClusterParams<A> params = MakeClusterParams<A>(problem, plan);
@@ -202,53 +216,67 @@ Status ClusterBackward(const Problem& problem, const BackwardArgs& args, const C
   params.d_logits = buffers.d_logits;
   params.d_hidden = buffers.d_hidden;
   params.taps = buffers.taps;
-  launcher.Run("ClusterBackward", ChannelsLast(problem) ? &ClusterBackwardKernel<T, true> : &ClusterBackwardKernel<T, false>,
-               problem.batch * plan.cluster, plan.shared_bytes, params, kClusterThreads, plan.cluster);
+  launcher.Run(
+      "ClusterBackward",
+      ChannelsLast(problem) ? &ClusterBackwardKernel<T, true> : &ClusterBackwardKernel<T, false>,
+      problem.batch * plan.cluster, plan.shared_bytes, params, kClusterThreads, plan.cluster);
   if (params.spatial) {
     const int64_t taps = 2 * problem.kernel_size * problem.kernel_size;
-    RunSum<A>(&launcher, buffers.taps, taps + 1, params.blocks, static_cast<A*>(args.dkernel), taps, static_cast<A*>(args.dbias));
+    RunSum<A>(&launcher, buffers.taps, taps + 1, params.blocks, static_cast<A*>(args.dkernel), taps,
+              static_cast<A*>(args.dbias));
   }
-  if (params.channel) RunMlpWeightGradients<A>(&launcher, problem, args, buffers.hidden, buffers.d_logits, buffers.d_hidden);
+  if (params.channel)
+    RunMlpWeightGradients<A>(&launcher, problem, args, buffers.hidden, buffers.d_logits,
+                             buffers.d_hidden);
   return launcher.status();
 }
 
 // ---- the choice ---------------------------------------------------------------------------------
 
 template <typename T>
-ClusterPlan ChooseCluster(const Problem& problem, bool backward, const DeviceInfo& device, Path path) {
-  if (path == Path::kPortable) return {};
+ClusterPlan ChooseCluster(const Problem& problem, bool backward, const DeviceInfo& device,
+                          Path path) {
+  if (path == Path::kPortable || !kHasCluster<T>) return {};
   ClusterPlan plan = PlanCluster<T>(problem, backward, device);
   if (path == Path::kAuto && !ClusterPays<T>(problem)) plan.cluster = 0;
   return plan;
 }
 
 inline Status DoesNotFit() {
-  return {StatusCode::kUnsupported, "the cluster path was asked for, but the problem or the device does not fit it", "Cluster"};
+  return {StatusCode::kUnsupported,
+          "the cluster path was asked for, but the problem or the device does not fit it",
+          "Cluster"};
 }
 
 template <typename T>
-Status AnyForward(const Problem& problem, const ForwardArgs& args, void* workspace, Launcher launcher, Path path) {
-  const ClusterPlan plan = ChooseCluster<T>(problem, false, launcher.device(), path);
-  if (plan.cluster > 0 && Aligned16({args.x, args.y, args.residual})) {
-    const Status status = ClusterForward<T>(problem, args, plan, launcher);
-    // A cluster can be refused by a device that is shared or has parts switched off: the other path runs there.
-    if (status.ok() || path == Path::kCluster) return status;
-  } else if (path == Path::kCluster) {
-    return DoesNotFit();
+Status AnyForward(const Problem& problem, const ForwardArgs& args, void* workspace,
+                  Launcher launcher, Path path) {
+  if constexpr (kHasCluster<T>) {
+    const ClusterPlan plan = ChooseCluster<T>(problem, false, launcher.device(), path);
+    if (plan.cluster > 0 && Aligned16({args.x, args.y, args.residual})) {
+      const Status status = ClusterForward<T>(problem, args, plan, launcher);
+      // A cluster can be refused by a device that is shared or has parts switched off: the other
+      // path runs there.
+      if (status.ok() || path == Path::kCluster) return status;
+    }
   }
+  if (path == Path::kCluster) return DoesNotFit();
   return PortableForward<T>(problem, args, workspace, launcher);
 }
 
 template <typename T>
-Status AnyBackward(const Problem& problem, const BackwardArgs& args, void* workspace, Launcher launcher, Path path) {
-  const ClusterPlan plan = ChooseCluster<T>(problem, true, launcher.device(), path);
-  const bool relu = problem.activation == Activation::kRelu;
-  if (plan.cluster > 0 && Aligned16({args.x, args.dy, args.dx, relu ? args.y : nullptr, relu ? args.d_residual : nullptr})) {
-    const Status status = ClusterBackward<T>(problem, args, plan, workspace, launcher);
-    if (status.ok() || path == Path::kCluster) return status;
-  } else if (path == Path::kCluster) {
-    return DoesNotFit();
+Status AnyBackward(const Problem& problem, const BackwardArgs& args, void* workspace,
+                   Launcher launcher, Path path) {
+  if constexpr (kHasCluster<T>) {
+    const ClusterPlan plan = ChooseCluster<T>(problem, true, launcher.device(), path);
+    const bool relu = problem.activation == Activation::kRelu;
+    if (plan.cluster > 0 && Aligned16({args.x, args.dy, args.dx, relu ? args.y : nullptr,
+                                       relu ? args.d_residual : nullptr})) {
+      const Status status = ClusterBackward<T>(problem, args, plan, workspace, launcher);
+      if (status.ok() || path == Path::kCluster) return status;
+    }
   }
+  if (path == Path::kCluster) return DoesNotFit();
   return PortableBackward<T>(problem, args, workspace, launcher);
 }
 

@@ -92,13 +92,14 @@ CBAM_DEVICE void AllowSuccessors() {
 #endif
 }
 
-// Thread-block clusters, and bulk copies that a memory barrier in shared memory waits for: compute capability 9.0 on. A kernel that
-// uses them has an empty body on older architectures (CBAM_HAVE_CLUSTERS) and is never launched there.
+// Thread-block clusters, and bulk copies that a memory barrier in shared memory waits for: compute
+// capability 9.0 on. A kernel that uses them has an empty body on older architectures
+// (CBAM_HAVE_CLUSTERS) and is never launched there.
 #if __CUDA_ARCH__ >= 900 || !defined(__CUDA_ARCH__)
 #define CBAM_HAVE_CLUSTERS 1
-#endif
-#if __CUDA_ARCH__ >= 900
-CBAM_DEVICE uint32_t SharedAddress(const void* pointer) { return static_cast<uint32_t>(__cvta_generic_to_shared(pointer)); }
+CBAM_DEVICE uint32_t SharedAddress(const void* pointer) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
+}
 CBAM_DEVICE int ClusterRank() {
   uint32_t rank;
   asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
@@ -111,13 +112,16 @@ CBAM_DEVICE int ClusterSize() {
 }
 // Also a barrier of the block; orders what was written to any block's shared memory.
 CBAM_DEVICE void ClusterBarrier() {
-  asm volatile("barrier.cluster.arrive.release.aligned;\n\tbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+  asm volatile("barrier.cluster.arrive.release.aligned;\n\tbarrier.cluster.wait.acquire.aligned;" ::
+                   : "memory");
 }
 // The address in block `rank`'s shared memory that corresponds to `pointer` in one's own.
 template <typename P>
 CBAM_DEVICE P* MapToRank(P* pointer, int rank) {
   uint64_t mapped;
-  asm volatile("mapa.u64 %0, %1, %2;" : "=l"(mapped) : "l"(reinterpret_cast<uint64_t>(pointer)), "r"(rank));
+  asm volatile("mapa.u64 %0, %1, %2;"
+               : "=l"(mapped)
+               : "l"(reinterpret_cast<uint64_t>(pointer)), "r"(rank));
   return reinterpret_cast<P*>(mapped);
 }
 // One arrival, which announces the bytes. To be followed by a barrier of the block.
@@ -126,13 +130,18 @@ CBAM_DEVICE void InitCopyBarrier(uint64_t* barrier) {
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 }
 CBAM_DEVICE void ExpectBytes(uint64_t* barrier, uint32_t bytes) {
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(SharedAddress(barrier)), "r"(bytes) : "memory");
+  asm volatile(
+      "mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(SharedAddress(barrier)),
+      "r"(bytes)
+      : "memory");
 }
-CBAM_DEVICE void BulkCopyToShared(void* destination, const void* source, uint32_t bytes, uint64_t* barrier) {
-  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
-                   SharedAddress(destination)),
-               "l"(__cvta_generic_to_global(source)), "r"(bytes), "r"(SharedAddress(barrier))
-               : "memory");
+CBAM_DEVICE void BulkCopyToShared(void* destination, const void* source, uint32_t bytes,
+                                  uint64_t* barrier) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::
+          "r"(SharedAddress(destination)),
+      "l"(__cvta_generic_to_global(source)), "r"(bytes), "r"(SharedAddress(barrier))
+      : "memory");
 }
 CBAM_DEVICE void WaitForCopies(uint64_t* barrier, int parity) {
   asm volatile(

@@ -23,7 +23,8 @@ constexpr Table MakeTable() {
   };
   table.forward = &AnyForward<T>;
   table.backward = &AnyBackward<T>;
-  table.uses_cluster = [](const Problem& problem, bool backward, const DeviceInfo& device, Path path) {
+  table.uses_cluster = [](const Problem& problem, bool backward, const DeviceInfo& device,
+                          Path path) {
     return ChooseCluster<T>(problem, backward, device, path).cluster > 0;
   };
   table.channel_pool = &PortableChannelPool<T>;

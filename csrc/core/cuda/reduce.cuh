@@ -429,7 +429,8 @@ CBAM_SMALL_KERNEL CombineKernel(CombineParams<A> params) {
 
 // Pass C at an element.
 template <typename A>
-CBAM_DEVICE A MapGradient(A x, A dy, const Side<A>& channel, const Side<A>& position, bool parallel) {
+CBAM_DEVICE A MapGradient(A x, A dy, const Side<A>& channel, const Side<A>& position,
+                          bool parallel) {
   const A source = parallel ? x : Multiply(x, channel.gate);
   const A du = dy * position.gate;
   A spatial = position.mean_share;

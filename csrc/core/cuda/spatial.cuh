@@ -75,7 +75,8 @@ CBAM_DEVICE Tile TileAt(const Tiling& tiling, int64_t index) {
 
 // Fills a window; value(p) is the plane's value at position p. `threads` is the block's size.
 template <typename A, typename Value>
-CBAM_DEVICE void FillWindow(const Tiling& tiling, const Tile& tile, A* window, Value value, int threads = kThreads) {
+CBAM_DEVICE void FillWindow(const Tiling& tiling, const Tile& tile, A* window, Value value,
+                            int threads = kThreads) {
   for (int i = ThreadIndex(); i < tile.rows * tile.columns; i += threads) {
     const int64_t row = tile.row + i / tile.columns, column = tile.column + i % tile.columns;
     const bool inside = row >= 0 && row < tiling.height && column >= 0 && column < tiling.width;
@@ -439,11 +440,12 @@ CBAM_DEVICE A ConvolutionGradient(const SpatialGradParams<A>& params, int64_t at
 
 // The transposed convolution around position p, from the window of the gradients.
 template <typename A>
-CBAM_DEVICE void ConvolveTransposed(const Tiling& tiling, const Tile& tile, const A* gradients, const A* weights, int64_t p,
-                                    A* d_mean, A* d_max) {
+CBAM_DEVICE void ConvolveTransposed(const Tiling& tiling, const Tile& tile, const A* gradients,
+                                    const A* weights, int64_t p, A* d_mean, A* d_max) {
   const int k = tiling.kernel_size;
   const int64_t row = Quotient(p, tiling.width), column = p - row * tiling.width;
-  const A* const last = gradients + (row + k / 2 - tile.row) * tile.columns + (column + k / 2 - tile.column);
+  const A* const last =
+      gradients + (row + k / 2 - tile.row) * tile.columns + (column + k / 2 - tile.column);
   *d_mean = *d_max = A(0);
   CBAM_NO_UNROLL
   for (int i = 0; i < k; ++i) {
@@ -456,15 +458,18 @@ CBAM_DEVICE void ConvolveTransposed(const Tiling& tiling, const Tile& tile, cons
   }
 }
 
-// The tile's part of dK, and of dbias as the last tap, from the three windows: a warp per tap, which store(tap, sum) is called for.
-// `corners` holds an int per position of the tile: where its window begins is worked out once.
+// The tile's part of dK, and of dbias as the last tap, from the three windows: a warp per tap,
+// which store(tap, sum) is called for. `corners` holds an int per position of the tile: where its
+// window begins is worked out once.
 template <typename A, typename Store>
-CBAM_DEVICE void SumTaps(const Tiling& tiling, const Tile& tile, const A* windows, const A* gradients, int* corners, int threads,
-                         Store store) {
+CBAM_DEVICE void SumTaps(const Tiling& tiling, const Tile& tile, const A* windows,
+                         const A* gradients, int* corners, int threads, Store store) {
   const int k = tiling.kernel_size, radius = k / 2;
   for (int q = ThreadIndex(); q < tile.size; q += threads) {
-    const int64_t p = tile.begin + q, row = Quotient(p, tiling.width), column = p - row * tiling.width;
-    corners[q] = static_cast<int>((row - radius - tile.row) * tile.columns + (column - radius - tile.column));
+    const int64_t p = tile.begin + q, row = Quotient(p, tiling.width),
+                  column = p - row * tiling.width;
+    corners[q] = static_cast<int>((row - radius - tile.row) * tile.columns +
+                                  (column - radius - tile.column));
   }
   Barrier();
   const int lane = ThreadIndex() % kWarp, taps = k * k * 2;
@@ -518,7 +523,8 @@ CBAM_SMALL_KERNEL SpatialGradKernel(SpatialGradParams<A> params) {
       const int64_t row = Quotient(p, tiling.width), column = p - row * tiling.width;
       CBAM_NO_UNROLL
       for (int64_t tap = 0; tap < static_cast<int64_t>(k) * k; ++tap) {
-        const int64_t i = Quotient(tap, k), r = row - i + radius, c = column - (tap - i * k) + radius;
+        const int64_t i = Quotient(tap, k), r = row - i + radius,
+                      c = column - (tap - i * k) + radius;
         if (!inside(r, c)) continue;
         const A value = gradient_at(r * tiling.width + c);
         d_mean += value * weights[tap * 2];
@@ -526,8 +532,8 @@ CBAM_SMALL_KERNEL SpatialGradKernel(SpatialGradParams<A> params) {
       }
     }
     params.positions_side[n * positions + p] =
-        MakeSide(params.spatial_gate[n * positions + p], d_mean, params.channels, true, d_max, params.count[n * positions + p],
-                 planes[positions + p]);
+        MakeSide(params.spatial_gate[n * positions + p], d_mean, params.channels, true, d_max,
+                 params.count[n * positions + p], planes[positions + p]);
   }
   const auto store = [&params](int64_t tap, A sum) {
     params.partial[tap * params.blocks + params.first_block + BlockIndex()] = sum;
@@ -543,7 +549,8 @@ CBAM_SMALL_KERNEL SpatialGradKernel(SpatialGradParams<A> params) {
     const int64_t i = Quotient(tap / 2, k), j = tap / 2 - i * k;
     A sum = A(0);
     for (int q = ThreadIndex() % kWarp; q < tile.size; q += kWarp) {
-      const int64_t p = tile.begin + q, row = Quotient(p, tiling.width), column = p - row * tiling.width;
+      const int64_t p = tile.begin + q, row = Quotient(p, tiling.width),
+                    column = p - row * tiling.width;
       const int64_t r = row + i - radius, c = column + j - radius;
       const A value = gradient_at(p);
       if (tap == taps) {
