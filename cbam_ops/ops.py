@@ -85,7 +85,7 @@ def cbam(
     Raises:
         ValueError: An argument does not fit; see the module's description.
     """
-    native = _native_ops()
+    native = options.native_ops(_cause_of_the_place)
     if native is None:
         return reference.cbam(
             x,
@@ -171,7 +171,7 @@ def cbam_with_batch_norm(
     Raises:
         ValueError: An argument does not fit; see the module's description.
     """
-    native = _native_ops()
+    native = options.native_ops(_cause_of_the_place)
     if native is None:
         return reference.cbam_with_batch_norm(
             x,
@@ -251,7 +251,7 @@ def channel_attention(
     Raises:
         ValueError: An argument does not fit; see the module's description.
     """
-    native = _native_ops()
+    native = options.native_ops(_cause_of_the_place)
     if native is None:
         return reference.channel_attention(
             x,
@@ -314,7 +314,7 @@ def spatial_attention(
     Raises:
         ValueError: An argument does not fit; see the module's description.
     """
-    native = _native_ops()
+    native = options.native_ops(_cause_of_the_place)
     if native is None:
         return reference.spatial_attention(
             x,
@@ -364,7 +364,7 @@ def spatial_attention_with_batch_norm(
     Raises:
         ValueError: An argument does not fit; see the module's description.
     """
-    native = _native_ops()
+    native = options.native_ops(_cause_of_the_place)
     if native is None:
         return reference.spatial_attention_with_batch_norm(
             x,
@@ -405,7 +405,7 @@ def channel_pool(x: Any, *, data_format: str = "NHWC") -> tuple[tf.Tensor, tf.Te
     Raises:
         ValueError: An argument does not fit; see the module's description.
     """
-    native = _native_ops()
+    native = options.native_ops(_cause_of_the_place)
     if native is None:
         return reference.channel_pool(x, data_format=data_format)
     args = _checks.check_channel_pool(x, data_format=data_format)
@@ -426,7 +426,7 @@ def spatial_pool(x: Any, *, data_format: str = "NHWC") -> tf.Tensor:
     Raises:
         ValueError: An argument does not fit; see the module's description.
     """
-    native = _native_ops()
+    native = options.native_ops(_cause_of_the_place)
     if native is None:
         return reference.spatial_pool(x, data_format=data_format)
     args = _checks.check_spatial_pool(x, data_format=data_format)
@@ -442,28 +442,12 @@ def load_library() -> None:
     Raises:
         NativeUnavailableError: The library cannot be loaded; the message says why and what helps.
     """
-    loaded = _loader.load_ops()
-    if isinstance(loaded, _loader.Cause):
-        raise options.NativeUnavailableError(loaded)
+    _loaded_ops()
 
 
 # --------------------------------------------------------------------------------------------------
-# Who computes
+# Where the native ops can run
 # --------------------------------------------------------------------------------------------------
-
-
-def _native_ops() -> ModuleType | None:
-    """The module of native ops if they are to compute, None if the reference is."""
-    native = options.native_ops()
-    if native is None:
-        return None
-    cause = _cause_of_the_place()
-    if cause is None:
-        return native
-    if options.implementation() == "native":
-        raise options.NativeUnavailableError(cause)
-    options.warn_once(cause)
-    return None
 
 
 def _cause_of_the_place() -> _loader.Cause | None:
@@ -611,10 +595,12 @@ def _spatial_attention(
 # --------------------------------------------------------------------------------------------------
 
 
-def _gradient_ops() -> ModuleType:
-    """The native ops for a gradient: the op itself is native, so there is no choice to make."""
-    load_library()
-    return _loader.load_ops()
+def _loaded_ops() -> ModuleType:
+    """The native ops, where there is no choice: for the gradient of an op that is native itself."""
+    loaded = _loader.load_ops()
+    if isinstance(loaded, _loader.Cause):
+        raise options.NativeUnavailableError(loaded)
+    return loaded
 
 
 def _attributes(op: Any, names: Sequence[str]) -> dict[str, Any]:
@@ -676,8 +662,18 @@ class _GatedGradients:
     to a gate that the op does not have.
     """
 
-    def __init__(self, name: str, *, channel: bool, spatial: bool) -> None:
+    def __init__(
+        self,
+        name: str,
+        function: Callable[..., Any],
+        with_batch_norm: Callable[..., Any] | None,
+        *,
+        channel: bool,
+        spatial: bool,
+    ) -> None:
         self._gradient_name = f"cbam_ops_{name}_grad"
+        self._function = function  # the reference
+        self._with_batch_norm = with_batch_norm
         self._weights = ["w0", "b0", "w1", "b1"] * channel + ["kernel", "bias"] * spatial
         self._gates = ["channel_gate"] * channel + ["spatial_gate"] * spatial
         self._saved = ["channel_descriptors"] * channel
@@ -701,7 +697,7 @@ class _GatedGradients:
         outputs = _take(op.outputs, ["y", *self._gates, *self._saved])
         y = outputs.pop("y")
         dy, *d_gates = d_outputs[: 1 + len(self._gates)]
-        result = getattr(_gradient_ops(), self._gradient_name)(
+        result = getattr(_loaded_ops(), self._gradient_name)(
             dy=dy,
             y=[y] if relu else [],
             num_d_residual=num_residual if relu else 0,
@@ -770,40 +766,32 @@ class _GatedGradients:
         keywords = {n: v for n, v in attributes.items() if n not in ("activation", "epsilon")}
         if keywords.get("mlp_activation") == "none":
             keywords["mlp_activation"] = None
-        if not num_gamma:
-            function = (
-                reference.cbam
-                if self._channel and self._spatial
-                else reference.channel_attention
-                if self._channel
-                else reference.spatial_attention
-            )
-            return list(function(x, *weights, return_gates=True, **keywords))
+        if not num_gamma or self._with_batch_norm is None:
+            return list(self._function(x, *weights, return_gates=True, **keywords))
         *weights, beta, gamma = weights
-        function = (
-            reference.cbam_with_batch_norm
-            if self._channel
-            else reference.spatial_attention_with_batch_norm
-        )
-        y, _, _, *gates = function(
-            x,
-            *weights,
-            gamma,
-            beta,
-            epsilon=attributes["epsilon"],
-            return_gates=True,
-            **keywords,
+        keywords["epsilon"] = attributes["epsilon"]
+        y, _, _, *gates = self._with_batch_norm(
+            x, *weights, gamma, beta, return_gates=True, **keywords
         )
         return [y, *gates]
 
 
 def _register_gated_gradients() -> None:
-    for op, name, channel, spatial in (
-        ("Cbam", "cbam", True, True),
-        ("ChannelAttention", "channel_attention", True, False),
-        ("SpatialAttention", "spatial_attention", False, True),
-    ):
-        gradients = _GatedGradients(name, channel=channel, spatial=spatial)
+    for op, gradients in {
+        "Cbam": _GatedGradients(
+            "cbam", reference.cbam, reference.cbam_with_batch_norm, channel=True, spatial=True
+        ),
+        "ChannelAttention": _GatedGradients(
+            "channel_attention", reference.channel_attention, None, channel=True, spatial=False
+        ),
+        "SpatialAttention": _GatedGradients(
+            "spatial_attention",
+            reference.spatial_attention,
+            reference.spatial_attention_with_batch_norm,
+            channel=False,
+            spatial=True,
+        ),
+    }.items():
         tf.RegisterGradient(f"CbamOps>{op}")(gradients.gradient)
         tf.RegisterGradient(f"CbamOps>{op}Grad")(gradients.second_gradient)
 
@@ -813,7 +801,7 @@ _register_gated_gradients()
 
 @tf.RegisterGradient("CbamOps>ChannelPool")
 def _channel_pool_gradient(op: Any, d_mean: tf.Tensor, d_maximum: tf.Tensor) -> tf.Tensor:
-    return _gradient_ops().cbam_ops_channel_pool_grad(
+    return _loaded_ops().cbam_ops_channel_pool_grad(
         x=op.inputs[0],
         maximum=op.outputs[1],
         d_mean=d_mean,
@@ -837,7 +825,7 @@ def _channel_pool_second_gradient(op: Any, upstream: tf.Tensor) -> list[tf.Tenso
 
 @tf.RegisterGradient("CbamOps>SpatialPool")
 def _spatial_pool_gradient(op: Any, d_descriptors: tf.Tensor) -> tf.Tensor:
-    return _gradient_ops().cbam_ops_spatial_pool_grad(
+    return _loaded_ops().cbam_ops_spatial_pool_grad(
         x=op.inputs[0],
         descriptors=op.outputs[0],
         d_descriptors=d_descriptors,

@@ -11,6 +11,7 @@ import platform
 import sys
 import threading
 import warnings
+from collections.abc import Callable
 from importlib import metadata
 from types import ModuleType, TracebackType
 from typing import Any, Literal, get_args
@@ -148,10 +149,16 @@ def warn_once(cause: _loader.Cause) -> None:
     )
 
 
-def native_ops() -> ModuleType | None:
+def native_ops(
+    cause_of_the_place: Callable[[], _loader.Cause | None] | None = None,
+) -> ModuleType | None:
     """The module of native ops if they are to compute, None if the reference is.
 
-    This is the one place that turns the choice and the state of the installation into a decision.
+    This is the one place that turns the choice, the state of the installation and the place where
+    an op would run into a decision.
+
+    Args:
+      cause_of_the_place: says why the ops, though loaded, cannot run where the caller stands.
 
     Raises:
       NativeUnavailableError: the choice is "native" and the ops cannot be used.
@@ -162,7 +169,10 @@ def native_ops() -> ModuleType | None:
         return None
     loaded = _loader.load_ops()
     if not isinstance(loaded, _loader.Cause):
-        return loaded
+        cause = cause_of_the_place() if cause_of_the_place else None
+        if cause is None:
+            return loaded
+        loaded = cause
     if choice == "native":
         raise NativeUnavailableError(loaded)
     warn_once(loaded)

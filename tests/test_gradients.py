@@ -227,6 +227,24 @@ def test_the_gradient_of_a_residual_is_dy_itself():
     assert tape.gradient(y, tensors["residual"], output_gradients=dy) is dy
 
 
+@pytest.mark.parametrize("in_graph", [False, True], ids=["eager", "graph"])
+def test_the_gradient_of_a_gate_alone(in_graph):
+    """Fails where y has no gradient of its own, as with a loss on the attention maps."""
+    case = Case(residual=True, options=options(activation="relu"))
+    tensors = case.draw("float64", "NHWC")
+
+    def gradients(module):
+        with tf.GradientTape() as tape:
+            tape.watch(tensors)
+            spatial_gate = case.call(module, tensors, "NHWC")[2]
+        return tape.gradient(spatial_gate, tensors)
+
+    actual = (tf.function(gradients) if in_graph else gradients)(ops)
+    expected = gradients(reference)
+    for name in set(tensors) - {"residual"}:
+        assert_close(actual[name].numpy(), expected[name].numpy(), 1e-12, name)
+
+
 def test_batch_statistics_have_no_gradient():
     case = Case("cbam_with_batch_norm")
     tensors = case.draw("float32", "NHWC")

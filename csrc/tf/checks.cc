@@ -130,14 +130,15 @@ int64_t Dimensions::Size(Dim dim) const {
 
 absl::Status Dimensions::Misfit(const Argument& argument, const int64_t* sizes, int rank) const {
   const auto dims = InLayout(argument.dims);
-  const auto names =
+  const std::string names =
       absl::StrJoin(dims, ", ", [](std::string* out, Dim dim) { absl::StrAppend(out, Name(dim)); });
-  const auto known = absl::StrJoin(dims, ", ", [this](std::string* out, Dim dim) {
+  const std::string known = absl::StrJoin(dims, ", ", [this](std::string* out, Dim dim) {
     Size(dim) == kUnknown ? absl::StrAppend(out, Name(dim)) : absl::StrAppend(out, Size(dim));
   });
-  return absl::InvalidArgumentError(absl::StrCat(
-      op_, ": `", argument.name, "` must have shape [", names, "]", known == names ? "" : " = [",
-      known == names ? "" : known, known == names ? "" : "]", ", got ", Text(sizes, rank)));
+  std::string expected = absl::StrCat("[", names, "]");
+  if (known != names) absl::StrAppend(&expected, " = [", known, "]");
+  return absl::InvalidArgumentError(absl::StrCat(op_, ": `", argument.name, "` must have shape ",
+                                                 expected, ", got ", Text(sizes, rank)));
 }
 
 absl::Status Dimensions::Learn(const Argument& argument, const int64_t* sizes, int rank) {

@@ -38,42 +38,44 @@ struct Attributes {
 // the counts of optional arguments.
 absl::InlinedVector<std::string, 6> AttributeDefinitions(Kind kind);
 
-// Reads the attributes that an op has through `context->GetAttr(name, &value)`.
+// Turns attributes into the core's terms (all but the sizes), or says which of them do not fit
+// together.
+absl::Status MakeOptions(const char* op, Kind kind, bool is_gradient, const Attributes& attributes,
+                         Problem* options);
+
+// Reads the attributes of an op through `context->GetAttr(name, &value)`, in the core's terms.
 template <typename SignatureT, typename Context>
-absl::Status ReadAttributes(const SignatureT& signature, Context* context, Attributes* attributes) {
+absl::Status ReadOptions(const SignatureT& signature, Context* context, Problem* options) {
+  Attributes attributes;
   absl::Status status;
   const auto read = [&](const char* name, auto* value) {
     if (status.ok()) status = context->GetAttr(name, value);
   };
   const bool channel_gate = Has(signature.kind, Part::kChannelGate);
   const bool spatial_gate = Has(signature.kind, Part::kSpatialGate);
-  read("T", &attributes->map_type);
-  read("data_format", &attributes->data_format);
+  read("T", &attributes.map_type);
+  read("data_format", &attributes.data_format);
   if (signature.kind != Kind::kPool) {
-    read("U", &attributes->compute_type);
-    read("activation", &attributes->activation);
+    read("U", &attributes.compute_type);
+    read("activation", &attributes.activation);
   }
-  if (signature.kind == Kind::kCbam) read("order", &attributes->order);
-  if (signature.kind == Kind::kChannelAttention) read("pooling", &attributes->pooling);
-  if (channel_gate) read("mlp_activation", &attributes->mlp_activation);
-  if (spatial_gate) read("epsilon", &attributes->epsilon);
+  if (signature.kind == Kind::kCbam) read("order", &attributes.order);
+  if (signature.kind == Kind::kChannelAttention) read("pooling", &attributes.pooling);
+  if (channel_gate) read("mlp_activation", &attributes.mlp_activation);
+  if (spatial_gate) read("epsilon", &attributes.epsilon);
   const auto read_count = [&](const Argument& argument) {
     const std::string count = argument.count;
     if (count.empty() || !Has(signature.kind, argument.part)) return;
-    if (count == "num_gamma") read(argument.count, &attributes->num_gamma);
-    if (count == "num_residual") read(argument.count, &attributes->num_residual);
-    if (count == "num_y") read(argument.count, &attributes->num_y);
-    if (count == "num_d_residual") read(argument.count, &attributes->num_d_residual);
+    if (count == "num_gamma") read(argument.count, &attributes.num_gamma);
+    if (count == "num_residual") read(argument.count, &attributes.num_residual);
+    if (count == "num_y") read(argument.count, &attributes.num_y);
+    if (count == "num_d_residual") read(argument.count, &attributes.num_d_residual);
   };
   for (const auto& input : signature.inputs) read_count(input.argument);
   for (const auto& output : signature.outputs) read_count(output.argument);
-  return status;
+  if (!status.ok()) return status;
+  return MakeOptions(signature.op, signature.kind, SignatureT::kIsGradient, attributes, options);
 }
-
-// Turns attributes into the core's terms (all but the sizes), or says which of them do not fit
-// together.
-absl::Status MakeOptions(const char* op, Kind kind, bool is_gradient, const Attributes& attributes,
-                         Problem* options);
 
 // The sizes of the named dimensions, learnt from one argument after the other. Sizes and ranks may
 // be unknown.

@@ -38,10 +38,7 @@ template <const auto& kSignature, typename Device>
 class FusedOp final : public tensorflow::OpKernel {
  public:
   explicit FusedOp(tensorflow::OpKernelConstruction* context) : OpKernel(context) {
-    Attributes attributes;
-    OP_REQUIRES_OK(context, ReadAttributes(kSignature, context, &attributes));
-    OP_REQUIRES_OK(context, MakeOptions(kSignature.op, kSignature.kind,
-                                        std::is_same_v<Args, BackwardArgs>, attributes, &options_));
+    OP_REQUIRES_OK(context, ReadOptions(kSignature, context, &options_));
   }
 
   void Compute(tensorflow::OpKernelContext* context) override {

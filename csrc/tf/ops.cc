@@ -1,6 +1,5 @@
 // Definitions of the ops and their shape functions, made from the tables in signature.h.
 #include <string>
-#include <type_traits>
 #include <vector>
 
 #include "absl/strings/str_cat.h"
@@ -17,17 +16,10 @@ using tensorflow::shape_inference::DimensionHandle;
 using tensorflow::shape_inference::InferenceContext;
 using tensorflow::shape_inference::ShapeHandle;
 
-template <typename Args>
-constexpr bool kIsGradient = std::is_same_v<Args, BackwardArgs>;
-
 template <typename SignatureT>
 absl::Status InferShapes(const SignatureT& signature, InferenceContext* context) {
-  Attributes attributes;
-  absl::Status status = ReadAttributes(signature, context, &attributes);
-  if (!status.ok()) return status;
   Problem options;
-  status = MakeOptions(signature.op, signature.kind, kIsGradient<typename SignatureT::Args>,
-                       attributes, &options);
+  absl::Status status = ReadOptions(signature, context, &options);
   if (!status.ok()) return status;
 
   Dimensions dimensions(signature.op, options);

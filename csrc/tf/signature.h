@@ -9,6 +9,7 @@
 #define CBAM_OPS_TF_SIGNATURE_H_
 
 #include <cstdint>
+#include <type_traits>
 
 #include "core/contract.h"
 
@@ -92,6 +93,8 @@ Table(T, Rest...) -> Table<T, 1 + sizeof...(Rest)>;
 template <typename CoreArgs, typename Inputs, typename Outputs>
 struct Signature {
   using Args = CoreArgs;
+  // Of a gated op; the gradients of the pools need no distinction.
+  static constexpr bool kIsGradient = std::is_same_v<CoreArgs, BackwardArgs>;
   const char* op;
   Kind kind;
   const Inputs& inputs;
