@@ -77,7 +77,7 @@ struct Operand {
 // --- Drivers ---
 
 // A lane adds up at most this many values before its float sum moves to double.
-constexpr int64_t kVectorsPerPartialSum = 256;
+constexpr int64_t kVectorsPerPartialSum = 64;
 
 template <typename Body>
 constexpr auto kSecondStart =
