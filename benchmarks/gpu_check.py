@@ -1,0 +1,597 @@
+"""Everything there is to check and time on a GPU, in one command, within eight minutes.
+
+    python benchmarks/gpu_check.py [--output DIR] [--quick] [--no-sanitizer] [--no-timing]
+
+Needs nvcc and PyTorch with CUDA; JAX is measured too where it is there. It does not need TensorFlow
+nor an installed cbam_ops: the kernels of csrc/core/cuda are compiled here for this machine's GPU into
+a plain library and called on PyTorch's memory, on PyTorch's streams.
+
+1. correctness   every kind of gates, layout, type and option against the float64 definition
+                 (tests/numpy_oracle.py), both paths; ties, odd sizes, misaligned maps, bitwise repeats
+2. stream order  a long operation ahead of ours on another stream's event, 50 repeats, bitwise equal
+3. sanitizer     compute-sanitizer memcheck and racecheck over small shapes
+4. timing        medians of device events over maps several times the L2, against a device copy, PyTorch
+                 eager, torch.compile and JAX; forward, backward, step; batch 1, 32, 256
+
+Prints a short table last, writes timing.csv and checks.csv. Exit code 1 if anything is wrong.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import ctypes
+import itertools
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "tests"))
+
+import cuda_on_cpu as driver  # noqa: E402
+import numpy_oracle as oracle  # noqa: E402
+
+try:
+    import torch
+except ImportError:
+    sys.exit("gpu_check needs PyTorch with CUDA (pip install torch).")
+
+STAGES = ((56, 56, 256), (28, 28, 512), (14, 14, 1024), (7, 7, 2048))
+TORCH_TYPES = {
+    "float32": torch.float32,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "float64": torch.float64,
+}
+# Largest error of a tensor over its largest value (before cancellation), as in the CPU tests.
+MAP_ERROR = {"float32": 2e-5, "float16": 2e-3, "bfloat16": 1.6e-2, "float64": 1e-13}
+COMPUTE_ERROR = {"float32": 2e-5, "float16": 2e-5, "bfloat16": 2e-5, "float64": 1e-13}
+MAPS = {"y", "dx", "d_residual"}
+
+
+def build(folder: Path) -> Path:
+    """Compiles the kernels for this machine's GPU."""
+    nvcc = os.environ.get("CUDACXX") or shutil.which("nvcc")
+    if not nvcc:
+        sys.exit("gpu_check needs nvcc: put it on PATH or set CUDACXX.")
+    major, minor = torch.cuda.get_device_capability()
+    units = [*driver.cuda_sources(driver.CSRC), driver.CSRC / "testing" / "cuda_on_cpu_api.cc"]
+    objects = [folder / f"{unit.stem}.o" for unit in units]
+    target = folder / "libcbam_cuda.so"
+
+    def compile_one(index: int) -> None:
+        command = [nvcc, "-std=c++17", "-O3", "-lineinfo", f"-arch=sm_{major}{minor}"]
+        command += ["-DCBAM_ON_GPU=1", "-Xcompiler=-fPIC", f"-I{driver.CSRC}"]
+        command += ["-x", "cu", "-c", str(units[index]), "-o", str(objects[index])]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode != 0:
+            sys.exit(f"{' '.join(command)}\n{done.stderr}")
+
+    with ThreadPoolExecutor(os.cpu_count() or 2) as pool:
+        list(pool.map(compile_one, range(len(units))))
+    link = [nvcc, "-shared", "-cudart=static", *map(str, objects), "-o", str(target)]
+    subprocess.run(link, check=True)
+    return target
+
+
+class Library(driver.Kernels):
+    """The kernels on tensors of PyTorch, on PyTorch's current stream."""
+
+    def run(self, name: str, problem: Any, workspace: torch.Tensor, **tensors: Any) -> None:
+        args = driver.ARGS[name]()
+        for key, tensor in tensors.items():
+            setattr(args, key, None if tensor is None else tensor.data_ptr())
+        message = ctypes.create_string_buffer(512)
+        code = getattr(self._library, f"cbam_{name}")(
+            ctypes.byref(problem),
+            ctypes.byref(args),
+            ctypes.c_void_p(workspace.data_ptr()),
+            ctypes.c_void_p(torch.cuda.current_stream().cuda_stream),
+            message,
+            ctypes.c_size_t(512),
+        )
+        if code != 0:
+            raise RuntimeError(f"{name}: {code}: {message.value.decode()}")
+
+
+class Case:
+    """One problem with its tensors on the GPU."""
+
+    def __init__(
+        self,
+        library: Library,
+        n: int,
+        h: int,
+        w: int,
+        c: int,
+        *,
+        hidden: int = 0,
+        k: int = 7,
+        dtype: str = "float32",
+        layout: str = "NHWC",
+        gates: str = "channel_first",
+        pooling: str = "avg+max",
+        mlp_activation: str = "none",
+        activation: str = "none",
+        batch_norm: bool = False,
+        residual: bool = False,
+        offset: int = 0,
+        ties: bool = True,
+        seed: int = 0,
+    ) -> None:
+        generator = torch.Generator(device="cuda").manual_seed(seed)
+        self.library, self.dtype, self.layout, self.gates, self.k = library, dtype, layout, gates, k
+        self.offset = offset
+        hidden = hidden or max(1, c // 16)
+        map_type = TORCH_TYPES[dtype]
+        compute = torch.float64 if dtype == "float64" else torch.float32
+        self.map_type, self.compute = map_type, compute
+        self.shape = (n, h, w, c) if layout == "NHWC" else (n, c, h, w)
+        self.sizes = (n, h, w, c, hidden)
+
+        def random_map() -> torch.Tensor:
+            values = torch.randn(self.shape, generator=generator, device="cuda")
+            values = torch.round(values * 8) / 8 if ties else values
+            return self.empty_map().copy_(values)
+
+        def weight(*size: int) -> torch.Tensor:
+            values = torch.randn(size, generator=generator, device="cuda") * 0.5
+            return values.to(compute).contiguous()
+
+        self.x, self.dy = random_map(), random_map()
+        self.residual = random_map() if residual else None
+        self.has_channel, self.has_spatial = gates != "spatial_only", gates != "channel_only"
+        scale = c**-0.5
+        self.weights: dict[str, torch.Tensor] = {}
+        if self.has_channel:
+            self.weights |= {"w0": weight(c, hidden) * scale, "b0": weight(hidden)}
+            self.weights |= {"w1": weight(hidden, c) * hidden**-0.5, "b1": weight(c)}
+        if self.has_spatial:
+            self.weights |= {"kernel": weight(k, k, 2) / k, "bias": weight(1)}
+        if batch_norm:
+            self.weights["gamma"] = weight(1)
+        self.options = {
+            "layout": layout,
+            "gates": gates,
+            "pooling": pooling,
+            "mlp_activation": mlp_activation,
+            "activation": activation,
+            "batch_norm": batch_norm,
+        }
+        self.problem = driver.problem(
+            dtype=dtype, batch=n, height=h, width=w, channels=c, hidden=hidden, kernel_size=k,
+            **self.options,
+        )  # fmt: skip
+        self.outputs = self._outputs()
+        self.gradients = self._gradients()
+        self.forward_space = self._space("forward")
+        self.backward_space = self._space("backward")
+
+    def empty_map(self) -> torch.Tensor:
+        """NaN everywhere; `offset` elements off an aligned address."""
+        count = int(np.prod(self.shape))
+        flat = torch.full((count + self.offset,), float("nan"), dtype=self.map_type, device="cuda")
+        return flat[self.offset :].view(self.shape)
+
+    def _nan(self, *shape: int) -> torch.Tensor:
+        return torch.full(shape, float("nan"), dtype=self.compute, device="cuda")
+
+    def _space(self, name: str) -> torch.Tensor:
+        size = getattr(self.library._library, f"cbam_{name}_workspace")(ctypes.byref(self.problem))
+        return torch.full((size + 256,), 255, dtype=torch.uint8, device="cuda")
+
+    def _outputs(self) -> dict[str, torch.Tensor]:
+        n, h, w, c, _ = self.sizes
+        out = {"y": self.empty_map()}
+        if self.has_channel:
+            out |= {"channel_descriptors": self._nan(2, n, c), "channel_gate": self._nan(n, c)}
+        if self.has_spatial:
+            out |= {
+                "spatial_descriptors": self._nan(n, 2, h, w),
+                "spatial_gate": self._nan(n, h, w),
+            }
+            if self.options["batch_norm"]:
+                out["batch_statistics"] = self._nan(2)
+        return out
+
+    def _gradients(self) -> dict[str, torch.Tensor]:
+        out = {"dx": self.empty_map()}
+        if self.options["activation"] == "relu" and self.residual is not None:
+            out["d_residual"] = self.empty_map()
+        return out | {"d" + name: self._nan(*w.shape) for name, w in self.weights.items()}
+
+    def forward(self) -> None:
+        self.library.run(
+            "forward", self.problem, self.forward_space, x=self.x, residual=self.residual,
+            **self.weights, **self.outputs,
+        )  # fmt: skip
+
+    def backward(self) -> None:
+        weights = {name: w for name, w in self.weights.items() if name != "bias"}
+        saved = {name: v for name, v in self.outputs.items() if name != "y"}
+        if self.options["activation"] == "relu":
+            saved["y"] = self.outputs["y"]
+        self.library.run(
+            "backward", self.problem, self.backward_space, x=self.x, dy=self.dy, **weights, **saved,
+            **self.gradients,
+        )  # fmt: skip
+
+    def results(self) -> dict[str, torch.Tensor]:
+        return {**self.outputs, **self.gradients}
+
+    def check(self) -> float:
+        """Runs both passes; the largest error over its bound, infinite where NaNs differ."""
+        self.forward()
+        self.backward()
+        torch.cuda.synchronize()
+
+        def host(t: torch.Tensor | None) -> np.ndarray | None:
+            return None if t is None else t.to(torch.float64).cpu().numpy()
+
+        weights = {name: host(w) for name, w in self.weights.items()}
+        if "kernel" in weights:
+            weights["kernel"] = weights["kernel"].reshape(self.k, self.k, 2, 1)
+        inputs = {"x": host(self.x), "residual": host(self.residual), **weights, **self.options}
+        extra: dict[str, Any] = {"dy": host(self.dy)}
+        if self.options["activation"] == "relu":
+            extra["y"] = host(self.outputs["y"])
+        if self.gates == "channel_first":
+            extra["tie_gate"] = self.outputs["channel_gate"].cpu().numpy()
+        truth = {**oracle.forward(**inputs), **oracle.backward(**extra, **inputs)}
+        sizes = oracle.backward(**extra, **inputs, magnitude=True)
+        worst = 0.0
+        for name, tensor in self.results().items():
+            expected = np.asarray(truth[name]).reshape(tensor.shape)
+            got = tensor.to(torch.float64).cpu().numpy()
+            scale = np.abs(np.asarray(sizes.get(name, expected))).max(initial=1e-3)
+            error = np.abs(got - expected).max(initial=0) if got.size else 0.0
+            bound = (MAP_ERROR if name in MAPS else COMPUTE_ERROR)[self.dtype] * scale
+            worst = max(worst, float("inf") if np.isnan(error) else float(error / bound))
+        return worst
+
+
+def cases(quick: bool) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Names and arguments of everything that is checked."""
+    layouts, paths = ("NHWC", "NCHW"), ("portable", "cluster")
+    kinds = ("channel_first", "parallel", "channel_only", "spatial_only")
+    for dtype, layout, gates, path in itertools.product(TORCH_TYPES, layouts, kinds, paths):
+        if path == "cluster" and dtype == "float64":
+            continue
+        yield "gates", {"size": (3, 8, 8, 32), "dtype": dtype, "layout": layout, "gates": gates, "path": path}
+    for layout, path, relu, residual, pooling, mlp in itertools.product(
+        layouts, paths, ("none", "relu"), (False, True), ("avg+max", "avg", "max"), ("none", "relu")
+    ):
+        yield "options", {
+            "size": (5, 8, 12, 16), "layout": layout, "path": path, "activation": relu,
+            "residual": residual, "pooling": pooling, "mlp_activation": mlp, "k": 5,
+        }  # fmt: skip
+    for layout, dtype in itertools.product(layouts, ("float32", "bfloat16")):
+        for size in ((1, 1, 1, 1), (2, 7, 7, 33), (1, 13, 11, 64), (9, 2, 3, 17), (1, 3, 600, 4)):
+            yield "sizes", {"size": size, "layout": layout, "dtype": dtype, "path": "portable"}
+        yield "misaligned", {"size": (2, 8, 8, 32), "layout": layout, "dtype": dtype, "offset": 1, "path": "auto"}
+        yield "batch norm", {"size": (4, 9, 10, 24), "layout": layout, "dtype": dtype, "batch_norm": True, "path": "auto"}
+    if quick:
+        return
+    for (h, w, c), layout, path in itertools.product(STAGES, layouts, ("portable", "auto")):
+        for dtype in ("float32", "bfloat16"):
+            yield "stage", {"size": (3, h, w, c), "layout": layout, "dtype": dtype, "path": path}
+
+
+def check_all(library: Library, quick: bool) -> list[dict[str, Any]]:
+    rows = []
+    for name, arguments in cases(quick):
+        arguments = dict(arguments)
+        size, path = arguments.pop("size"), arguments.pop("path")
+        library.set_path(path)
+        row = {"check": name, "size": "x".join(map(str, size)), "path": path, **arguments}
+        try:
+            case = Case(library, *size, **arguments)
+            row["error"] = case.check()
+            first = {key: value.clone() for key, value in case.results().items()}
+            case.forward()
+            case.backward()
+            row["repeats"] = all(
+                torch.equal(value.view(torch.uint8), first[key].view(torch.uint8))
+                for key, value in case.results().items()
+            )
+        except RuntimeError as error:
+            # A plane that does not fit the cluster path is no fault where the path was forced.
+            if path == "cluster" and "does not fit" in str(error):
+                continue
+            row |= {"error": float("inf"), "repeats": False, "message": str(error)[:200]}
+        row["ok"] = row["error"] <= 1 and row["repeats"]
+        rows.append(row)
+    library.set_path("auto")
+    return rows
+
+
+def check_streams(library: Library) -> bool:
+    """Ours after a long operation on the same stream, inputs written just before, 50 times."""
+    good = True
+    for path in ("portable", "auto"):
+        library.set_path(path)
+        case = Case(library, 8, 28, 28, 512)
+        case.forward()
+        case.backward()
+        torch.cuda.synchronize()
+        expected = {key: value.clone() for key, value in case.results().items()}
+        source, source_dy = case.x.clone(), case.dy.clone()
+        stream = torch.cuda.Stream()
+        big = torch.randn(4096, 4096, device="cuda")
+        torch.cuda.synchronize()
+        for _ in range(50):
+            with torch.cuda.stream(stream):
+                case.x.fill_(float("nan"))
+                case.dy.fill_(float("nan"))
+                big @ big  # long enough that a kernel on another stream would run first
+                case.x.copy_(source)
+                case.dy.copy_(source_dy)
+                case.forward()
+                case.backward()
+                got = {key: value.clone() for key, value in case.results().items()}
+            stream.synchronize()
+            good &= all(
+                torch.equal(value.view(torch.uint8), expected[key].view(torch.uint8))
+                for key, value in got.items()
+            )
+    library.set_path("auto")
+    return good
+
+
+def sanitize(library: Path) -> dict[str, str]:
+    """compute-sanitizer over a few small problems of each path."""
+    tool = shutil.which("compute-sanitizer")
+    if not tool:
+        return {"memcheck": "compute-sanitizer not found", "racecheck": "compute-sanitizer not found"}
+    result = {}
+    for name in ("memcheck", "racecheck"):
+        command = [tool, "--tool", name, "--error-exitcode", "9", sys.executable, __file__]
+        try:
+            done = subprocess.run(
+                [*command, "--small-shapes", str(library)],
+                capture_output=True, text=True, check=False, timeout=100,
+            )  # fmt: skip
+            result[name] = "ok" if done.returncode == 0 else (done.stdout + done.stderr)[-1500:]
+        except subprocess.TimeoutExpired:
+            result[name] = "no result within 100 seconds"
+    return result
+
+
+def small_shapes(library: Library) -> None:
+    """What compute-sanitizer looks at."""
+    for path, layout in itertools.product(("portable", "cluster"), ("NHWC", "NCHW")):
+        library.set_path(path)
+        for dtype in ("float32", "bfloat16"):
+            case = Case(library, 5, 8, 8, 32, layout=layout, dtype=dtype, activation="relu", residual=True)
+            case.forward()
+            case.backward()
+        torch.cuda.synchronize()
+
+
+# ---- timing --------------------------------------------------------------------------------------
+
+
+def median_time(run: Callable[[], Any], budget: float = 0.25) -> float:
+    """Seconds per call, the median of device events."""
+    for _ in range(3):
+        run()
+    torch.cuda.synchronize()
+    times = []
+    end = time.perf_counter() + budget
+    while len(times) < 7 or (time.perf_counter() < end and len(times) < 200):
+        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        run()
+        stop.record()
+        stop.synchronize()
+        times.append(start.elapsed_time(stop) / 1e3)
+    return statistics.median(times)
+
+
+def torch_module(case: Case) -> Callable[[torch.Tensor], torch.Tensor]:
+    """The ten stock lines, channels last as PyTorch would have them."""
+    w = {name: value.to(case.map_type) for name, value in case.weights.items()}
+    kernel = w["kernel"].permute(2, 0, 1)[None].contiguous()
+
+    def mlp(t: torch.Tensor) -> torch.Tensor:
+        return torch.relu(t @ w["w0"] + w["b0"]) @ w["w1"] + w["b1"]
+
+    def module(x: torch.Tensor) -> torch.Tensor:  # x [N, C, H, W], channels last in memory
+        gate = torch.sigmoid(mlp(x.mean((2, 3))) + mlp(x.amax((2, 3))))
+        u = x * gate[:, :, None, None]
+        planes = torch.cat([u.mean(1, keepdim=True), u.amax(1, keepdim=True)], 1)
+        z = torch.nn.functional.conv2d(planes, kernel, w["bias"], padding=case.k // 2)
+        return u * torch.sigmoid(z)
+
+    return module
+
+
+def jax_module(case: Case) -> tuple[Callable[[], Any], Callable[[], Any]] | None:
+    """XLA's forward and step on the same numbers, or None without JAX."""
+    try:
+        import jax
+        import jax.numpy as jnp
+    except ImportError:
+        return None
+    if not any(d.platform == "gpu" for d in jax.devices()):
+        return None
+    kind = jnp.bfloat16 if case.dtype == "bfloat16" else jnp.float32
+    w = {name: jnp.asarray(v.cpu().numpy()).astype(kind) for name, v in case.weights.items()}
+    x = jnp.asarray(case.x.float().cpu().numpy()).astype(kind)
+    dy = jnp.asarray(case.dy.float().cpu().numpy()).astype(kind)
+
+    def module(x: Any, w: dict[str, Any]) -> Any:
+        def mlp(t: Any) -> Any:
+            return jax.nn.relu(t @ w["w0"] + w["b0"]) @ w["w1"] + w["b1"]
+
+        u = x * jax.nn.sigmoid(mlp(x.mean((1, 2))) + mlp(x.max((1, 2))))[:, None, None, :]
+        planes = jnp.stack([u.mean(3), u.max(3)], 3)
+        z = jax.lax.conv_general_dilated(
+            planes, w["kernel"][..., None], (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+        )
+        return u * jax.nn.sigmoid(z + w["bias"])
+
+    forward = jax.jit(module)
+
+    @jax.jit
+    def step(x: Any, w: dict[str, Any], dy: Any) -> Any:
+        y, back = jax.vjp(module, x, w)
+        return y, back(dy)
+
+    # Wall clock around several calls in flight: JAX has no device events here.
+    return (lambda: forward(x, w)), (lambda: step(x, w, dy))
+
+
+def jax_time(run: Callable[[], Any]) -> float:
+    import jax
+
+    jax.block_until_ready(run())
+    times = []
+    for _ in range(7):
+        start = time.perf_counter()
+        jax.block_until_ready([run() for _ in range(5)])
+        times.append((time.perf_counter() - start) / 5)
+    return statistics.median(times)
+
+
+def time_all(library: Library, seconds: float, batches: tuple[int, ...]) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = []
+    deadline = time.perf_counter() + seconds
+    torch.backends.cudnn.benchmark = True
+    order = [(b, d, s) for b in batches for d in ("float32", "bfloat16") for s in STAGES]
+    for batch, dtype, (h, w, c) in order:
+        if time.perf_counter() > deadline:
+            print("time is up: the remaining shapes were not timed")
+            break
+        library.set_path("auto")
+        case = Case(library, batch, h, w, c, dtype=dtype, ties=False)
+        target = torch.empty_like(case.x)
+        copy = median_time(lambda t=target, s=case.x: t.copy_(s))
+        base = {"batch": batch, "dtype": dtype, "map": f"{h}x{w}x{c}", "copy_us": copy * 1e6}
+
+        def note(who: str, what: str, value: float, base: dict[str, Any] = base, copy: float = copy) -> None:
+            # The limit: forward 1 read + 1 write = 1 copy; backward 2 + 1 = 1.5; a step both.
+            ideal = {"forward": 1.0, "backward": 1.5, "step": 2.5}[what] * copy
+            rows.append({**base, "who": who, "what": what, "us": value * 1e6, "of_ideal": value / ideal})
+
+        for path in ("portable", "auto"):
+            library.set_path(path)
+            forward_path = library.path("forward", case.problem)
+            if path == "auto" and forward_path == library.path("backward", case.problem) == "portable":
+                continue
+            name = "ours" if path == "auto" else "ours (portable)"
+            note(name, "forward", median_time(case.forward))
+            note(name, "backward", median_time(case.backward))
+            note(name, "step", median_time(lambda c=case: (c.forward(), c.backward())))
+        module = torch_module(case)
+        x = case.x.permute(0, 3, 1, 2).detach().requires_grad_()
+        dy = case.dy.permute(0, 3, 1, 2)
+        compiled = torch.compile(module, dynamic=False) if batch == batches[0] or batch == 32 else None
+        for who, function in (("torch eager", module), ("torch.compile", compiled)):
+            if function is None or time.perf_counter() > deadline:
+                continue
+            try:
+                with torch.no_grad():
+                    note(who, "forward", median_time(lambda f=function, v=x: f(v)))
+
+                def step(f: Any = function, v: torch.Tensor = x, g: torch.Tensor = dy) -> None:
+                    v.grad = None
+                    f(v).backward(g)
+
+                note(who, "step", median_time(step))
+            except Exception as error:  # a competitor that fails is reported, not fatal
+                print(f"{who} {base['map']} {dtype}: {type(error).__name__}: {error}"[:200])
+        jax_runs = jax_module(case) if time.perf_counter() < deadline else None
+        if jax_runs:
+            note("jax", "forward", jax_time(jax_runs[0]))
+            note("jax", "step", jax_time(jax_runs[1]))
+        del case, target, x, dy
+        torch.cuda.empty_cache()
+    library.set_path("auto")
+    return rows
+
+
+def write(path: Path, rows: list[dict[str, Any]]) -> None:
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, names)
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def print_timing(rows: list[dict[str, Any]]) -> None:
+    print(f"{'map':>12} {'type':>9} {'batch':>5} {'what':>8} {'ours us':>9} {'x ideal':>7}", end="")
+    print(f" {'portable':>9} {'eager':>7} {'compile':>7} {'jax':>7}   (times ours)")
+    keys = list(dict.fromkeys((r["map"], r["dtype"], r["batch"], r["what"]) for r in rows))
+    for key in keys:
+        found = {r["who"]: r for r in rows if (r["map"], r["dtype"], r["batch"], r["what"]) == key}
+        ours = found.get("ours") or found.get("ours (portable)")
+        if ours is None:
+            continue
+        print(f"{key[0]:>12} {key[1]:>9} {key[2]:>5} {key[3]:>8} {ours['us']:>9.1f}", end="")
+        print(f" {ours['of_ideal']:>7.2f}", end="")
+        for who, width in (("ours (portable)", 9), ("torch eager", 7), ("torch.compile", 7), ("jax", 7)):
+            ratio = f"{found[who]['us'] / ours['us']:.2f}" if who in found else "-"
+            print(f" {ratio:>{width}}", end="")
+        print()
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser.add_argument("--output", type=Path, default=Path("gpu_check"))
+    parser.add_argument("--quick", action="store_true", help="fewer shapes, batch 32 only")
+    parser.add_argument("--no-sanitizer", action="store_true")
+    parser.add_argument("--no-timing", action="store_true")
+    parser.add_argument("--small-shapes", type=Path, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if not torch.cuda.is_available():
+        sys.exit("gpu_check needs an NVIDIA GPU that PyTorch can use.")
+    if arguments.small_shapes:
+        small_shapes(Library(arguments.small_shapes))
+        return 0
+    start = time.perf_counter()
+
+    def say(text: str) -> None:
+        print(f"[{time.perf_counter() - start:5.0f} s] {text}", flush=True)
+
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as folder:
+        path = build(Path(folder))
+        say(f"built for {torch.cuda.get_device_name()}")
+        library = Library(path)
+        checks = check_all(library, arguments.quick)
+        write(arguments.output / "checks.csv", checks)
+        bad = [row for row in checks if not row["ok"]]
+        say(f"correctness: {len(checks)} checks, {len(bad)} wrong")
+        for row in bad[:20]:
+            print("   ", row)
+        streams = check_streams(library)
+        say(f"stream order: {'ok' if streams else 'WRONG'}")
+        failed = bool(bad) or not streams
+        timing: list[dict[str, Any]] = []
+        if not arguments.no_timing:
+            timing = time_all(library, 60 if arguments.quick else 200, (32,) if arguments.quick else (32, 256, 1))
+            write(arguments.output / "timing.csv", timing)
+            say("timed")
+        if not arguments.no_sanitizer:
+            for name, text in sanitize(path).items():
+                say(f"{name}: {text}")
+                failed |= text != "ok" and "not found" not in text and "no result" not in text
+    print_timing(timing)
+    say("done" if not failed else "done: FAILED")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

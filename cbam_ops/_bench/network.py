@@ -1,0 +1,149 @@
+"""Whole residual networks: plain, with the module in stock Keras layers, with the fused one.
+
+The share of the time that the module takes is what the network with it takes more than the plain
+one, in runs that take turns: the addition and the ReLU that end a block are in all of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from cbam_ops._bench.cases import OURS, NetworkCase
+from cbam_ops._bench.measure import Outcome, interleave, peak_bytes, quantiles
+
+ATTENTION = {"plain": None, "stock": "stock", OURS: "cbam"}
+# Two correct float32 evaluations of fifty layers, relative to the largest logit.
+_AGREE = 1e-2
+# A network is timed for longer than a module: the module's share is a small difference.
+_TIMES_A_ROW = 10
+
+
+def _function(model: Any, mode: str, images: Any, labels: Any) -> Callable[[int], Any]:
+    """A graph of one inference, or of one training step with SGD."""
+    import keras
+    import tensorflow as tf
+
+    if mode == "inference":
+
+        @tf.function(autograph=False)
+        def infer(x: Any) -> Any:
+            return model(x, training=False)
+
+        return lambda i: infer(images[i % len(images)])
+
+    # So small a step leaves the weights what they are.
+    optimizer = keras.optimizers.SGD(1e-12)
+    optimizer.build(model.trainable_variables)
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+
+    @tf.function(autograph=False)
+    def train(x: Any, y: Any) -> Any:
+        with tf.GradientTape() as tape:
+            value = loss(y, model(x, training=True))
+        variables = [variable.value for variable in model.trainable_variables]
+        optimizer.apply(tape.gradient(value, variables), model.trainable_variables)
+        return value
+
+    return lambda i: train(images[i % len(images)], labels)
+
+
+def _give_weights(source: Any, target: Any) -> None:
+    """Copies the weights by the order of layers; both networks have weights of the same shapes."""
+    values: dict[str, np.ndarray] = {}
+    for weight in source.weights:
+        values[weight.path] = weight.numpy()
+    rest = [w for w in target.weights if w.path not in values]
+    for weight in target.weights:
+        if weight.path in values:
+            weight.assign(values.pop(weight.path))
+    # What is left are the modules' weights, whose layers have other names.
+    left = list(values.values())
+    for weight in rest:
+        index = next(i for i, value in enumerate(left) if value.shape == tuple(weight.shape))
+        weight.assign(left.pop(index))
+    if left:
+        raise ValueError(f"{len(left)} weights of {source.name} have no place in {target.name}")
+
+
+def measure_network(case: NetworkCase, seconds: float) -> Outcome:
+    """Checks that stock and fused agree, then times all three."""
+    import keras
+    import tensorflow as tf
+
+    import cbam_ops
+    from cbam_ops import models
+
+    outcome = Outcome([], {}, {})
+    random = np.random.default_rng(50)
+    shape = (case.n, case.size, case.size, 3)
+    images = [tf.constant(random.standard_normal(shape, dtype=np.float32)) for _ in range(2)]
+    labels = tf.constant(random.integers(0, 1000, case.n))
+
+    networks: dict[str, Any] = {}
+    with cbam_ops.use_implementation("native"):
+        for name in case.providers:
+            keras.utils.set_random_seed(50)
+            networks[name] = models.build_resnet(
+                case.depth,
+                attention=ATTENTION[name],
+                input_shape=shape[1:],
+                classifier_activation=None,
+            )
+        if OURS in networks and "stock" in networks:
+            fused = networks[OURS]
+            for weight in fused.trainable_weights:  # gammas of 0 would hide the modules
+                if "gamma" in weight.path and weight.shape == (1,):
+                    weight.assign([1.0])
+            _give_weights(fused, networks["stock"])
+            a, b = (
+                np.asarray(networks[name](images[0][:2], training=False))
+                for name in (OURS, "stock")
+            )
+            difference = float(np.max(np.abs(a - b)) / np.max(np.abs(b)))
+            if not difference <= _AGREE:
+                outcome.wrong[OURS] = (
+                    f"the logits differ from the stock network's by {difference:.2g}"
+                )
+                return outcome
+        else:
+            difference = float("nan")
+        functions = {
+            name: _function(network, case.mode, images, labels)
+            for name, network in networks.items()
+        }
+        for function in functions.values():
+            function(0)  # traces with the fused ops
+    extra = {name: peak_bytes(lambda f=f: f(1)) for name, f in functions.items()}  # type: ignore[misc]
+    if case.mode == "training" and OURS in functions and "stock" in functions:
+        fused_loss, stock_loss = (float(functions[name](0)) for name in (OURS, "stock"))
+        if not abs(fused_loss - stock_loss) <= _AGREE * abs(stock_loss):
+            outcome.wrong[OURS] = f"the loss is {fused_loss}, the stock network's {stock_loss}"
+            return outcome
+    times = interleave(functions, _TIMES_A_ROW * seconds, pairs=True)
+    ours = quantiles(times[OURS])[0] if OURS in times else None
+    for name, values in times.items():
+        median, low, high = quantiles(values)
+        share = None
+        if name != "plain" and "plain" in times:
+            pairs = zip(values, times["plain"], strict=True)
+            share = 100 * float(np.median([(v - p) / v for v, p in pairs]))
+        outcome.rows.append(
+            {
+                "mode": case.mode,
+                "provider": name,
+                "median_s": median,
+                "q20_s": low,
+                "q80_s": high,
+                "runs": len(values),
+                "calls": 1,
+                "inputs": len(images),
+                "ours_is_faster": None if ours is None else median / ours,
+                "error": None if name == "plain" or np.isnan(difference) else difference,
+                "extra_bytes": extra[name],
+                "module_percent_of_time": share,
+            }
+        )
+    return outcome
