@@ -152,45 +152,86 @@ CBAM_INLINE void AcrossVector(const Body& body, const typename Body::Row* rows, 
   V a{}, b = Splat<A>(kSecondStart<Body>);
   for (int i = 0; i < kRows; ++i) body.template Accumulate<kTail>(rows[i], column, n, &a, &b);
   if (!start) {
-    a += LoadSome<kTail>(first + column, n);
-    const V before = LoadSome<kTail>(second + column, n);
+    a += LoadSome<kTail>(first, n);
+    const V before = LoadSome<kTail>(second, n);
     b = Body::kSecondIsMax ? Max(b, before) : b + before;
   }
   if constexpr (kTail) {
-    StoreFirst(first + column, a, n);
-    StoreFirst(second + column, b, n);
+    StoreFirst(first, a, n);
+    StoreFirst(second, b, n);
   } else {
-    Store(first + column, a);
-    Store(second + column, b);
+    Store(first, a);
+    Store(second, b);
   }
 }
 
+// Columns [begin, end); the accumulators are those of column `begin`.
 template <int kRows, typename Body>
-CBAM_INLINE void AcrossRows(const Body& body, int64_t row, int64_t columns, bool start,
+CBAM_INLINE void AcrossRows(const Body& body, int64_t row, int64_t begin, int64_t end, bool start,
                             typename Body::A* first, typename Body::A* second) {
   constexpr int64_t kLanes = Simd<typename Body::A>::kLanes;
   typename Body::Row rows[kRows];
   for (int i = 0; i < kRows; ++i) rows[i] = body.At(row + i);
-  int64_t j = 0;
-  for (; j + kLanes <= columns; j += kLanes)
-    AcrossVector<kRows, false>(body, rows, j, kLanes, start, first, second);
-  if (j < columns) AcrossVector<kRows, true>(body, rows, j, columns - j, start, first, second);
+  int64_t j = begin;
+  for (; j + kLanes <= end; j += kLanes) {
+    AcrossVector<kRows, false>(body, rows, j, kLanes, start, first + (j - begin),
+                               second + (j - begin));
+  }
+  if (j < end) {
+    AcrossVector<kRows, true>(body, rows, j, end - j, start, first + (j - begin),
+                              second + (j - begin));
+  }
 }
+
+template <typename Body>
+CBAM_INLINE void AcrossBlock(const Body& body, Range rows, int64_t begin, int64_t end,
+                             typename Body::A* first, typename Body::A* second) {
+  constexpr int kRows = Body::kRowsAcross;
+  int64_t row = rows.begin;
+  for (; row + kRows <= rows.end; row += kRows)
+    AcrossRows<kRows>(body, row, begin, end, row == rows.begin, first, second);
+  for (; row < rows.end; ++row)
+    AcrossRows<1>(body, row, begin, end, row == rows.begin, first, second);
+}
+
+// A float sum of more rows than this is taken in pieces, which are added up in double.
+constexpr int64_t kRowsPerPartialSum = 512;
 
 // first[j] = sum over the column, second[j] = maximum or sum. The accumulators live in the outputs,
 // which stay in the first-level cache, while the map is read row by row, in the order of memory.
 template <typename Body>
 CBAM_INLINE void Across(const Body& body, int64_t rows, int64_t columns, typename Body::A* first,
                         typename Body::A* second) {
-  constexpr int kRows = Body::kRowsAcross;
-  int64_t row = 0;
-  for (; row + kRows <= rows; row += kRows)
-    AcrossRows<kRows>(body, row, columns, row == 0, first, second);
-  for (; row < rows; ++row) AcrossRows<1>(body, row, columns, row == 0, first, second);
+  using A = typename Body::A;
   if (rows == 0) {
     for (int64_t j = 0; j < columns; ++j) {
       first[j] = 0;
       second[j] = kSecondStart<Body>;
+    }
+    return;
+  }
+  if (rows <= kRowsPerPartialSum) return AcrossBlock(body, {0, rows}, 0, columns, first, second);
+  constexpr int64_t kColumns = 256;
+  double sums[2][kColumns];
+  A pieces[2][kColumns];
+  for (int64_t begin = 0; begin < columns; begin += kColumns) {
+    const int64_t end = begin + kColumns < columns ? begin + kColumns : columns;
+    for (int64_t row = 0; row < rows; row += kRowsPerPartialSum) {
+      const int64_t last = row + kRowsPerPartialSum < rows ? row + kRowsPerPartialSum : rows;
+      AcrossBlock(body, {row, last}, begin, end, pieces[0], pieces[1]);
+      for (int64_t j = 0; j < end - begin; ++j) {
+        const double a = pieces[0][j], b = pieces[1][j];
+        sums[0][j] = row == 0 ? a : sums[0][j] + a;
+        if constexpr (Body::kSecondIsMax) {
+          sums[1][j] = row == 0 || b > sums[1][j] ? b : sums[1][j];
+        } else {
+          sums[1][j] = row == 0 ? b : sums[1][j] + b;
+        }
+      }
+    }
+    for (int64_t j = begin; j < end; ++j) {
+      first[j] = static_cast<A>(sums[0][j - begin]);
+      second[j] = static_cast<A>(sums[1][j - begin]);
     }
   }
 }
