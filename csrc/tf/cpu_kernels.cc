@@ -6,6 +6,7 @@
 #include "absl/status/status.h"
 #include "core/contract.h"
 #include "core/cpu/kernels.h"
+#include "core/cpu/pages.h"
 #include "core/cpu/work_sharing.h"
 #include "tensorflow/core/framework/device_base.h"
 #include "tensorflow/core/framework/op_kernel.h"
@@ -35,6 +36,8 @@ CBAM_OPS_ENTRY_POINT(SpatialPoolGradArgs, SpatialPoolGrad, SpatialPoolWorkspace)
 #undef CBAM_OPS_ENTRY_POINT
 
 struct CpuDevice {
+  static void PrepareOutput(void* data, size_t bytes) { cpu::PreferLargePages(data, bytes); }
+
   template <typename Args>
   static absl::Status Launch(tensorflow::OpKernelContext* context, const Problem& problem,
                              const Args& args, Status* status) {

@@ -31,9 +31,9 @@ inline absl::Status ToAbslStatus(const char* op, const Status& status) {
   return absl::InternalError(text);
 }
 
-// `Device` has a static `Status Launch(context, problem, args, &status)` for each of the core's
-// argument structs, which allocates the workspace and runs; it returns TensorFlow's errors and
-// leaves the core's in `status`.
+// `Device` has a static `Launch(context, problem, args, &status)` for each of the core's argument
+// structs, which allocates the workspace and runs; it returns TensorFlow's errors and leaves the
+// core's in `status`. Its static `PrepareOutput(data, bytes)` sees every output before that.
 template <const auto& kSignature, typename Device>
 class FusedOp final : public tensorflow::OpKernel {
  public:
@@ -72,6 +72,7 @@ class FusedOp final : public tensorflow::OpKernel {
       tensorflow::Tensor* tensor = nullptr;
       TF_RETURN_IF_ERROR(
           tensors.allocate(0, tensorflow::TensorShape(dimensions.Shape(output.argument)), &tensor));
+      Device::PrepareOutput(tensor->data(), tensor->TotalBytes());
       args.*output.pointer = tensor->data();
     }
     Status status;
