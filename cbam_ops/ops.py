@@ -39,6 +39,7 @@ __all__ = [
 ]
 
 
+@tf.autograph.experimental.do_not_convert
 def cbam(
     x: Any,
     w0: Any,
@@ -122,6 +123,7 @@ def cbam(
     return (y, channel_gate, spatial_gate) if return_gates else y
 
 
+@tf.autograph.experimental.do_not_convert
 def cbam_with_batch_norm(
     x: Any,
     w0: Any,
@@ -213,6 +215,7 @@ def cbam_with_batch_norm(
     return (*result, channel_gate, spatial_gate) if return_gates else result
 
 
+@tf.autograph.experimental.do_not_convert
 def channel_attention(
     x: Any,
     w0: Any,
@@ -284,6 +287,7 @@ def channel_attention(
     return (result.y, result.channel_gate) if return_gates else result.y
 
 
+@tf.autograph.experimental.do_not_convert
 def spatial_attention(
     x: Any,
     kernel: Any,
@@ -332,6 +336,7 @@ def spatial_attention(
     return (result.y, result.spatial_gate) if return_gates else result.y
 
 
+@tf.autograph.experimental.do_not_convert
 def spatial_attention_with_batch_norm(
     x: Any,
     kernel: Any,
@@ -392,6 +397,7 @@ def spatial_attention_with_batch_norm(
     return (*values, result.spatial_gate) if return_gates else values
 
 
+@tf.autograph.experimental.do_not_convert
 def channel_pool(x: Any, *, data_format: str = "NHWC") -> tuple[tf.Tensor, tf.Tensor]:
     """Mean and maximum over positions, in one read of ``x``.
 
@@ -413,6 +419,7 @@ def channel_pool(x: Any, *, data_format: str = "NHWC") -> tuple[tf.Tensor, tf.Te
     return result.mean, result.maximum
 
 
+@tf.autograph.experimental.do_not_convert
 def spatial_pool(x: Any, *, data_format: str = "NHWC") -> tf.Tensor:
     """Mean and maximum over channels, mean first, in one read of ``x``.
 
@@ -433,6 +440,7 @@ def spatial_pool(x: Any, *, data_format: str = "NHWC") -> tf.Tensor:
     return native.cbam_ops_spatial_pool(args.x, data_format=data_format)
 
 
+@tf.autograph.experimental.do_not_convert
 def load_library() -> None:
     """Loads the native ops now, for a SavedModel or a GraphDef that contains them.
 

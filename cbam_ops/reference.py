@@ -45,6 +45,7 @@ __all__ = [
 ]
 
 
+@tf.autograph.experimental.do_not_convert
 def cbam(
     x: Any,
     w0: Any,
@@ -108,6 +109,7 @@ def cbam(
     return y
 
 
+@tf.autograph.experimental.do_not_convert
 def cbam_with_batch_norm(
     x: Any,
     w0: Any,
@@ -184,6 +186,7 @@ def cbam_with_batch_norm(
     return (y, *statistics)
 
 
+@tf.autograph.experimental.do_not_convert
 def channel_attention(
     x: Any,
     w0: Any,
@@ -234,6 +237,7 @@ def channel_attention(
     return (y, tf.cast(gate, args.compute_type)) if return_gates else y
 
 
+@tf.autograph.experimental.do_not_convert
 def spatial_attention(
     x: Any,
     kernel: Any,
@@ -267,6 +271,7 @@ def spatial_attention(
     return (y, tf.cast(gate, args.compute_type)) if return_gates else y
 
 
+@tf.autograph.experimental.do_not_convert
 def spatial_attention_with_batch_norm(
     x: Any,
     kernel: Any,
@@ -313,6 +318,7 @@ def spatial_attention_with_batch_norm(
     return y, mean, variance
 
 
+@tf.autograph.experimental.do_not_convert
 def channel_pool(x: Any, *, data_format: str = "NHWC") -> tuple[tf.Tensor, tf.Tensor]:
     """Mean and maximum over positions.
 
@@ -328,6 +334,7 @@ def channel_pool(x: Any, *, data_format: str = "NHWC") -> tuple[tf.Tensor, tf.Te
     return tf.reduce_mean(args.x, axes), tf.reduce_max(args.x, axes)
 
 
+@tf.autograph.experimental.do_not_convert
 def spatial_pool(x: Any, *, data_format: str = "NHWC") -> tf.Tensor:
     """Mean and maximum over channels, mean first.
 

@@ -420,3 +420,24 @@ def test_a_gpu_without_kernels_gets_the_reference(fresh_warnings, monkeypatch):
     monkeypatch.setattr(ops, "_has_gpu_kernels", lambda: False)
     with pytest.raises(cbam_ops.NativeUnavailableError, match="on a GPU"):
         is_native("/device:GPU:0")
+
+
+def test_first_call_inside_a_function_is_quiet():
+    """A user's first call may be inside a tf.function, where the library is loaded while tracing.
+
+    Fails: AutoGraph tries to convert the package's own code, and warns of what it cannot.
+    """
+    program = """
+import tensorflow as tf, cbam_ops
+
+@tf.function
+def call(x, w0, w1, kernel):
+    return cbam_ops.cbam(x, w0, None, w1, None, kernel)
+
+print(call(tf.ones((1, 4, 4, 8)), tf.ones((8, 2)), tf.ones((2, 8)), tf.ones((3, 3, 2, 1))).shape)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd="/"
+    )
+    assert "(1, 4, 4, 8)" in done.stdout
+    assert "AutoGraph" not in done.stderr
