@@ -300,6 +300,9 @@ def _planted() -> list[results.Row]:
                 synthetic(**size, provider="torch-eager-contiguous", median_s=0.9),
                 synthetic(**size, provider="torch-eager-channels-last", median_s=0.5),
             ]
+    rows += [synthetic(dtype="bfloat16", median_s=0.005), synthetic(n=1, threads=1, median_s=0.017)]
+    rows += [synthetic(n=1, median_s=0.01)]
+    rows += [synthetic(dtype="bfloat16", median_s=0.035, provider="tf-graph")]
     tiny = {"n": 1, "h": 1, "w": 1, "c": 512, "group": "unfriendly"}
     rows += [synthetic(**tiny), synthetic(**tiny, provider="xla", median_s=0.007)]
     network = {"op": "resnet50", "n": 8, "h": 224, "w": 224, "c": 3, "mode": "inference"}
@@ -323,6 +326,9 @@ def test_the_table_shows_where_we_lose():
     assert len(stages) == 1 and "4.0×" in stages[0] and "3.0×" in stages[0]
     assert "50×" in stages[0] and "90×" not in stages[0]  # the faster memory format of PyTorch
     assert any("ResNet-50 at 224 px" in line and "4.8 %" in line for line in lines)
+    (half,) = [line for line in lines if "| bfloat16 |" in line]
+    assert "7.0×" in half
+    assert "1×56×56×256 forward 1.7× with 2 threads" in text
     full = report.full_table(_planted())
     assert "**0.70×**" in full and "torch-eager-contiguous" in full
     without = [row for row in _planted() if row["c"] != 512 or row["h"] != 1]

@@ -135,10 +135,10 @@ def _stage_table(figures: Figures, rows: Sequence[Row]) -> str:
     return _markdown([head, *body], "<<" + ">" * (len(head) - 2))
 
 
-def _summary_table(figures: Figures) -> str:
-    """One line per group, type, layout and mode: the least and the middle speed."""
+def _summary_table(figures: Figures, ours: Iterable[Row]) -> str:
+    """One line per group, type, layout and mode of these rows: the least and greatest speed."""
     groups: dict[tuple[Any, ...], list[Row]] = {}
-    for row in figures.ours():
+    for row in ours:
         name = row["group"] + ("" if row["op"] == "cbam" else f" ({row['op']})")
         kind = (name, row["n"], row["dtype"], row["layout"], row["threads"], row["mode"])
         groups.setdefault(kind, []).append(row)
@@ -198,6 +198,20 @@ def _network_table(figures: Figures) -> str:
     return _markdown([head, *body], "<><" + ">" * (len(head) - 3))
 
 
+def _scaling_text(figures: Figures) -> str | None:
+    """How much faster more threads are than one, where both were measured."""
+    found = []
+    for row in figures.ours(threads=1):
+        same = {name: row[name] for name in _CASE if name not in ("machine", "threads")}
+        for other in figures.ours(**same, mode=row["mode"]):
+            if other["threads"] > 1:
+                speed = row["median_s"] / other["median_s"]
+                found.append(
+                    f"{_size(row)} {row['mode']} {_speed(speed)} with {other['threads']} threads"
+                )
+    return f"Against one thread: {', '.join(found)}." if found else None
+
+
 def _losses_text(figures: Figures) -> str:
     losses = figures.losses()
     count = sum(len(figures.speeds(row)) for row in figures.ours())
@@ -247,6 +261,15 @@ def readme_table(rows: Sequence[Row]) -> str:
             "`x`, `y`, `dy`, `dx` and the weights' gradients, relative to `x`.",
             _stage_table(figures, stages),
         ]
+    others = [row for row in figures.ours(op="cbam", n=16, group="resnet50") if row not in stages]
+    if others:
+        parts += [
+            "The same stages in the other types and layouts, from the least to the greatest speed. "
+            "In NCHW the peers are the faster of NCHW and a graph transposed to NHWC.",
+            _summary_table(figures, others),
+        ]
+    scaling = _scaling_text(figures)
+    parts += [scaling] if scaling else []
     if figures.networks:
         parts += [
             "Whole networks. What the modules take is the time by which a network with them is "
@@ -268,10 +291,12 @@ def full_table(rows: Sequence[Row]) -> str:
             parts += [
                 "Speed of cbam_ops against its peers, from the least to the greatest of the rows; "
                 "**bold** where cbam_ops is the slower one.",
-                _summary_table(figures),
+                _summary_table(figures, figures.ours()),
             ]
         if figures.networks:
             parts += ["### Networks", _network_table(figures)]
+        scaling = _scaling_text(figures)
+        parts += [scaling] if scaling else []
         parts += ["### Where cbam_ops is the slower one", _losses_text(figures)]
         head = [
             "map", "op", "type", "layout", "threads", "pass", "provider", "median", "20 %", "80 %",

@@ -258,6 +258,19 @@ def _columns(case: AnyCase) -> Row:
     }  # fmt: skip
 
 
+def warn_if_busy() -> None:
+    """Says so where other programs keep the machine busy: they would be in the figures."""
+    try:
+        load = os.getloadavg()[0]
+    except (AttributeError, OSError):
+        return
+    if load > 0.5 * machine.cpus():
+        say(
+            f"This machine is busy (load {load:.1f}, {machine.cpus()} processors): the figures "
+            "will show that too. Best run it again in quiet."
+        )
+
+
 def report_problems(run: Run) -> int:
     """Says what went wrong or is missing; the exit code: 1 if anything went wrong."""
     for why, names in run.absent.items():
@@ -354,6 +367,7 @@ def main(argv: Sequence[str] | None = None, default_output: Path = Path("results
             raise CommandError(
                 f"no case has {' or '.join(arguments.cases)} in its name; see --list"
             )
+        warn_if_busy()
         check_native()
         known = results.load(arguments.output) if arguments.output.exists() else []
         results.save(arguments.output, known)  # an unwritable folder should not show at the end

@@ -22,6 +22,7 @@ def run(output: Path | None) -> int:
     from cbam_ops._bench import cases, machine, report, results
     from cbam_ops._bench import run as suite
 
+    suite.warn_if_busy()
     suite.check_native()
     known = []
     if output is not None:
