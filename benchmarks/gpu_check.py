@@ -2,16 +2,16 @@
 
     python benchmarks/gpu_check.py [--output DIR] [--quick] [--no-sanitizer] [--no-timing]
 
-Needs nvcc and PyTorch with CUDA; JAX is measured too where it is there. It does not need TensorFlow
-nor an installed cbam_ops: the kernels of csrc/core/cuda are compiled here for this machine's GPU into
-a plain library and called on PyTorch's memory, on PyTorch's streams.
+Needs nvcc and PyTorch with CUDA; JAX is measured too where it is there. It needs neither TensorFlow
+nor an installed cbam_ops: the kernels of csrc/core/cuda are compiled here for this machine's GPU
+into a plain library and called on PyTorch's memory, on PyTorch's streams.
 
 1. correctness   every kind of gates, layout, type and option against the float64 definition
-                 (tests/numpy_oracle.py), both paths; ties, odd sizes, misaligned maps, bitwise repeats
-2. stream order  a long operation ahead of ours on another stream's event, 50 repeats, bitwise equal
-3. sanitizer     compute-sanitizer memcheck and racecheck over small shapes
-4. timing        medians of device events over maps several times the L2, against a device copy, PyTorch
-                 eager, torch.compile and JAX; forward, backward, step; batch 1, 32, 256
+                 (tests/numpy_oracle.py), both paths; ties, odd sizes, misaligned maps, repeats
+2. stream order  a long operation ahead of ours on a stream of its own, 50 repeats, bitwise equal
+3. timing        medians of device events over maps several times the L2, against a device copy,
+                 PyTorch eager, torch.compile and JAX; forward, backward, step; batch 1, 32, 256
+4. sanitizer     compute-sanitizer memcheck and racecheck over small shapes
 
 Prints a short table last, writes timing.csv and checks.csv. Exit code 1 if anything is wrong.
 """
@@ -41,6 +41,8 @@ sys.path.insert(0, str(ROOT / "tests"))
 
 import cuda_on_cpu as driver  # noqa: E402
 import numpy_oracle as oracle  # noqa: E402
+
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # JAX shares the GPU here
 
 try:
     import torch
@@ -268,7 +270,10 @@ def cases(quick: bool) -> Iterator[tuple[str, dict[str, Any]]]:
     for dtype, layout, gates, path in itertools.product(TORCH_TYPES, layouts, kinds, paths):
         if path == "cluster" and dtype == "float64":
             continue
-        yield "gates", {"size": (3, 8, 8, 32), "dtype": dtype, "layout": layout, "gates": gates, "path": path}
+        yield (
+            "gates",
+            {"size": (3, 8, 8, 32), "dtype": dtype, "layout": layout, "gates": gates, "path": path},
+        )
     for layout, path, relu, residual, pooling, mlp in itertools.product(
         layouts, paths, ("none", "relu"), (False, True), ("avg+max", "avg", "max"), ("none", "relu")
     ):
@@ -279,8 +284,20 @@ def cases(quick: bool) -> Iterator[tuple[str, dict[str, Any]]]:
     for layout, dtype in itertools.product(layouts, ("float32", "bfloat16")):
         for size in ((1, 1, 1, 1), (2, 7, 7, 33), (1, 13, 11, 64), (9, 2, 3, 17), (1, 3, 600, 4)):
             yield "sizes", {"size": size, "layout": layout, "dtype": dtype, "path": "portable"}
-        yield "misaligned", {"size": (2, 8, 8, 32), "layout": layout, "dtype": dtype, "offset": 1, "path": "auto"}
-        yield "batch norm", {"size": (4, 9, 10, 24), "layout": layout, "dtype": dtype, "batch_norm": True, "path": "auto"}
+        yield (
+            "misaligned",
+            {"size": (2, 8, 8, 32), "layout": layout, "dtype": dtype, "offset": 1, "path": "auto"},
+        )
+        yield (
+            "batch norm",
+            {
+                "size": (4, 9, 10, 24),
+                "layout": layout,
+                "dtype": dtype,
+                "batch_norm": True,
+                "path": "auto",
+            },
+        )
     if quick:
         return
     for (h, w, c), layout, path in itertools.product(STAGES, layouts, ("portable", "auto")):
@@ -353,7 +370,10 @@ def sanitize(library: Path) -> dict[str, str]:
     """compute-sanitizer over a few small problems of each path."""
     tool = shutil.which("compute-sanitizer")
     if not tool:
-        return {"memcheck": "compute-sanitizer not found", "racecheck": "compute-sanitizer not found"}
+        return {
+            "memcheck": "compute-sanitizer not found",
+            "racecheck": "compute-sanitizer not found",
+        }
     result = {}
     for name in ("memcheck", "racecheck"):
         command = [tool, "--tool", name, "--error-exitcode", "9", sys.executable, __file__]
@@ -373,7 +393,9 @@ def small_shapes(library: Library) -> None:
     for path, layout in itertools.product(("portable", "cluster"), ("NHWC", "NCHW")):
         library.set_path(path)
         for dtype in ("float32", "bfloat16"):
-            case = Case(library, 5, 8, 8, 32, layout=layout, dtype=dtype, activation="relu", residual=True)
+            case = Case(
+                library, 5, 8, 8, 32, layout=layout, dtype=dtype, activation="relu", residual=True
+            )
             case.forward()
             case.backward()
         torch.cuda.synchronize()
@@ -438,7 +460,11 @@ def jax_module(case: Case) -> tuple[Callable[[], Any], Callable[[], Any]] | None
         u = x * jax.nn.sigmoid(mlp(x.mean((1, 2))) + mlp(x.max((1, 2))))[:, None, None, :]
         planes = jnp.stack([u.mean(3), u.max(3)], 3)
         z = jax.lax.conv_general_dilated(
-            planes, w["kernel"][..., None], (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+            planes,
+            w["kernel"][..., None],
+            (1, 1),
+            "SAME",
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
         )
         return u * jax.nn.sigmoid(z + w["bias"])
 
@@ -480,15 +506,22 @@ def time_all(library: Library, seconds: float, batches: tuple[int, ...]) -> list
         copy = median_time(lambda t=target, s=case.x: t.copy_(s))
         base = {"batch": batch, "dtype": dtype, "map": f"{h}x{w}x{c}", "copy_us": copy * 1e6}
 
-        def note(who: str, what: str, value: float, base: dict[str, Any] = base, copy: float = copy) -> None:
+        def note(
+            who: str, what: str, value: float, base: dict[str, Any] = base, copy: float = copy
+        ) -> None:
             # The limit: forward 1 read + 1 write = 1 copy; backward 2 + 1 = 1.5; a step both.
             ideal = {"forward": 1.0, "backward": 1.5, "step": 2.5}[what] * copy
-            rows.append({**base, "who": who, "what": what, "us": value * 1e6, "of_ideal": value / ideal})
+            rows.append(
+                {**base, "who": who, "what": what, "us": value * 1e6, "of_ideal": value / ideal}
+            )
 
         for path in ("portable", "auto"):
             library.set_path(path)
             forward_path = library.path("forward", case.problem)
-            if path == "auto" and forward_path == library.path("backward", case.problem) == "portable":
+            if (
+                path == "auto"
+                and forward_path == library.path("backward", case.problem) == "portable"
+            ):
                 continue
             name = "ours" if path == "auto" else "ours (portable)"
             note(name, "forward", median_time(case.forward))
@@ -497,7 +530,9 @@ def time_all(library: Library, seconds: float, batches: tuple[int, ...]) -> list
         module = torch_module(case)
         x = case.x.permute(0, 3, 1, 2).detach().requires_grad_()
         dy = case.dy.permute(0, 3, 1, 2)
-        compiled = torch.compile(module, dynamic=False) if batch == batches[0] or batch == 32 else None
+        compiled = (
+            torch.compile(module, dynamic=False) if batch == batches[0] or batch == 32 else None
+        )
         for who, function in (("torch eager", module), ("torch.compile", compiled)):
             if function is None or time.perf_counter() > deadline:
                 continue
@@ -541,7 +576,12 @@ def print_timing(rows: list[dict[str, Any]]) -> None:
             continue
         print(f"{key[0]:>12} {key[1]:>9} {key[2]:>5} {key[3]:>8} {ours['us']:>9.1f}", end="")
         print(f" {ours['of_ideal']:>7.2f}", end="")
-        for who, width in (("ours (portable)", 9), ("torch eager", 7), ("torch.compile", 7), ("jax", 7)):
+        for who, width in (
+            ("ours (portable)", 9),
+            ("torch eager", 7),
+            ("torch.compile", 7),
+            ("jax", 7),
+        ):
             ratio = f"{found[who]['us'] / ours['us']:.2f}" if who in found else "-"
             print(f" {ratio:>{width}}", end="")
         print()
@@ -581,7 +621,9 @@ def main() -> int:
         failed = bool(bad) or not streams
         timing: list[dict[str, Any]] = []
         if not arguments.no_timing:
-            timing = time_all(library, 60 if arguments.quick else 200, (32,) if arguments.quick else (32, 256, 1))
+            timing = time_all(
+                library, 60 if arguments.quick else 200, (32,) if arguments.quick else (32, 256, 1)
+            )
             write(arguments.output / "timing.csv", timing)
             say("timed")
         if not arguments.no_sanitizer:

@@ -1,8 +1,8 @@
 """The CUDA kernels' own sources, executed on the CPU and held against the float64 definition.
 
-csrc/testing/cuda_on_cpu.h runs the .cuh and .cu files one fiber per CUDA thread. What is checked here
-is what the kernels compute and how they synchronise; not how fast they are, nor that nvcc translates
-them as the C++ compiler does (`benchmarks/gpu_check.py` does that on a GPU).
+csrc/testing/cuda_on_cpu.h runs the .cuh and .cu files one fiber per CUDA thread. What is checked
+here is what the kernels compute and how they synchronise; not how fast they are, nor that nvcc
+translates them as the C++ compiler does (`benchmarks/gpu_check.py` does that on a GPU).
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import cuda_resources
 import numpy as np
 import numpy_oracle as oracle
 import pytest
@@ -525,8 +526,8 @@ def test_sanitizer(sanitizer: str) -> None:
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
 
 
-# Faults put into a copy of the sources: file, text, replacement. Each must be noticed by the results
-# or by a sanitizer, or the tests above would not notice it either.
+# Faults put into a copy of the sources: file, text, replacement. Each must be noticed by the
+# results or by a sanitizer, or the tests above would not notice it either.
 MUTANTS = {
     "reduce: barrier before the fold removed": (
         "reduce.cuh",
@@ -560,8 +561,8 @@ MUTANTS = {
     ),
     "mlp: barrier after a slice removed": (
         "gate_mlp.cuh",
-        "    }\n    Barrier();\n  }\n  CBAM_UNROLL\n  for (int s = 0; s < kSums; ++s) shared[s * kThreads",
-        "    }\n  }\n  CBAM_UNROLL\n  for (int s = 0; s < kSums; ++s) shared[s * kThreads",
+        "    }\n    Barrier();\n  }\n  CBAM_UNROLL\n  for (int s = 0; s < kSums; ++s) shared[s",
+        "    }\n  }\n  CBAM_UNROLL\n  for (int s = 0; s < kSums; ++s) shared[s",
     ),
     "cluster: waits for no copy": (
         "cluster.cuh",
@@ -606,3 +607,24 @@ def test_mutants_are_caught(mutant: str, tmp_path: Path) -> None:
     if done.returncode == 0 and _sanitizer_works("thread"):
         done = _run_check(build(csrc, sanitizer="thread", only=FLOAT32, main=CHECK), "threads")
     assert done.returncode != 0, "nobody noticed"
+
+
+# ---- nvcc ----------------------------------------------------------------------------------------
+
+
+def test_resources_and_warnings() -> None:
+    """No kernel spills, none uses many more registers than the committed table says, and nvcc has
+    nothing to warn of. One architecture here (`python tests/cuda_resources.py` takes all)."""
+    if cuda_resources.nvcc() is None:
+        pytest.skip("no nvcc on PATH and no CUDACXX")
+    units = ("kernels", "float32", "bfloat16", "gates_float32")
+    report = cuda_resources.compile_report(["90"], units)
+    assert len(report) > 60
+    assert not cuda_resources.differences(report, cuda_resources.read_table())
+
+
+def test_committed_table_has_no_spills() -> None:
+    """For all architectures that are built by default."""
+    table = cuda_resources.read_table()
+    assert {str(row["architecture"]) for row in table} == set(cuda_resources.ARCHITECTURES)
+    assert not cuda_resources.differences(table, table)

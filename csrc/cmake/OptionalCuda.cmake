@@ -1,7 +1,8 @@
 # CUDA kernels, if wanted and possible.
 #
-#   CBAM_OPS_CUDA=AUTO  where nvcc is found and there are kernels; else CPU only, and why is recorded
-#   CBAM_OPS_CUDA=ON    or stop
+#   CBAM_OPS_CUDA=AUTO  CPU only for now, and why is recorded: no op reaches the CUDA kernels yet, and
+#                       they take minutes to compile
+#   CBAM_OPS_CUDA=ON    with nvcc, or stop; for csrc/python/cuda_bindings.cc, which does reach them
 #   CBAM_OPS_CUDA=OFF
 #
 # Given as -DCBAM_OPS_CUDA=..., through pip as `-C cmake.define.CBAM_OPS_CUDA=...`.
@@ -40,9 +41,13 @@ elseif(NOT CBAM_OPS_CUDA_SOURCES)
     message(FATAL_ERROR "CBAM_OPS_CUDA=ON, but this version has no CUDA kernels (csrc/core/cuda is "
       "empty). Build with CBAM_OPS_CUDA=AUTO or OFF.")
   endif()
+elseif(CBAM_OPS_CUDA_MODE STREQUAL "AUTO")
+  set(CBAM_OPS_CUDA_WHY_NOT
+    "no op reaches the CUDA kernels in this version (CBAM_OPS_CUDA=ON compiles them)")
 else()
-  # Machine code for every architecture that this nvcc knows from Turing on, and PTX of the newest
-  # for those to come. To be set before the language is enabled.
+  # Machine code for the first architecture of every generation that this nvcc knows from Turing on
+  # (75, 80, 90, ...; the generation's later ones run it: 80's on 86, 87 and 89), and PTX of the newest
+  # for those to come. To be set before the language is enabled. Each costs about 35 seconds of one core.
   if(NOT CMAKE_CUDA_ARCHITECTURES)
     execute_process(
       COMMAND "${CMAKE_CUDA_COMPILER}" --list-gpu-arch
@@ -51,9 +56,14 @@ else()
     list(SORT architectures COMPARE NATURAL)
     list(REMOVE_DUPLICATES architectures)
     set(wanted "")
+    set(last_generation "")
     foreach(architecture IN LISTS architectures)
       if(architecture GREATER_EQUAL 75)
-        list(APPEND wanted "${architecture}-real")
+        math(EXPR generation "${architecture} / 10")
+        if(NOT generation STREQUAL last_generation)
+          list(APPEND wanted "${architecture}-real")
+        endif()
+        set(last_generation "${generation}")
         set(newest "${architecture}")
       endif()
     endforeach()
@@ -77,6 +87,10 @@ endif()
 function(cbam_ops_add_cuda_kernels library)
   target_sources(${library} PRIVATE ${CBAM_OPS_CUDA_SOURCES})
   target_compile_definitions(${library} PUBLIC CBAM_HAVE_CUDA=1)
+  # For messages about an architecture that was not built.
+  list(JOIN CMAKE_CUDA_ARCHITECTURES " " architectures)
+  set_property(SOURCE "${PROJECT_SOURCE_DIR}/csrc/core/cuda/kernels.cu" APPEND PROPERTY
+    COMPILE_DEFINITIONS "CBAM_OPS_CUDA_ARCHITECTURES=\"${architectures}\"")
   target_compile_options(${library} PRIVATE
     $<$<COMPILE_LANGUAGE:CUDA>:-Xcompiler=-Wall,-Wextra>
     $<$<AND:$<BOOL:${CBAM_OPS_WERROR}>,$<COMPILE_LANGUAGE:CUDA>>:-Werror=all-warnings>)

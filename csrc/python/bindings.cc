@@ -26,6 +26,7 @@
 #include "core/cpu/kernels.h"
 #include "core/cpu/work_sharing.h"
 #include "python/arguments.h"
+#include "python/cuda_bindings.h"
 #include "python/thread_pool.h"
 
 namespace cbam_ops {
@@ -555,4 +556,6 @@ PYBIND11_MODULE(_core, module) {
              "Chooses the instruction set for this process; ValueError where it is not available.");
   module.def("available_instruction_sets", &cbam_ops::python::AvailableInstructionSets,
              "The instruction sets that this processor and this build have, in rising order.");
+
+  cbam_ops::python::BindCuda(module);
 }

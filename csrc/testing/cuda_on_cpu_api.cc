@@ -4,7 +4,9 @@
 #include <cstring>
 
 #include "core/cuda/kernels.h"
+#if !defined(CBAM_ON_GPU)
 #include "testing/cuda_on_cpu.h"
+#endif
 
 namespace {
 
@@ -42,8 +44,8 @@ CBAM_EXPORT size_t cbam_spatial_pool_workspace(const Problem* problem) {
 
 #define CBAM_CALL(name, Function, Args)                                                     \
   CBAM_EXPORT int name(const Problem* problem, const cbam_ops::Args* args, void* workspace, \
-                       char* message, size_t size) {                                        \
-    return Report(cuda::Function(*problem, *args, workspace, nullptr), message, size);      \
+                       void* stream, char* message, size_t size) {                          \
+    return Report(cuda::Function(*problem, *args, workspace, stream), message, size);       \
   }
 CBAM_CALL(cbam_forward, Forward, ForwardArgs)
 CBAM_CALL(cbam_backward, Backward, BackwardArgs)
@@ -59,6 +61,7 @@ CBAM_EXPORT int cbam_forward_path(const Problem* problem) {
 CBAM_EXPORT int cbam_backward_path(const Problem* problem) {
   return static_cast<int>(cuda::BackwardPath(*problem));
 }
+#if !defined(CBAM_ON_GPU)
 CBAM_EXPORT void cbam_set_schedule(uint64_t seed) { cbam_ops::cuda_on_cpu::SetSchedule(seed); }
 CBAM_EXPORT const char* cbam_take_launched_kernels() {
   return cbam_ops::cuda_on_cpu::TakeLaunchedKernels();
@@ -85,3 +88,4 @@ CBAM_EXPORT uint16_t cbam_float_to_half(float value) {
 CBAM_EXPORT uint16_t cbam_float_to_bfloat16(float value) {
   return cbam_ops::cuda_on_cpu::FloatToBFloat16(value);
 }
+#endif  // CBAM_ON_GPU

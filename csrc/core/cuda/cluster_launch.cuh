@@ -102,7 +102,8 @@ ClusterPlan PlanCluster(const Problem& problem, bool backward, const DeviceInfo&
   const int64_t columns = ChannelsLast(problem) ? problem.channels : positions;
   ClusterPlan best;
   if (problem.batch_norm || columns % kVector<T> != 0 || rows == 0 || columns == 0) return best;
-  const auto half = static_cast<size_t>(device.shared_bytes / 2 - 1024);
+  // Each block has 1 KB reserved for the system.
+  const auto half = static_cast<size_t>((device.shared_bytes + 1024) / 2 - 1024);
   const int most = MostBlocks(device);
   for (int cluster = 1; cluster <= most && (cluster == 1 || cluster <= rows); cluster *= 2) {
     const ClusterPlan plan = LayOutCluster<T>(problem, backward, cluster);
@@ -114,13 +115,13 @@ ClusterPlan PlanCluster(const Problem& problem, bool backward, const DeviceInfo&
 }
 
 // Whether the cluster path is expected to be faster: where the MLP's weights, which every cluster
-// reads for its one sample, are not more than the sample itself.
+// reads from L2 for its one sample, are not more than two samples. Not measured yet.
 template <typename T>
 bool ClusterPays(const Problem& problem) {
   if (!HasChannelGate(problem) || problem.batch <= 4) return true;
   const int64_t weights =
       2 * problem.channels * problem.hidden * static_cast<int64_t>(sizeof(Compute<T>));
-  return weights <= Positions(problem) * problem.channels * static_cast<int64_t>(sizeof(T));
+  return weights <= 2 * Positions(problem) * problem.channels * static_cast<int64_t>(sizeof(T));
 }
 
 template <typename A>

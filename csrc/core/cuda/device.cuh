@@ -14,9 +14,10 @@
 
 #if defined(__CUDACC__)
 #define CBAM_DEVICE __device__ __forceinline__
-#define CBAM_KERNEL __global__ void __launch_bounds__(::cbam_ops::cuda::kThreads)
-// For kernels of few blocks: registers rather than occupancy.
-#define CBAM_SMALL_KERNEL __global__ void __launch_bounds__(::cbam_ops::cuda::kThreads, 1)
+// How many blocks a multiprocessor shall hold at least: without it the compiler would rather spill
+// a register or two than miss one of its own steps of occupancy. Registers are what keeps loads in
+// flight here.
+#define CBAM_KERNEL(blocks) __global__ void __launch_bounds__(::cbam_ops::cuda::kThreads, blocks)
 #define CBAM_CLUSTER_KERNEL(blocks) \
   __global__ void __launch_bounds__(::cbam_ops::cuda::kClusterThreads, blocks)
 #define CBAM_UNROLL _Pragma("unroll")
@@ -24,8 +25,7 @@
 #else
 #include "testing/cuda_on_cpu.h"
 #define CBAM_DEVICE inline
-#define CBAM_KERNEL void
-#define CBAM_SMALL_KERNEL void
+#define CBAM_KERNEL(blocks) void
 #define CBAM_CLUSTER_KERNEL(blocks) void
 #define CBAM_UNROLL
 #define CBAM_NO_UNROLL

@@ -59,7 +59,8 @@ constexpr int kMlpSharedValues = kSums * kSlice;
 
 // Grid: sample tiles x unit tiles. Threads: kUnits units x 32 that share the channels.
 template <typename A>
-CBAM_KERNEL HiddenKernel(MlpParams<A> params) {
+CBAM_KERNEL(2)
+HiddenKernel(MlpParams<A> params) {
   WaitForPredecessors();
   AllowSuccessors();
   const int unit_thread = ThreadIndex() % kUnits, row_thread = ThreadIndex() / kUnits;
@@ -115,7 +116,8 @@ CBAM_KERNEL HiddenKernel(MlpParams<A> params) {
 
 // Grid: sample tiles x tiles of kWarp channels. Warps share the hidden units.
 template <typename A, bool kGrad>
-CBAM_KERNEL GateKernel(MlpParams<A> params) {
+CBAM_KERNEL(2)
+GateKernel(MlpParams<A> params) {
   constexpr int kWarps = kThreads / kWarp;
   static_assert(kWarps == kSamples, "the last step gives each warp one sample");
   WaitForPredecessors();
@@ -190,7 +192,8 @@ CBAM_KERNEL GateKernel(MlpParams<A> params) {
 
 // Grid: sample tiles x unit tiles. Each warp has a unit, its lanes share the channels.
 template <typename A>
-CBAM_KERNEL HiddenGradKernel(MlpParams<A> params) {
+CBAM_KERNEL(2)
+HiddenGradKernel(MlpParams<A> params) {
   static_assert(kThreads / kWarp == kUnits, "a warp per unit");
   WaitForPredecessors();
   AllowSuccessors();
@@ -235,7 +238,8 @@ CBAM_KERNEL HiddenGradKernel(MlpParams<A> params) {
 // rows of W0 lie `hidden` apart, but every line that is fetched is used up by the next units, and
 // by the other warps.
 template <typename A>
-CBAM_KERNEL DescriptorGradKernel(MlpParams<A> params) {
+CBAM_KERNEL(2)
+DescriptorGradKernel(MlpParams<A> params) {
   WaitForPredecessors();
   AllowSuccessors();
   const int64_t c = Remainder(BlockIndex(), params.tiles) * kWarp + ThreadIndex() % kWarp;
@@ -271,7 +275,8 @@ struct OuterParams {
 };
 
 template <typename A>
-CBAM_KERNEL OuterKernel(OuterParams<A> params) {
+CBAM_KERNEL(2)
+OuterKernel(OuterParams<A> params) {
   WaitForPredecessors();
   AllowSuccessors();
   const int lane = ThreadIndex() % kWarp, warp = ThreadIndex() / kWarp;

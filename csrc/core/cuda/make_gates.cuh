@@ -83,7 +83,8 @@ struct ZeroParams {
   int64_t count;
 };
 template <typename A>
-CBAM_KERNEL ZeroKernel(ZeroParams<A> params) {
+CBAM_KERNEL(2)
+ZeroKernel(ZeroParams<A> params) {
   WaitForPredecessors();
   AllowSuccessors();
   const int64_t i = BlockIndex() * kThreads + ThreadIndex();

@@ -635,7 +635,8 @@ struct StoreParams {
   int64_t count;
 };
 template <typename T>
-CBAM_KERNEL StoreKernel(StoreParams<T> params) {
+CBAM_KERNEL(2)
+StoreKernel(StoreParams<T> params) {
   WaitForPredecessors();
   AllowSuccessors();
   const int64_t i = BlockIndex() * kThreads + ThreadIndex();

@@ -196,7 +196,8 @@ constexpr int kRowsAtOnce = kIsPool<kPass> ? 4 : 2;
 // Along the rows. Grid: samples x tiles; a tile is (kThreads / lanes) * kRowsAtOnce rows.
 // Shared memory: where lanes > kWarp, 2 * kRowsAtOnce values per warp.
 template <typename T, int V, Pass kPass>
-CBAM_KERNEL RowReduceKernel(ReduceParams<Compute<T>> params) {
+CBAM_KERNEL(V * sizeof(Compute<T>) > 16 || sizeof(T) == 8 ? 2 : 3)
+RowReduceKernel(ReduceParams<Compute<T>> params) {
   using A = Compute<T>;
   constexpr int kRows = kRowsAtOnce<kPass>;
   constexpr bool kRowsArePositions = kOverChannels<kPass>;
@@ -294,7 +295,8 @@ CBAM_KERNEL RowReduceKernel(ReduceParams<Compute<T>> params) {
 // Across the rows. Grid: samples x splits x tiles; a tile is lanes * V columns.
 // Shared memory: 2 * kThreads * V values.
 template <typename T, int V, Pass kPass>
-CBAM_KERNEL ColumnReduceKernel(ReduceParams<Compute<T>> params) {
+CBAM_KERNEL(V * sizeof(Compute<T>) > 16 ? 2 : 3)
+ColumnReduceKernel(ReduceParams<Compute<T>> params) {
   using A = Compute<T>;
   constexpr bool kColumnsArePositions = kOverChannels<kPass>;
   constexpr int kUnroll = kIsPool<kPass> ? 4 : 2;  // rows in flight per thread
@@ -397,7 +399,8 @@ struct CombineParams {
 };
 
 template <typename A, bool kMaximum>
-CBAM_SMALL_KERNEL CombineKernel(CombineParams<A> params) {
+CBAM_KERNEL(1)
+CombineKernel(CombineParams<A> params) {
   WaitForPredecessors();
   AllowSuccessors();
   const int lane = ThreadIndex() % kWarp, warp = ThreadIndex() / kWarp;
@@ -462,7 +465,8 @@ struct GradParams {
 
 // Pass C. Grid: samples x row tiles x column tiles; a row tile is (kThreads / lanes) * 4 rows.
 template <typename T, int V, bool kRowsArePositions>
-CBAM_KERNEL GradKernel(GradParams<Compute<T>> params) {
+CBAM_KERNEL(2)
+GradKernel(GradParams<Compute<T>> params) {
   using A = Compute<T>;
   constexpr int kRows =
       V * sizeof(A) > 16 ? 2 : 4;  // 8 half-type elements are twice the registers of 4 floats

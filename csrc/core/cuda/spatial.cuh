@@ -179,7 +179,8 @@ struct ApplyParams {
 // Grid: samples x tiles x splits. Shared memory: tile gates, and if staged two windows and the
 // kernel.
 template <typename T, int V, bool kChannelsLast>
-CBAM_KERNEL ApplyKernel(ApplyParams<Compute<T>> params) {
+CBAM_KERNEL(V * sizeof(Compute<T>) > 16 ? 2 : 3)
+ApplyKernel(ApplyParams<Compute<T>> params) {
   using A = Compute<T>;
   constexpr int kUnroll = 4;
   WaitForPredecessors();
@@ -291,7 +292,8 @@ struct ConvolutionParams {
 
 // Grid: samples x tiles. Shared memory: a warp's worth of sums, two windows, the kernel.
 template <typename A>
-CBAM_SMALL_KERNEL ConvolutionKernel(ConvolutionParams<A> params) {
+CBAM_KERNEL(1)
+ConvolutionKernel(ConvolutionParams<A> params) {
   WaitForPredecessors();
   AllowSuccessors();
   const Tiling& tiling = params.tiling;
@@ -336,7 +338,8 @@ struct StatisticsParams {
 
 // One block. Shared memory: a warp's worth of sums.
 template <typename A>
-CBAM_SMALL_KERNEL StatisticsKernel(StatisticsParams<A> params) {
+CBAM_KERNEL(1)
+StatisticsKernel(StatisticsParams<A> params) {
   WaitForPredecessors();
   AllowSuccessors();
   A* const shared = reinterpret_cast<A*>(SharedMemory());
@@ -396,7 +399,8 @@ CBAM_DEVICE A LogitGradient(const SpatialGradParams<A>& params, int64_t at) {
 // Grid: samples x tiles. partial holds [2, blocks] here: sums of dz and of dz * normalised. Shared
 // memory as ConvolutionKernel.
 template <typename A>
-CBAM_SMALL_KERNEL NormGradKernel(SpatialGradParams<A> params) {
+CBAM_KERNEL(1)
+NormGradKernel(SpatialGradParams<A> params) {
   WaitForPredecessors();
   AllowSuccessors();
   const Tiling& tiling = params.tiling;
@@ -491,7 +495,8 @@ CBAM_DEVICE void SumTaps(const Tiling& tiling, const Tile& tile, const A* window
 // Grid: samples x tiles. Shared memory if staged: three windows, the kernel, and an int per
 // position of the tile.
 template <typename A>
-CBAM_SMALL_KERNEL SpatialGradKernel(SpatialGradParams<A> params) {
+CBAM_KERNEL(1)
+SpatialGradKernel(SpatialGradParams<A> params) {
   WaitForPredecessors();
   AllowSuccessors();
   const Tiling& tiling = params.tiling;
@@ -575,7 +580,8 @@ struct SumParams {
 };
 
 template <typename A>
-CBAM_SMALL_KERNEL SumKernel(SumParams<A> params) {
+CBAM_KERNEL(1)
+SumKernel(SumParams<A> params) {
   WaitForPredecessors();
   AllowSuccessors();
   const int64_t output = BlockIndex();
@@ -609,7 +615,8 @@ struct PoolSideParams {
 };
 
 template <typename T>
-CBAM_KERNEL PoolSideKernel(PoolSideParams<T> params) {
+CBAM_KERNEL(2)
+PoolSideKernel(PoolSideParams<T> params) {
   using A = Compute<T>;
   WaitForPredecessors();
   AllowSuccessors();
