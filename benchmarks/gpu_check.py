@@ -380,11 +380,11 @@ def sanitize(library: Path) -> dict[str, str]:
         try:
             done = subprocess.run(
                 [*command, "--small-shapes", str(library)],
-                capture_output=True, text=True, check=False, timeout=100,
+                capture_output=True, text=True, check=False, timeout=75,
             )  # fmt: skip
             result[name] = "ok" if done.returncode == 0 else (done.stdout + done.stderr)[-1500:]
         except subprocess.TimeoutExpired:
-            result[name] = "no result within 100 seconds"
+            result[name] = "no result within 75 seconds"
     return result
 
 
@@ -622,7 +622,7 @@ def main() -> int:
         timing: list[dict[str, Any]] = []
         if not arguments.no_timing:
             timing = time_all(
-                library, 60 if arguments.quick else 200, (32,) if arguments.quick else (32, 256, 1)
+                library, 60 if arguments.quick else 170, (32,) if arguments.quick else (32, 256, 1)
             )
             write(arguments.output / "timing.csv", timing)
             say("timed")
