@@ -7,6 +7,7 @@ is a NaN in a result here.
 
 from __future__ import annotations
 
+import concurrent.futures
 import dataclasses
 import functools
 import itertools
@@ -97,7 +98,7 @@ def _map(case: Case, rng: np.random.Generator, style: str) -> np.ndarray:
     return oracle.from_nhwc(values, case.layout).astype(type_of(case.dtype), order="C")
 
 
-@functools.lru_cache(maxsize=8)
+@functools.lru_cache(maxsize=16)
 def make(case: Case) -> tuple[Tensors, Tensors]:
     """The inputs of the forward pass, and the gradients that come back."""
     rng = np.random.default_rng((case.seed, *case.shape))
@@ -312,6 +313,7 @@ SHAPES = (
     # more positions than a tile takes, more channels, and both
     (1, 56, 3, 33),
     (1, 3, 111, 5),
+    (1, 2, 601, 3),
     (2, 33, 31, 18),
     (1, 2, 2, 1030),
     (17, 2, 3, 6),
@@ -343,6 +345,34 @@ def test_larger_than_the_caches_tiles(
 ) -> None:
     """Fails: work split over many tiles of one sample is put together wrongly."""
     check(Case((2, 40, 40, 96), dtype, layout, gates, hidden=12, style="relu"), threads=2)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_larger_than_the_caches(dtype: str, layout: str) -> None:
+    """A batch of 20 MiB, as against its samples on their own, which the tests above hold against the
+    definition. Fails: cutting a batch into parts that fit a cache, or storing past the caches, goes
+    wrong.
+    """
+    n, channels = 20, (1 << 20) // (32 * 32 * type_of(dtype).itemsize)
+    case = Case((n, 32, 32, channels), dtype, layout, hidden=4, activation="relu", residual=True)
+    inputs, gradients = make(case)
+    whole = both(case, threads=2)
+    weights = {k: v for k, v in inputs.items() if k not in ("x", "residual")}
+    for i in (0, 8, 11, n - 1):
+        one = {k: inputs[k][i : i + 1] for k in ("x", "residual")} | weights
+        dy = {"dy": gradients["dy"][i : i + 1]}
+        outputs = run_forward(one, case.options)
+        grads = run_backward(one, dy, outputs, case.options)
+        for name, value in (outputs | grads).items():
+            if name in ("y", "dx", "d_residual", "channel_gate", "spatial_gate"):
+                expected = value.astype(tolerances.truth_type(dtype))
+                narrow = expected.astype(case.compute)
+                assert_accurate(
+                    whole[name][i : i + 1], expected, narrow, f"{name} of sample {i}", magnitude=4.0
+                )
+    for name, value in whole.items():
+        assert np.isfinite(value.astype(np.float64)).all(), name
 
 
 # --- the same whatever the threads, the run, the place in memory ---------------------------------
@@ -397,6 +427,19 @@ def test_off_alignment(
         )
         for name, value in (outputs | grads).items():
             assert_same_bits(value, expected[name], f"{name} off by {elements}")
+
+
+def test_calls_from_several_threads_at_once() -> None:
+    """Fails: calls share state, or deadlock on the shared pool."""
+    cases = [Case((3, 19, 17, 40), dtype, layout) for dtype in DTYPES for layout in LAYOUTS]
+    expected = [both(case) for case in cases]
+    with concurrent.futures.ThreadPoolExecutor(len(cases)) as executor:
+        for _ in range(3):
+            for want, got in zip(
+                expected, executor.map(lambda case: both(case, threads=3), cases), strict=True
+            ):
+                for name, value in got.items():
+                    assert_same_bits(value, want[name], name)
 
 
 def test_sliced_and_strided_inputs() -> None:
@@ -562,7 +605,7 @@ def test_empty_batch(
 def test_mean_of_millions(instruction_set: str, dtype: str, layout: str) -> None:
     """The mean of 2 million values near 1000 keeps its digits. Fails: one running sum is used."""
     rng = np.random.default_rng(5)
-    for shape in ((1, 2048, 1024, 1), (1, 1, 2, 1 << 17)):
+    for shape in ((1, 2048, 1024, 1), (1, 1, 2, 1 << 20)):
         values = 1000 + rng.standard_normal(shape, np.float32)
         x = oracle.from_nhwc(values, layout).astype(type_of(dtype), order="C")
         pools = _core.channel_pool(x, layout=layout, threads=2, poison=True)

@@ -75,7 +75,7 @@ def assert_accurate(
     stock: np.ndarray,
     name: str,
     *,
-    magnitude: np.ndarray | None = None,
+    magnitude: np.ndarray | float | None = None,
     smallest: float = 0.0,
 ) -> None:
     """Asserts that ``actual`` is as near the truth as its type allows.
