@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from ops_cases import OPTIONS, SIZES, Case, magnitude, options, truth_and_stock
-from tolerances import assert_accurate, assert_same_bits
+from tolerances import FLOAT32, assert_accurate, assert_close, assert_same_bits
 
 import cbam_ops
 from cbam_ops import ops, reference
@@ -125,7 +125,7 @@ def test_python_numbers_and_arrays_are_taken():
     w = [[1.0], [2.0]], None, [[3.0, 4.0]], None
     y = cbam_ops.cbam(x, *w, np.zeros((1, 1, 2, 1), np.float32), [0.0])
     gate = 1 / (1 + np.exp(-np.array([18.0, 24.0])))
-    np.testing.assert_allclose(y, np.broadcast_to(gate / 2, (1, 2, 2, 2)), rtol=1e-6)
+    assert_close(y, np.broadcast_to(gate / 2, (1, 2, 2, 2)), FLOAT32, "y")
 
 
 # --- bits -----------------------------------------------------------------------------------------
@@ -390,7 +390,7 @@ def test_xla_gets_the_reference(fresh_warnings):
         with pytest.warns(RuntimeWarning, match="jit_compile=True"):
             y = compiled(tensors)
         tf.function(function, jit_compile=True)(tensors)  # and not a second time
-    np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-6)
+    assert_close(y, expected, FLOAT32, "y")
     # A NativeUnavailableError, which autograph wraps in an error of its own.
     with pytest.raises(Exception, match="jit_compile"):
         tf.function(function, jit_compile=True)(tensors)
