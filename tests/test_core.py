@@ -351,8 +351,8 @@ def test_larger_than_the_caches_tiles(
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_larger_than_the_caches(dtype: str, layout: str) -> None:
     """A batch of 20 MiB, as against its samples on their own, which the tests above hold against
-    the definition. Fails: cutting a batch into parts that fit a cache, or storing past the caches, goes
-    wrong.
+    the definition. Fails: cutting a batch into parts that fit a cache, or storing past the
+    caches, goes wrong.
     """
     n, channels = 20, (1 << 20) // (32 * 32 * type_of(dtype).itemsize)
     case = Case((n, 32, 32, channels), dtype, layout, hidden=4, activation="relu", residual=True)
