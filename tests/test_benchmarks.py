@@ -136,7 +136,7 @@ def test_errors_see_shapes_and_nan():
     for wrong in (np.ones((3, 2)), np.full((2, 3), np.nan), None):
         errors = truth.errors({} if wrong is None else {"y": wrong})
         assert errors["y"] == (math.inf, math.inf)
-        assert measure.disagreement(TINY[0], errors)
+        assert measure.disagreement(TINY[0], "xla", errors)
 
 
 def test_turns():

@@ -20,12 +20,13 @@ from cbam_ops._bench.providers import PROVIDERS, WEIGHTS, Inputs, Prepared
 # Before a provider is timed, the root of its summed squared errors must be under this part of the
 # root of the summed squares, for y and for every gradient. It stops a wrong computation, not an
 # inaccurate one: how accurate each is, is in the table; how accurate ours must be, the tests say.
-# A few single values may be far off in any of them: where two values are equal maxima in one
-# precision and not in the other, the gradient goes elsewhere. The weights' gradients of stock
-# graphs in half types are sums of thousands of rounded terms.
-_AGREE = {"float32": 1e-3, "bfloat16": 5e-2, "float16": 1e-2}
+# Stock graphs in half types round `x * channel_gate` before they look for its maxima: the gradient
+# then goes to another channel at every few positions, and sums of thousands of terms are rounded
+# over and over. Ours does neither and has no such excuse.
+_AGREE_OURS = {"float32": 1e-3, "bfloat16": 1e-2, "float16": 2e-3}
+_AGREE_Y = {"float32": 1e-3, "bfloat16": 3e-2, "float16": 1e-2}
+_AGREE_GRADIENTS = {"float32": 1e-3, "bfloat16": 0.5, "float16": 0.2}
 _BIAS_OF = {"db0": "dw0", "db1": "dw1", "dbias": "dkernel"}
-_AGREE_WEIGHTS = {"float32": 1e-3, "bfloat16": 0.5, "float16": 0.1}
 
 # The least number of timed calls, and of those that take longer than _SLOW seconds.
 _RUNS, _RUNS_SLOW, _SLOW = 7, 3, 0.4
@@ -215,11 +216,13 @@ class Truth:
         return found
 
 
-def disagreement(case: Case, errors: Mapping[str, tuple[float, float]]) -> str | None:
-    """What is wrong with results of these errors; None if they are the same function."""
+def disagreement(
+    case: Case, provider: str, errors: Mapping[str, tuple[float, float]]
+) -> str | None:
+    """What is wrong with a provider's results of these errors; None if they are the module's."""
     for name, (_, norm) in errors.items():
-        is_map = name in ("y", "dx", "d_residual")
-        limit = (_AGREE if is_map else _AGREE_WEIGHTS)[case.dtype]
+        limits = _AGREE_Y if name == "y" else _AGREE_GRADIENTS
+        limit = (_AGREE_OURS if provider == OURS else limits)[case.dtype]
         if not norm <= limit:
             return f"{name} is off by {norm:.2g} (root mean square, relative), allowed {limit:.2g}"
     return None
@@ -265,7 +268,7 @@ def measure(case: Case, seconds: float, cache_bytes: int, *, timed: bool = True)
         except Exception as error:  # whatever a framework raises for what it cannot do
             outcome.absent[name] = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
             continue
-        wrong = disagreement(case, errors[name])
+        wrong = disagreement(case, name, errors[name])
         if wrong is None:
             prepared[name] = candidate
         else:

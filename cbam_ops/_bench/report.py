@@ -425,15 +425,12 @@ def draw_peers(rows: Sequence[Row], path: Path) -> None:
                 )  # fmt: skip
         limit = {"forward": 1.0, "step": 2.5}[mode]
         axis.axhline(limit, color="black", lw=0.8, ls="--")
-        axis.annotate(
-            f"what the arithmetic must move: {limit:g}", (len(chosen) - 0.52, limit), ha="right",
-            va="bottom", fontsize=7.5,
-        )  # fmt: skip
         axis.set_yscale("log")
         axis.set_xticks(range(len(chosen)), [_size(row) for row in chosen])
         axis.set_ylabel("copies of the map (log)")
         axis.set_title(
-            {"forward": "Forward", "step": "Training step (forward and backward)"}[mode],
+            {"forward": "Forward", "step": "Training step (forward and backward)"}[mode]
+            + f"; dashed: what the arithmetic must move, {limit:g}",
             loc="left", fontsize=11,
         )  # fmt: skip
         axis.grid(axis="y", alpha=0.3)
@@ -452,7 +449,7 @@ def draw_roofline(rows: Sequence[Row], path: Path) -> None:
     from matplotlib.figure import Figure
 
     figures = Figures(rows)
-    figure = Figure(figsize=(8.4, 5.6), dpi=110, layout="constrained")
+    figure = Figure(figsize=(8.4, 6.6), dpi=110, layout="constrained")
     axis = figure.subplots()
     chosen = [row for row in figures.ours(op="cbam", layout="NHWC") if row["mode"] != "step"]
     markers = {"forward": "o", "backward": "s"}
@@ -495,7 +492,7 @@ def draw_roofline(rows: Sequence[Row], path: Path) -> None:
     axis.set_ylabel("10⁹ operations per second")
     axis.set_title("Roofline, NHWC: filled cbam_ops, open stock TensorFlow", fontsize=11)
     axis.grid(alpha=0.3, which="both")
-    axis.legend(fontsize=8)
+    figure.legend(fontsize=8, loc="outside lower center", ncols=2)
     figure.savefig(path)
 
 
