@@ -31,7 +31,7 @@ inline Status FromCudaError(cudaError_t error, const char* kernel) {
   switch (error) {
     case cudaErrorInsufficientDriver:
       return {StatusCode::kUnsupported,
-              "the NVIDIA driver is older than the CUDA toolkit that the kernels were built with "
+              "there is no NVIDIA driver, or it is older than the CUDA toolkit of the build "
               "(DriverVersion and BuildVersion "
               "give both)",
               kernel};
