@@ -169,8 +169,13 @@ def test_demo_without_an_optional_package(tmp_path, hidden, distributions):
 @pytest.mark.slow
 def test_demo_is_interrupted_cleanly(tmp_path):
     """Fails when Ctrl-C shows a traceback or another exit code than the shell's 130."""
+    # Where the tests run in the background, SIGINT is ignored and a child inherits that.
+    program = (
+        "import runpy, signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
+        "runpy.run_module('cbam_ops', run_name='__main__')"
+    )
     child = subprocess.Popen(
-        [sys.executable, "-m", "cbam_ops", "demo", "--output", str(tmp_path)],
+        [sys.executable, "-c", program, "demo", "--output", str(tmp_path)],
         cwd=tmp_path,
         env=_environment(),
         stdout=subprocess.PIPE,
