@@ -113,8 +113,7 @@ class ForwardPipeline {
       blocks_ = g_.BlocksPerSample(g_.wave);
       int64_t rows = 0;
       for (int64_t b = 0; b < blocks_; ++b) rows = std::max(rows, g_.BlockRows(b, blocks_).size());
-      plane_rows_ = rows + 2 * g_.half;
-      plane_size_ = PaddedPlane<A>::Size(g_, dense_.lanes, plane_rows_);
+      plane_size_ = PaddedPlane<A>::Size(g_, dense_.lanes, rows + 2 * g_.half);
       line_size_ = RoundUp(g_.width, dense_.lanes);
       halo_size_ = 2 * g_.step_rows * g_.width;
       scratch_size_ = RoundUp(2 * plane_size_ + line_size_ + halo_size_, 64);
@@ -314,7 +313,7 @@ class ForwardPipeline {
   A* hidden_[2] = {};  // [wave, hidden], for the mean and the maximum
   A* logits_[2] = {};  // [wave, C]
   int64_t blocks_ = 0;
-  int64_t plane_rows_ = 0, plane_size_ = 0, line_size_ = 0, halo_size_ = 0, scratch_size_ = 0;
+  int64_t plane_size_ = 0, line_size_ = 0, halo_size_ = 0, scratch_size_ = 0;
   A* scratch_ = nullptr;    // [wave * blocks, scratch_size]
   double* sums_ = nullptr;  // [N]
 };

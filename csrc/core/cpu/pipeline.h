@@ -187,7 +187,7 @@ struct Geometry {
   int64_t units;          // per sample
   int64_t step_rows;      // rows that a task takes through a pass at a time
 
-  // Half of a typical share of a last-level cache; measured in benchmarks/NOTES.md.
+  // What two cores still read at cache speed (benchmarks/NOTES.md); other sizes were not tried.
   static constexpr int64_t kWaveBytes = int64_t{8} << 20;
   static constexpr int64_t kUnitPositions = 256;
   static constexpr int64_t kStepBytes = int64_t{64} << 10;
