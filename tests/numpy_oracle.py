@@ -331,6 +331,8 @@ def backward(
             d_branch = d_logits * (branch > 0) if mlp_activation == "relu" else d_logits
             d_hidden = (d_branch @ cast(w1).T) * (hidden > 0)
             t = absolute(saved["channel_descriptors"][index])
+            if magnitude:  # the hidden unit is a sum that cancels too
+                hidden = (t @ cast(w0) + (0 if b0 is None else cast(b0))) * (hidden > 0)
             out["dw1"] += hidden.T @ d_branch
             out["dw0"] += t.T @ d_hidden
             if b1 is not None:
