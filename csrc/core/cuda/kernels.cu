@@ -3,6 +3,7 @@
 #include <cstdlib>
 #include <cstring>
 
+#include "core/cuda/explain.h"
 #include "core/cuda/kernels.h"
 #include "core/cuda/plan.h"
 #include "core/cuda/table.h"
@@ -75,11 +76,6 @@ std::atomic<int32_t>& ChosenPath() {
   return path;
 }
 
-#if defined(__CUDACC__)
-// Asked for its attributes only: whether this build has code for the device.
-__global__ void ProbeKernel() {}
-#endif
-
 }  // namespace
 
 size_t ForwardWorkspace(const Problem& problem) {
@@ -136,19 +132,6 @@ Status SpatialPoolGrad(const Problem& problem, const SpatialPoolGradArgs& args, 
   });
 }
 
-Status CheckDevice() {
-  DeviceInfo device;
-  const Status queried = QueryDevice(&device);
-  if (!queried.ok()) return queried;
-#if defined(__CUDACC__)
-  cudaFuncAttributes attributes;
-  return FromCudaError(
-      cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(&ProbeKernel)), "probe");
-#else
-  return {};
-#endif
-}
-
 int DriverVersion() {
   int version = 0;
 #if defined(__CUDACC__)
@@ -166,6 +149,10 @@ int BuildVersion() {
 int DeviceCapability() {
   DeviceInfo device;
   return QueryDevice(&device).ok() ? device.capability : 0;
+}
+void WhyNot(int capability, char* text, size_t size) {
+  ExplainMachine(DriverVersion(), BuildVersion(), capability > 0 ? capability : DeviceCapability(),
+                 BuiltArchitectures(), text, size);
 }
 const char* BuiltArchitectures() { return CBAM_OPS_CUDA_ARCHITECTURES; }
 

@@ -1,0 +1,69 @@
+"""The ops for GPUs, executed without one: TensorFlow's side of the CUDA kernels.
+
+An op library is built in which the very code that registers the kernels for GPUs (csrc/tf/ops.cc,
+checks.cc, fused_op.h, gpu_device.h) registers them for CPUs, over the CUDA kernels' sources as
+csrc/testing/cuda_on_cpu.h runs them. The tests of the public functions then run anew with that
+library. What stays for a real GPU: the stream (csrc/tf/gpu_kernels.cc) and what nvcc makes of the
+sources.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from cuda_on_cpu import COMPILER, build
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not COMPILER, reason="no C++ compiler on PATH"),
+]
+
+TESTS = Path(__file__).parent
+
+
+@pytest.fixture(scope="module")
+def library() -> Path:
+    import tensorflow as tf
+
+    include = tf.sysconfig.get_include()
+    framework = Path(tf.sysconfig.get_lib()) / "libtensorflow_framework.so.2"
+    # The flags of csrc/cmake/FindPipTensorFlow.cmake.
+    flags = ["-D_GLIBCXX_USE_CXX11_ABI=1", "-DEIGEN_MAX_ALIGN_BYTES=64", "-DNDEBUG"]
+    return build(
+        glue=["tf/ops.cc", "tf/checks.cc", "testing/cuda_on_cpu_ops.cc"],
+        glue_flags=[*flags, "-isystem", include],
+        glue_link=[str(framework)],
+    )
+
+
+def passed(library: Path, *arguments: str) -> int:
+    """Runs tests with the library in a process of its own; how many passed."""
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments],
+        cwd=TESTS.parent,
+        env={**os.environ, "CBAM_OPS_TEST_LIBRARY": str(library)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, f"{done.stdout[-8000:]}\n{done.stderr[-2000:]}"
+    return int(re.search(r"(\d+) passed", done.stdout)[1])
+
+
+SELECTED = {
+    "test_ops.py": "every_option or every_size or special_values or empty_batch or unknown_shapes "
+    "or every_time or stay_as_they_are",
+    "test_gradients.py": "every_option or every_size or equal_maxima or special_values "
+    "or second_order or forward_mode or a_residual or a_gate_alone",
+    "test_bad_input.py": "native or kernel_checks or run_time",
+}
+
+
+@pytest.mark.parametrize("tests", list(SELECTED))
+def test_the_tests_of_the_ops_pass(library, tests):
+    """Fails where an argument, an attribute or a type reaches the CUDA kernels wrongly."""
+    assert passed(library, str(TESTS / tests), "-k", SELECTED[tests]) > 20
