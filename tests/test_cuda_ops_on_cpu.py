@@ -74,21 +74,46 @@ def test_the_tests_of_the_ops_pass(library, tests):
     assert passed(library, str(TESTS / tests), "-k", SELECTED[tests]) > 10
 
 
-def test_the_kernels_that_ran_were_the_cuda_ones(library):
-    """Fails where the library that the tests above are given is not the one that computes."""
-    program = """
-import ctypes, sys
+def run_python(library: Path, code: str, **environment: str) -> str:
+    """Runs a program with the library in place of the installed one; what it printed last."""
+    head = """
+import sys
 import tensorflow as tf
 from cbam_ops import _loader
 _loader.load_from = lambda directory: tf.load_op_library(sys.argv[1])
 import cbam_ops
-with cbam_ops.use_implementation("native"):
-    cbam_ops.channel_pool(tf.ones((1, 3, 4, 5)))
+cbam_ops.use_implementation("native")
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", head + code, str(library)],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()[-1]
+
+
+def test_the_kernels_that_ran_were_the_cuda_ones(library):
+    """Fails where the library that the tests above are given is not the one that computes."""
+    program = """
+import ctypes
+cbam_ops.channel_pool(tf.ones((1, 3, 4, 5)))
 launched = ctypes.CDLL(sys.argv[1]).cbam_take_launched_kernels
 launched.restype = ctypes.c_char_p
 print(launched().decode())
 """
-    done = subprocess.run(
-        [sys.executable, "-c", program, str(library)], capture_output=True, text=True, check=True
-    )
-    assert "pool" in done.stdout.lower()
+    assert "ChannelPool" in run_python(library, program).split()
+
+
+def test_what_a_device_cannot_run_is_an_error_with_the_reason(library):
+    """Here the kernels refuse a map whose rows are no whole vectors, and then there is no driver."""
+    program = """
+x, w0, w1, kernel = (tf.ones(s) for s in [(2, 3, 4, 5), (5, 1), (1, 5), (3, 3, 2, 1)])
+try:
+    cbam_ops.cbam(x, w0, None, w1, None, kernel)
+except tf.errors.UnimplementedError as error:
+    print(error.message)
+"""
+    message = run_python(library, program, CBAM_OPS_CUDA_PATH="cluster")
+    assert "CbamOps>Cbam: There is no NVIDIA driver." in message

@@ -40,7 +40,7 @@ elseif(NOT CMAKE_CUDA_COMPILER)
 else()
   # Machine code for the first architecture of every generation that this nvcc knows from Turing on
   # (75, 80, 90, ...; the generation's later ones run it: 80's on 86, 87 and 89), and PTX of the newest
-  # for those to come. To be set before the language is enabled. Each costs about 35 seconds of one core.
+  # for those to come. To be set before the language is enabled. Each costs about 20 seconds of one core.
   if(NOT CMAKE_CUDA_ARCHITECTURES)
     execute_process(
       COMMAND "${CMAKE_CUDA_COMPILER}" --list-gpu-arch
