@@ -107,7 +107,7 @@ print(launched().decode())
 
 
 def test_what_a_device_cannot_run_is_an_error_with_the_reason(library):
-    """Here the kernels refuse a map whose rows are no whole vectors, and then there is no driver."""
+    """Here the kernels refuse rows that are no whole vectors, and then there is no driver."""
     program = """
 x, w0, w1, kernel = (tf.ones(s) for s in [(2, 3, 4, 5), (5, 1), (1, 5), (3, 3, 2, 1)])
 try:
