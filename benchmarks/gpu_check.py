@@ -60,18 +60,18 @@ except ImportError:  # the plan can be read without
 
 STAGES = ((56, 56, 256), (28, 28, 512), (14, 14, 1024), (7, 7, 2048))
 TYPES = ("float32", "float16", "bfloat16", "float64")
-# Seconds that each part may take; the timing stops by itself, the others are cut off or known to be
-# short.
+# Seconds that each part may take. The timings begin nothing new after theirs, programs of their own
+# are cut off, and the first three are estimates: they have not run on a GPU yet.
 PLAN = {
     "build": 45,
     "correctness": 40,
     "stream order": 10,
     "TensorFlow: tests": 70,
-    "TensorFlow: timing": 60,
-    "timing": 110,
-    "network": 40,
-    "memcheck": 50,
-    "racecheck": 50,
+    "timing": 140,
+    "TensorFlow: timing": 50,
+    "network": 35,
+    "memcheck": 45,
+    "racecheck": 45,
 }
 QUICK_PLAN = {**PLAN, "TensorFlow: timing": 30, "timing": 50, "network": 0}
 # Largest error of a tensor over its largest value (before cancellation), as in the CPU tests.
@@ -448,10 +448,14 @@ def launches(run: Callable[[], Any]) -> int | None:
     return sum(e.count for e in profile.key_averages() if "cbam_ops" in e.key) or None
 
 
-def torch_module(case: Case) -> Callable[[torch.Tensor], torch.Tensor]:
-    """The ten stock lines, channels last as PyTorch would have them."""
-    w = {name: value.to(case.map_type) for name, value in case.weights.items()}
-    kernel = w["kernel"].permute(2, 0, 1)[None].contiguous()
+def torch_module(
+    case: Case,
+) -> tuple[Callable[[torch.Tensor], torch.Tensor], list[torch.Tensor]]:
+    """The ten stock lines, channels last as PyTorch would have them, and their weights."""
+    w = {
+        name: value.to(case.map_type, copy=True).requires_grad_()
+        for name, value in case.weights.items()
+    }
 
     def mlp(t: torch.Tensor) -> torch.Tensor:
         return torch.relu(t @ w["w0"] + w["b0"]) @ w["w1"] + w["b1"]
@@ -460,10 +464,11 @@ def torch_module(case: Case) -> Callable[[torch.Tensor], torch.Tensor]:
         gate = torch.sigmoid(mlp(x.mean((2, 3))) + mlp(x.amax((2, 3))))
         u = x * gate[:, :, None, None]
         planes = torch.cat([u.mean(1, keepdim=True), u.amax(1, keepdim=True)], 1)
+        kernel = w["kernel"].permute(2, 0, 1)[None]
         z = torch.nn.functional.conv2d(planes, kernel, w["bias"], padding=case.k // 2)
         return u * torch.sigmoid(z)
 
-    return module
+    return module, list(w.values())
 
 
 def jax_module(case: Case) -> tuple[Callable[[], Any], Callable[[], Any]] | None:
@@ -518,71 +523,94 @@ def jax_time(run: Callable[[], Any]) -> float:
     return statistics.median(times)
 
 
-def time_all(library: Library, seconds: float, batches: tuple[int, ...]) -> list[dict[str, Any]]:
-    rows: list[dict[str, Any]] = []
+def same(ours: torch.Tensor, theirs: torch.Tensor) -> bool:
+    """Whether a peer computes the same function; its weights are of the map's type."""
+    scale = ours.float().abs().max()
+    error = (ours.float() - theirs.float()).abs().max() / scale
+    return bool(error < (5e-2 if ours.dtype == torch.bfloat16 else 1e-3))
+
+
+def time_ours(library: Library, case: Case, note: Callable[..., None], one: bool) -> None:
+    """Both paths; the launches too where there is `one` sample."""
+    for path in ("portable", "auto"):
+        library.set_path(path)
+        taken = {d: library.path(d, case.problem) for d in ("forward", "backward")}
+        if path == "auto" and set(taken.values()) == {"portable"}:
+            continue
+        name = gpu_report.OURS if path == "auto" else gpu_report.PORTABLE
+        passes = {"forward": case.forward, "backward": case.backward}
+        for what, function in passes.items():
+            count = {"launches": launches(function)} if one else {}
+            note(name, what, median_time(function), path=taken[what], **count)
+        both = "+".join(dict.fromkeys(taken.values()))
+        note(name, "step", median_time(lambda p=passes: [f() for f in p.values()]), path=both)
+    library.set_path("auto")
+
+
+def time_torch(case: Case, who: str, note: Callable[..., None]) -> None:
+    """PyTorch's stock operations, channels last; a step has the weights' gradients too."""
+    module, weights = torch_module(case)
+    function = torch.compile(module, dynamic=False) if who == "torch.compile" else module
+    x = case.x.permute(0, 3, 1, 2).detach().requires_grad_()
+    dy = case.dy.permute(0, 3, 1, 2)
+
+    def step() -> None:
+        for leaf in (x, *weights):
+            leaf.grad = None
+        function(x).backward(dy)
+
+    try:
+        case.forward()
+        with torch.no_grad():
+            if not same(case.outputs["y"], function(x).permute(0, 2, 3, 1)):
+                raise RuntimeError("it computes something else")
+            note(who, "forward", median_time(lambda: function(x)))
+        note(who, "step", median_time(step))
+    except Exception as error:  # a peer that fails is reported, not fatal
+        print(f"{who} {tuple(case.shape)} {case.dtype}: {type(error).__name__}: {error}"[:200])
+
+
+def time_all(library: Library, seconds: float, batches: Sequence[int]) -> list[gpu_report.Row]:
+    """Ours, the copy and eager PyTorch on every shape, then what has to be compiled first."""
+    rows: list[gpu_report.Row] = []
     deadline = time.perf_counter() + seconds
     torch.backends.cudnn.benchmark = True
-    for batch, dtype, (h, w, c) in shapes(batches):
+    bases: dict[Any, gpu_report.Row] = {}
+    for compiled, shape in itertools.product((False, True), shapes(batches)):
         if time.perf_counter() > deadline:
-            print("time is up: the remaining shapes were not timed")
+            print("time is up: the remaining shapes and peers were not timed")
             break
-        library.set_path("auto")
+        batch, dtype, (h, w, c) = shape
         case = Case(library, batch, h, w, c, dtype=dtype, ties=False)
-        target = torch.empty_like(case.x)
-        copy = median_time(lambda t=target, s=case.x: t.copy_(s))
-        base = {
-            "batch": batch,
-            "dtype": dtype,
-            "map": f"{h}x{w}x{c}",
-            "copy_us": copy * 1e6,
-            "map_bytes": case.x.numel() * case.x.element_size(),
-            "l2_bytes": torch.cuda.get_device_properties(0).L2_cache_size,
-        }
+        if not compiled:
+            target = torch.empty_like(case.x)
+            copy = median_time(lambda t=target, s=case.x: t.copy_(s))
+            del target
+            bases[shape] = {
+                "batch": batch,
+                "dtype": dtype,
+                "map": f"{h}x{w}x{c}",
+                "copy_us": copy * 1e6,
+                "map_bytes": case.x.numel() * case.x.element_size(),
+                "l2_bytes": torch.cuda.get_device_properties(0).L2_cache_size,
+            }
+        base = bases[shape]
 
         def note(
-            who: str, what: str, value: float, base: dict[str, Any] = base, **more: Any
+            who: str, what: str, value: float, base: gpu_report.Row = base, **more: Any
         ) -> None:
             rows.append({**base, "who": who, "what": what, "us": value * 1e6, **more})
 
-        for path in ("portable", "auto"):
-            library.set_path(path)
-            taken = {d: library.path(d, case.problem) for d in ("forward", "backward")}
-            if path == "auto" and set(taken.values()) == {"portable"}:
-                continue
-            name = gpu_report.OURS if path == "auto" else gpu_report.PORTABLE
-            passes = {"forward": case.forward, "backward": case.backward}
-            for what, function in passes.items():
-                count = {"launches": launches(function)} if batch == 1 else {}
-                note(name, what, median_time(function), path=taken[what], **count)
-            both = "+".join(dict.fromkeys(taken.values()))
-            note(name, "step", median_time(lambda p=passes: [f() for f in p.values()]), path=both)
-        module = torch_module(case)
-        x = case.x.permute(0, 3, 1, 2).detach().requires_grad_()
-        dy = case.dy.permute(0, 3, 1, 2)
-        compiled = (
-            torch.compile(module, dynamic=False) if batch == batches[0] or batch == 32 else None
-        )
-        for who, function in (("torch eager", module), ("torch.compile", compiled)):
-            if function is None or time.perf_counter() > deadline:
-                continue
-            try:
-                with torch.no_grad():
-                    note(who, "forward", median_time(lambda f=function, v=x: f(v)))
-
-                def step(f: Any = function, v: torch.Tensor = x, g: torch.Tensor = dy) -> None:
-                    v.grad = None
-                    f(v).backward(g)
-
-                note(who, "step", median_time(step))
-            except Exception as error:  # a competitor that fails is reported, not fatal
-                print(f"{who} {base['map']} {dtype}: {type(error).__name__}: {error}"[:200])
-        jax_runs = jax_module(case) if time.perf_counter() < deadline else None
-        if jax_runs:
-            note("JAX", "forward", jax_time(jax_runs[0]))
-            note("JAX", "step", jax_time(jax_runs[1]))
-        del case, target, x, dy
+        if not compiled:
+            time_ours(library, case, note, one=batch == 1)
+            time_torch(case, "torch eager", note)
+        else:
+            time_torch(case, "torch.compile", note)
+            jax_runs = jax_module(case) if time.perf_counter() < deadline else None
+            for what, run in zip(("forward", "step"), jax_runs or (), strict=False):
+                note("JAX", what, jax_time(run))
+        del case
         torch.cuda.empty_cache()
-    library.set_path("auto")
     return rows
 
 
@@ -631,10 +659,11 @@ def tensorflow_timing(
     output = folder / "tensorflow.csv"
     cases = [f"{b},{h},{w},{c},{dtype}" for b, dtype, (h, w, c) in shapes]
     command = [sys.executable, str(ROOT / "benchmarks" / "gpu_tensorflow.py")]
-    command += ["--output", str(output), "--seconds", str(seconds), "--cases", *cases]
+    # It begins nothing new in the last third: XLA may still be compiling then.
+    command += ["--output", str(output), "--seconds", str(seconds * 2 / 3), "--cases", *cases]
     try:
         done = subprocess.run(
-            command, capture_output=True, text=True, check=False, timeout=seconds + 30,
+            command, capture_output=True, text=True, check=False, timeout=seconds,
             env=_WITHOUT_PREALLOCATION,
         )  # fmt: skip
     except subprocess.TimeoutExpired:
