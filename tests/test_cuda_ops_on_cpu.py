@@ -32,8 +32,9 @@ def library() -> Path:
 
     include = tf.sysconfig.get_include()
     framework = Path(tf.sysconfig.get_lib()) / "libtensorflow_framework.so.2"
-    # The flags of csrc/cmake/FindPipTensorFlow.cmake.
+    # The flags of csrc/cmake/FindPipTensorFlow.cmake, and that of a build with CUDA kernels.
     flags = ["-D_GLIBCXX_USE_CXX11_ABI=1", "-DEIGEN_MAX_ALIGN_BYTES=64", "-DNDEBUG"]
+    flags.append("-DCBAM_HAVE_CUDA=1")
     return build(
         glue=["tf/ops.cc", "tf/checks.cc", "testing/cuda_on_cpu_ops.cc"],
         glue_flags=[*flags, "-isystem", include],

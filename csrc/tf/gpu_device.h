@@ -10,34 +10,14 @@
 #include <cstdint>
 
 #include "absl/status/status.h"
-#include "absl/strings/str_cat.h"
 #include "core/contract.h"
-#include "core/cuda/kernels.h"
 #include "tensorflow/core/framework/op_kernel.h"
 #include "tensorflow/core/framework/tensor.h"
+#include "tf/entry_points.h"
+#include "tf/gpu_status.h"
 
 namespace cbam_ops {
 namespace tf {
-namespace gpu {
-
-// The core's entry points under one name, told apart by their arguments.
-#define CBAM_OPS_ENTRY_POINT(Args, Function, WorkspaceFunction)                                 \
-  inline size_t Workspace(const Problem& problem, const Args&) {                                \
-    return cuda::WorkspaceFunction(problem);                                                    \
-  }                                                                                             \
-  inline Status Call(const Problem& problem, const Args& args, void* workspace, void* stream) { \
-    return cuda::Function(problem, args, workspace, stream);                                    \
-  }
-CBAM_OPS_ENTRY_POINT(ForwardArgs, Forward, ForwardWorkspace)
-CBAM_OPS_ENTRY_POINT(BackwardArgs, Backward, BackwardWorkspace)
-CBAM_OPS_ENTRY_POINT(ChannelPoolArgs, ChannelPool, ChannelPoolWorkspace)
-CBAM_OPS_ENTRY_POINT(ChannelPoolGradArgs, ChannelPoolGrad, ChannelPoolWorkspace)
-CBAM_OPS_ENTRY_POINT(SpatialPoolArgs, SpatialPool, SpatialPoolWorkspace)
-CBAM_OPS_ENTRY_POINT(SpatialPoolGradArgs, SpatialPoolGrad, SpatialPoolWorkspace)
-#undef CBAM_OPS_ENTRY_POINT
-
-}  // namespace gpu
-
 // `Stream` is made from the op's context, lives as long as the launch, and has a `handle()`: the
 // stream of the device that is current meanwhile.
 template <typename Stream>
@@ -63,15 +43,7 @@ struct GpuDevice {
     }
     const Stream stream(context);
     *status = gpu::Call(problem, args, workspace, stream.handle());
-    if (status->code == StatusCode::kUnsupported) {
-      char reason[cuda::kWhyNotBytes];
-      cuda::WhyNot(/*capability=*/0, reason, sizeof(reason));
-      if (*reason != '\0') {
-        return absl::UnimplementedError(
-            absl::StrCat(context->op_kernel().type_string(), ": ", reason));
-      }
-    }
-    return absl::OkStatus();
+    return gpu::ToAbslStatus(context->op_kernel().type_string().c_str(), *status);
   }
 };
 

@@ -76,6 +76,11 @@ std::atomic<int32_t>& ChosenPath() {
   return path;
 }
 
+#if defined(__CUDACC__)
+// Asked for its attributes only: whether this build has code for the device.
+__global__ void ProbeKernel() {}
+#endif
+
 }  // namespace
 
 size_t ForwardWorkspace(const Problem& problem) {
@@ -130,6 +135,19 @@ Status SpatialPoolGrad(const Problem& problem, const SpatialPoolGradArgs& args, 
   return WithLauncher(pool, stream, [&](const Table& table, Launcher launcher) {
     return table.spatial_pool_grad(pool, args, workspace, launcher);
   });
+}
+
+Status CheckDevice() {
+  DeviceInfo device;
+  const Status queried = QueryDevice(&device);
+  if (!queried.ok()) return queried;
+#if defined(__CUDACC__)
+  cudaFuncAttributes attributes;
+  return FromCudaError(
+      cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(&ProbeKernel)), "probe");
+#else
+  return {};
+#endif
 }
 
 int DriverVersion() {

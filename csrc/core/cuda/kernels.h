@@ -35,6 +35,10 @@ Status SpatialPool(const Problem& problem, const SpatialPoolArgs& args, void* wo
 Status SpatialPoolGrad(const Problem& problem, const SpatialPoolGradArgs& args, void* workspace,
                        void* stream);
 
+// Whether this build can run on the current device: ok, or kUnsupported, or kDeviceError. Makes the
+// device's context and loads the code, which not every moment of a stream's life allows: meant for
+// a first use.
+Status CheckDevice();
 // Why this build cannot run on a device of the given compute capability (10 * major + minor; 0: on
 // the current device): no driver, one older than the CUDA of the build, no device, or an
 // architecture that was not built, as one sentence with the versions. Empty where it can. Asks the
