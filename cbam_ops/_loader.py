@@ -22,6 +22,7 @@ from types import ModuleType
 from typing import Any, Literal
 
 LIBRARY = "libcbam_ops_tf.so"
+CORE_LIBRARY = "libcbam_ops_core.so"  # the kernels: LIBRARY and the pybind11 module need it
 BUILD_RECORD = "_build_record.json"
 
 CauseKind = Literal[
@@ -131,13 +132,14 @@ def find_cause(directory: Path | None, tensorflow_version: str) -> Cause | None:
             "Run Python from another folder to use the installed package, or build the source "
             f"tree's: pip install -e {source}",
         )
-    library = (directory or _PACKAGE) / LIBRARY
-    if directory is None or not library.is_file():
-        return Cause(
-            "not_built",
-            f"The compiled ops are missing: there is no {library}.",
-            f"Build and install them: {_rebuild_command(_PACKAGE)}",
-        )
+    libraries = [(directory or _PACKAGE) / name for name in (LIBRARY, CORE_LIBRARY)]
+    for library in libraries:
+        if directory is None or not library.is_file():
+            return Cause(
+                "not_built",
+                f"The compiled ops are missing: there is no {library}.",
+                f"Build and install them: {_rebuild_command(_PACKAGE)}",
+            )
     record = read_build_record(directory)
     built_for = str(record.get("tensorflow", {}).get("version", ""))
     if built_for and _minor(built_for) != _minor(tensorflow_version):
@@ -148,13 +150,14 @@ def find_cause(directory: Path | None, tensorflow_version: str) -> Cause | None:
             f"Install the release they were built for: pip install "
             f"'tensorflow=={_minor(built_for)}.*'",
         )
-    damage = _damage(library)
-    if damage is not None:
-        return Cause(
-            "corrupt",
-            f"The compiled ops are damaged: {library} {damage}.",
-            f"Install them again: {_rebuild_command(_PACKAGE)}",
-        )
+    for library in libraries:
+        damage = _damage(library)
+        if damage is not None:
+            return Cause(
+                "corrupt",
+                f"The compiled ops are damaged: {library} {damage}.",
+                f"Install them again: {_rebuild_command(_PACKAGE)}",
+            )
     return None
 
 

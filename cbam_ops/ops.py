@@ -25,7 +25,7 @@ from typing import Any
 
 import tensorflow as tf
 
-from cbam_ops import _checks, _loader, options, reference
+from cbam_ops import _checks, _gpu, _loader, options, reference
 
 __all__ = [
     "cbam",
@@ -477,20 +477,16 @@ def _cause_of_the_place() -> _loader.Cause | None:
     # op without a kernel there would quietly run on the CPU, with copies either way.
     place = tf.zeros(()).device
     device = tf.DeviceSpec.from_string(place).device_type if place else "GPU"
-    if device != "GPU" or _has_gpu_kernels():
+    if device != "GPU":
+        return None
+    reason = _gpu.why_not_under_tensorflow()
+    if reason is None:
         return None
     return _loader.Cause(
         "no_kernel",
-        "The op would run on a GPU, for which this build has no kernels.",
-        'Put it under tf.device("CPU") to use the native ones.',
+        f"The op would run on a GPU, where the kernels cannot. {reason}",
+        'Put it under tf.device("CPU") to use the native ones there.',
     )
-
-
-def _has_gpu_kernels() -> bool:
-    from tensorflow.python.framework import kernels
-
-    registered = kernels.get_registered_kernels_for_op("CbamOps>Cbam").kernel
-    return any(kernel.device_type == "GPU" for kernel in registered)
 
 
 # --------------------------------------------------------------------------------------------------
