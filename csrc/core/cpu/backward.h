@@ -264,19 +264,16 @@ class BackwardPipeline {
     const A* more = args.d_channel_gate == nullptr
                         ? nullptr
                         : static_cast<const A*>(args.d_channel_gate) + n * c;
-    const A* partial = partial_ + (n - first) * g_.units * 2 * c;
     A* dz = dz_channel_[0] + n * c;
     A* ties = channel_count_ + (n - first) * c;
-    for (int64_t i = 0; i < c; ++i) {
-      double dot = more == nullptr ? 0.0 : static_cast<double>(more[i]);
-      double count = 0;
-      for (int64_t u = 0; u < g_.units; ++u) {
-        dot += partial[u * 2 * c + i];
-        count += partial[u * 2 * c + c + i];
-      }
-      dz[i] = static_cast<A>(dot) * gate[i] * (A{1} - gate[i]);
-      ties[i] = static_cast<A>(count);
-    }
+    CombineUnits(
+        partial_ + (n - first) * g_.units * 2 * c, g_.units, c, 0.0,
+        [](double a, double b) { return a + b; },
+        [&](int64_t i, double dot, double count) {
+          if (more != nullptr) dot += static_cast<double>(more[i]);
+          dz[i] = static_cast<A>(dot) * gate[i] * (A{1} - gate[i]);
+          ties[i] = static_cast<A>(count);
+        });
   }
 
   // From dz, the gradient of the gate's logits, to the descriptors'. Leaves in d_channel_ what pass

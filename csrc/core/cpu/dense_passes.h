@@ -3,8 +3,8 @@
 // only.
 //
 // None of it touches a map, but at C = 2048 the MLP's weights are as large as a sample, so the
-// products keep their sums in registers (6 rows x 2 vectors) and read the weights once per six
-// rows.
+// products keep their sums in registers (6 or 8 rows x 2 vectors) and read the weights once per so
+// many rows.
 #ifndef CBAM_OPS_CORE_CPU_DENSE_PASSES_H_
 #define CBAM_OPS_CORE_CPU_DENSE_PASSES_H_
 
@@ -21,6 +21,9 @@ namespace {
 // Sums over at most this many products before they move to the output: long sums stay accurate, and
 // the panel of b that one block of columns reads stays in the first-level cache for all rows.
 constexpr int64_t kInnerBlock = 256;
+
+// Rows whose sums fill the registers beside what a step loads: AVX-512 has 32, the others 16.
+constexpr int kProductRows = CBAM_VECTOR_BYTES == 64 ? 8 : 6;
 
 // Adds a's and b's inner range to a block of the output. `n` is the number of columns of the last
 // vector, kLanes when it is whole.
@@ -70,7 +73,8 @@ CBAM_INLINE void ProductColumns(const Product<A>& p, int64_t column, int64_t n) 
   do {  // once even where there is nothing to add: the output is written
     const Range inner{begin, begin + kInnerBlock < p.inner ? begin + kInnerBlock : p.inner};
     int64_t row = 0;
-    for (; row + 6 <= p.rows; row += 6) ProductBlock<6, kVectors, kTail>(p, inner, row, column, n);
+    for (; row + kProductRows <= p.rows; row += kProductRows)
+      ProductBlock<kProductRows, kVectors, kTail>(p, inner, row, column, n);
     for (; row + 2 <= p.rows; row += 2) ProductBlock<2, kVectors, kTail>(p, inner, row, column, n);
     for (; row < p.rows; ++row) ProductBlock<1, kVectors, kTail>(p, inner, row, column, n);
     begin += kInnerBlock;

@@ -55,17 +55,13 @@ class ChannelDescriptors {
       }
     });
     ForEach(parallel_, samples, [&](int64_t s) {
-      const A* partial = partial_ + s * g_.units * 2 * c;
-      for (int64_t i = 0; i < c; ++i) {
-        double total = 0;
-        A greatest = -std::numeric_limits<A>::infinity();
-        for (int64_t u = 0; u < g_.units; ++u) {
-          total += partial[u * 2 * c + i];
-          greatest = MaxOrNan(greatest, partial[u * 2 * c + c + i]);
-        }
-        mean[s * c + i] = static_cast<A>(total / static_cast<double>(g_.positions));
-        maximum[s * c + i] = greatest;
-      }
+      CombineUnits(
+          partial_ + s * g_.units * 2 * c, g_.units, c, -std::numeric_limits<double>::infinity(),
+          [](double a, double b) { return MaxOrNan(a, b); },
+          [&](int64_t i, double total, double greatest) {
+            mean[s * c + i] = static_cast<A>(total / static_cast<double>(g_.positions));
+            maximum[s * c + i] = static_cast<A>(greatest);
+          });
     });
   }
 

@@ -187,15 +187,17 @@ struct Geometry {
   int64_t units;          // per sample
   int64_t step_rows;      // rows that a task takes through a pass at a time
 
-  // What two cores still read at cache speed (benchmarks/NOTES.md); other sizes were not tried.
+  // What two cores still read at cache speed; 4 and 16 MB, and steps of 64 and 256 KB, were within
+  // the noise of these or slower (benchmarks/NOTES.md).
   static constexpr int64_t kWaveBytes = int64_t{8} << 20;
   static constexpr int64_t kUnitPositions = 256;
-  static constexpr int64_t kStepBytes = int64_t{64} << 10;
+  static constexpr int64_t kStepBytes = int64_t{128} << 10;
 };
 
-// Outputs that fill the caches are stored past them.
+// Outputs larger than a wave are stored past the caches, where they would take the place of what
+// the next passes read.
 inline bool ShouldStream(const Geometry& g) {
-  return g.batch * g.sample_bytes > (int64_t{16} << 20);
+  return g.batch * g.sample_bytes > Geometry::kWaveBytes;
 }
 
 // Zero-padded planes of `rows` rows, for the convolution.
@@ -225,6 +227,28 @@ void CopyRows(const A* from, int64_t width, int64_t rows, const Plane<A>& plane,
 template <typename A>
 A MaxOrNan(A a, A b) {
   return b > a || b != b ? b : a;
+}
+
+// Adds up the partial results of a sample's units in double, column by column: calls
+// finish(column, sum of the first halves, `second` of the second halves) for partial [units, 2, C],
+// where `second` folds values into a double that starts at `start`.
+template <typename A, typename Fold, typename Finish>
+void CombineUnits(const A* partial, int64_t units, int64_t channels, double start,
+                  const Fold& second, const Finish& finish) {
+  constexpr int64_t kColumns = 256;  // unit by unit in the order of memory, so some at a time
+  double sums[kColumns], seconds[kColumns];
+  for (int64_t begin = 0; begin < channels; begin += kColumns) {
+    const int64_t count = std::min(kColumns, channels - begin);
+    std::fill(sums, sums + count, 0.0);
+    std::fill(seconds, seconds + count, start);
+    for (int64_t u = 0; u < units; ++u) {
+      const A* first = partial + u * 2 * channels + begin;
+      for (int64_t i = 0; i < count; ++i) sums[i] += static_cast<double>(first[i]);
+      for (int64_t i = 0; i < count; ++i)
+        seconds[i] = second(seconds[i], static_cast<double>(first[channels + i]));
+    }
+    for (int64_t i = 0; i < count; ++i) finish(begin + i, sums[i], seconds[i]);
+  }
 }
 
 // to[r, j] += from[r, j] over a range of columns; rows are `stride` apart in both.
