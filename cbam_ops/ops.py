@@ -462,35 +462,37 @@ def _cause_of_the_place() -> _loader.Cause | None:
     """Why the library, though loaded, has no kernel for the place where the op would run."""
     from tensorflow.python.ops import control_flow_util
 
-    if not tf.executing_eagerly() and control_flow_util.GraphOrParentsInXlaContext(
+    compiled = not tf.executing_eagerly() and control_flow_util.GraphOrParentsInXlaContext(
         tf.compat.v1.get_default_graph()
-    ):
-        return _loader.Cause(
-            "no_kernel",
-            "The function is compiled by XLA (jit_compile=True), for which this build has no "
-            "kernels.",
-            "Leave jit_compile=True out to use the native ones.",
-        )
+    )
+    return cause_in_xla() if compiled else _cause_on(_device())
+
+
+def cause_in_xla() -> _loader.Cause | None:
+    """Why XLA, compiling for the place where the op would run, cannot compile it."""
+    return _loader.load_xla() or _cause_on(f"XLA_{_device()}_JIT")
+
+
+def _device() -> str:
+    """Where TensorFlow would put a stock op now: the innermost tf.device, or by default the GPU.
+
+    A native op without a kernel there would quietly run on the CPU, with copies either way.
+    """
     if not tf.config.list_logical_devices("GPU"):
-        return None
-    # Where TensorFlow would put a stock op now: the innermost tf.device, or by default the GPU. An
-    # op without a kernel there would quietly run on the CPU, with copies either way.
+        return "CPU"
     place = tf.zeros(()).device
-    device = tf.DeviceSpec.from_string(place).device_type if place else "GPU"
-    if device != "GPU" or _has_gpu_kernels():
+    return tf.DeviceSpec.from_string(place).device_type if place else "GPU"
+
+
+def _cause_on(device: str) -> _loader.Cause | None:
+    if "GPU" not in device or device in _loader.devices_with_kernels():
         return None
+    under = " under XLA" if device.startswith("XLA") else ""
     return _loader.Cause(
         "no_kernel",
-        "The op would run on a GPU, for which this build has no kernels.",
+        f"The op would run on a GPU{under}, for which this build has no kernels.",
         'Put it under tf.device("CPU") to use the native ones.',
     )
-
-
-def _has_gpu_kernels() -> bool:
-    from tensorflow.python.framework import kernels
-
-    registered = kernels.get_registered_kernels_for_op("CbamOps>Cbam").kernel
-    return any(kernel.device_type == "GPU" for kernel in registered)
 
 
 # --------------------------------------------------------------------------------------------------

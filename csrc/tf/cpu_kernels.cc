@@ -12,28 +12,12 @@
 #include "tensorflow/core/framework/op_kernel.h"
 #include "tensorflow/core/framework/tensor.h"
 #include "tensorflow/core/lib/core/threadpool.h"
+#include "tf/entry_points.h"
 #include "tf/fused_op.h"
 
 namespace cbam_ops {
 namespace tf {
 namespace {
-
-// The core's entry points under one name, told apart by their arguments.
-#define CBAM_OPS_ENTRY_POINT(Args, Function, WorkspaceFunction)                                 \
-  inline size_t Workspace(const Problem& problem, const Args&, const cpu::Parallel& parallel) { \
-    return cpu::WorkspaceFunction(problem, parallel);                                           \
-  }                                                                                             \
-  inline Status Call(const Problem& problem, const Args& args, void* workspace,                 \
-                     const cpu::Parallel& parallel) {                                           \
-    return cpu::Function(problem, args, workspace, parallel);                                   \
-  }
-CBAM_OPS_ENTRY_POINT(ForwardArgs, Forward, ForwardWorkspace)
-CBAM_OPS_ENTRY_POINT(BackwardArgs, Backward, BackwardWorkspace)
-CBAM_OPS_ENTRY_POINT(ChannelPoolArgs, ChannelPool, ChannelPoolWorkspace)
-CBAM_OPS_ENTRY_POINT(ChannelPoolGradArgs, ChannelPoolGrad, ChannelPoolWorkspace)
-CBAM_OPS_ENTRY_POINT(SpatialPoolArgs, SpatialPool, SpatialPoolWorkspace)
-CBAM_OPS_ENTRY_POINT(SpatialPoolGradArgs, SpatialPoolGrad, SpatialPoolWorkspace)
-#undef CBAM_OPS_ENTRY_POINT
 
 struct CpuDevice {
   static void PrepareOutput(void* data, size_t bytes) { cpu::PreferLargePages(data, bytes); }

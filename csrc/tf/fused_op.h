@@ -6,30 +6,14 @@
 #include <type_traits>
 
 #include "absl/status/status.h"
-#include "absl/strings/str_cat.h"
 #include "core/contract.h"
 #include "tensorflow/core/framework/op_kernel.h"
 #include "tf/checks.h"
 #include "tf/signature.h"
+#include "tf/status.h"
 
 namespace cbam_ops {
 namespace tf {
-
-inline absl::Status ToAbslStatus(const char* op, const Status& status) {
-  const auto text = absl::StrCat(op, ": ", *status.kernel != '\0' ? status.kernel : "",
-                                 *status.kernel != '\0' ? ": " : "", status.message);
-  switch (status.code) {
-    case StatusCode::kOk:
-      return absl::OkStatus();
-    case StatusCode::kInvalidProblem:
-      return absl::InvalidArgumentError(text);
-    case StatusCode::kUnsupported:
-      return absl::UnimplementedError(text);
-    case StatusCode::kDeviceError:
-      break;
-  }
-  return absl::InternalError(text);
-}
 
 // `Device` has a static `Launch(context, problem, args, &status)` for each of the core's argument
 // structs, which allocates the workspace and runs; it returns TensorFlow's errors and leaves the
