@@ -3,9 +3,9 @@
 Nothing happens at import. `load_ops()` does the work once per process and returns the module of ops
 that `tf.load_op_library` makes, or a `Cause`: what is wrong and the one command that mends it.
 
-What XLA needs to compile the ops is in a library of its own, so that its failure leaves them as they
-are. It is loaded together with them: a graph that was made outside XLA can reach XLA without any
-call of this package. `load_xla()` says how that went.
+What XLA needs to compile the ops is in a library of its own, so that its failure leaves them as
+they are. It is loaded together with them: a graph that was made outside XLA can reach XLA without
+any call of this package. `load_xla()` says how that went.
 
 A library built for one minor release of TensorFlow does not load in another (C++ symbols differ),
 so versions are compared before anything is loaded. The minor is the one in the build record, a file
@@ -189,7 +189,7 @@ def load_from(directory: Path | None) -> ModuleType | Cause:
 
 
 def load_xla_from(directory: Path) -> Cause | None:
-    """Loads what XLA needs from `directory`, where the ops come from; see `load_xla`. Not cached."""
+    """Loads what XLA needs from `directory`, the ops' own; see `load_xla`. Not cached."""
     import tensorflow as tf
 
     library = directory / XLA_LIBRARY

@@ -15,7 +15,7 @@ from ops_cases import OPTIONS, SIZES, Case, magnitude, options, truth_and_stock
 from tolerances import FLOAT32, assert_accurate, assert_close, assert_same_bits
 
 import cbam_ops
-from cbam_ops import ops, reference
+from cbam_ops import _loader, ops, reference
 
 pytestmark = pytest.mark.usefixtures("native")
 
@@ -376,33 +376,13 @@ def fresh_warnings(monkeypatch):
     monkeypatch.setattr(choices, "_warned", set())
 
 
-def test_xla_gets_the_reference(fresh_warnings):
-    """Fails where jit_compile=True, which Keras may turn on itself, meets an op it cannot take."""
-    case = Case()
-    tensors = case.draw("float32", "NHWC")
-    expected = case.call(ops, tensors, "NHWC")[0]
-
-    def function(tensors):
-        return case.call(ops, tensors, "NHWC")[0]
-
-    with cbam_ops.use_implementation("auto"):
-        compiled = tf.function(function, jit_compile=True)
-        with pytest.warns(RuntimeWarning, match="jit_compile=True"):
-            y = compiled(tensors)
-        tf.function(function, jit_compile=True)(tensors)  # and not a second time
-    assert_close(y, expected, FLOAT32, "y")
-    # A NativeUnavailableError, which autograph wraps in an error of its own.
-    with pytest.raises(Exception, match="jit_compile"):
-        tf.function(function, jit_compile=True)(tensors)
-
-
 def test_a_gpu_without_kernels_gets_the_reference(fresh_warnings, monkeypatch):
     """Fails where an op without a GPU kernel would run on the CPU, with copies nobody asked for."""
     case = Case()
     tensors = case.draw("float32", "NHWC")
     gpu = tf.config.LogicalDevice("/device:GPU:0", "GPU")
     monkeypatch.setattr(tf.config, "list_logical_devices", lambda kind=None: [gpu])
-    monkeypatch.setattr(ops, "_has_gpu_kernels", lambda: False)
+    monkeypatch.setattr(_loader, "devices_with_kernels", lambda: {"CPU", "XLA_CPU_JIT"})
 
     def is_native(device: str | None) -> bool:
         with tf.Graph().as_default() as graph, tf.device(device):
@@ -415,9 +395,9 @@ def test_a_gpu_without_kernels_gets_the_reference(fresh_warnings, monkeypatch):
         assert not is_native("/device:GPU:0")
         assert is_native("/device:CPU:0")
         assert case.call(ops, tensors, "NHWC")[0].device.endswith("CPU:0")
-        monkeypatch.setattr(ops, "_has_gpu_kernels", lambda: True)
+        monkeypatch.setattr(_loader, "devices_with_kernels", lambda: {"CPU", "GPU"})
         assert is_native("/device:GPU:0")
-    monkeypatch.setattr(ops, "_has_gpu_kernels", lambda: False)
+    monkeypatch.setattr(_loader, "devices_with_kernels", lambda: {"CPU", "XLA_CPU_JIT"})
     with pytest.raises(cbam_ops.NativeUnavailableError, match="on a GPU"):
         is_native("/device:GPU:0")
 

@@ -15,6 +15,14 @@
 namespace cbam_ops {
 namespace tf {
 
+#define CBAM_OPS_FOR_ENTRY_POINTS(ENTRY_POINT)                            \
+  ENTRY_POINT(ForwardArgs, Forward, ForwardWorkspace)                     \
+  ENTRY_POINT(BackwardArgs, Backward, BackwardWorkspace)                  \
+  ENTRY_POINT(ChannelPoolArgs, ChannelPool, ChannelPoolWorkspace)         \
+  ENTRY_POINT(ChannelPoolGradArgs, ChannelPoolGrad, ChannelPoolWorkspace) \
+  ENTRY_POINT(SpatialPoolArgs, SpatialPool, SpatialPoolWorkspace)         \
+  ENTRY_POINT(SpatialPoolGradArgs, SpatialPoolGrad, SpatialPoolWorkspace)
+
 #define CBAM_OPS_ENTRY_POINT(Args, Function, WorkspaceFunction)                                 \
   inline size_t Workspace(const Problem& problem, const Args&, const cpu::Parallel& parallel) { \
     return cpu::WorkspaceFunction(problem, parallel);                                           \
@@ -22,31 +30,27 @@ namespace tf {
   inline Status Call(const Problem& problem, const Args& args, void* workspace,                 \
                      const cpu::Parallel& parallel) {                                           \
     return cpu::Function(problem, args, workspace, parallel);                                   \
-  }                                                                                             \
-  CBAM_OPS_CUDA_ENTRY_POINT(Args, Function, WorkspaceFunction)
+  }
+CBAM_OPS_FOR_ENTRY_POINTS(CBAM_OPS_ENTRY_POINT)
+#undef CBAM_OPS_ENTRY_POINT
 
 #if defined(CBAM_HAVE_CUDA)
-#define CBAM_OPS_CUDA_ENTRY_POINT(Args, Function, WorkspaceFunction)                \
-  inline size_t CudaWorkspace(const Problem& problem, const Args&) {                \
-    return cuda::WorkspaceFunction(problem);                                        \
-  }                                                                                 \
-  inline Status CudaCall(const Problem& problem, const Args& args, void* workspace, \
-                         void* stream) {                                            \
-    return cuda::Function(problem, args, workspace, stream);                        \
+namespace gpu {
+
+#define CBAM_OPS_ENTRY_POINT(Args, Function, WorkspaceFunction)                                 \
+  inline size_t Workspace(const Problem& problem, const Args&) {                                \
+    return cuda::WorkspaceFunction(problem);                                                    \
+  }                                                                                             \
+  inline Status Call(const Problem& problem, const Args& args, void* workspace, void* stream) { \
+    return cuda::Function(problem, args, workspace, stream);                                    \
   }
-#else
-#define CBAM_OPS_CUDA_ENTRY_POINT(Args, Function, WorkspaceFunction)
+CBAM_OPS_FOR_ENTRY_POINTS(CBAM_OPS_ENTRY_POINT)
+#undef CBAM_OPS_ENTRY_POINT
+
+}  // namespace gpu
 #endif
 
-CBAM_OPS_ENTRY_POINT(ForwardArgs, Forward, ForwardWorkspace)
-CBAM_OPS_ENTRY_POINT(BackwardArgs, Backward, BackwardWorkspace)
-CBAM_OPS_ENTRY_POINT(ChannelPoolArgs, ChannelPool, ChannelPoolWorkspace)
-CBAM_OPS_ENTRY_POINT(ChannelPoolGradArgs, ChannelPoolGrad, ChannelPoolWorkspace)
-CBAM_OPS_ENTRY_POINT(SpatialPoolArgs, SpatialPool, SpatialPoolWorkspace)
-CBAM_OPS_ENTRY_POINT(SpatialPoolGradArgs, SpatialPoolGrad, SpatialPoolWorkspace)
-
-#undef CBAM_OPS_ENTRY_POINT
-#undef CBAM_OPS_CUDA_ENTRY_POINT
+#undef CBAM_OPS_FOR_ENTRY_POINTS
 
 }  // namespace tf
 }  // namespace cbam_ops

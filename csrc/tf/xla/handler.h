@@ -197,10 +197,9 @@ inline ffi::Error ToFfiError(const absl::Status& status) {
 }
 
 // Registers a handler of one op; false where XLA refuses it.
-inline bool RegisterHandler(const char* op, const char* platform, XLA_FFI_Handler* handler,
-                            XLA_FFI_Handler_Traits traits) {
+inline bool RegisterHandler(const char* op, const char* platform, XLA_FFI_Handler_Bundle handler) {
   const XLA_FFI_Api* api = XLA_FFI_GetApi();
-  XLA_FFI_Error* error = ffi::Ffi::RegisterStaticHandler(api, op, platform, handler, traits);
+  XLA_FFI_Error* error = ffi::Ffi::RegisterStaticHandler(api, op, platform, handler);
   if (error == nullptr) return true;
   XLA_FFI_Error_Destroy_Args destroy = {XLA_FFI_Error_Destroy_Args_STRUCT_SIZE, nullptr, error};
   api->XLA_FFI_Error_Destroy(&destroy);

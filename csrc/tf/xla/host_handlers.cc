@@ -63,7 +63,7 @@ bool Register() {
   XLA_FFI_DEFINE_HANDLER(
       handler, Handle<kSignature>,
       ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().RemainingArgs().RemainingRets().Attrs());
-  return RegisterHandler(kSignature.op, "Host", handler, /*traits=*/0);
+  return RegisterHandler(kSignature.op, "Host", {nullptr, nullptr, nullptr, handler});
 }
 
 }  // namespace

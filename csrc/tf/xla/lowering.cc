@@ -3,6 +3,7 @@
 // They are registered as kernels of XLA's compilation devices, one registration per op, and not
 // with REGISTER_XLA_OP: that one takes no ops once the process has compiled anything, and ends the
 // process when a second copy of the library is loaded.
+#include <algorithm>
 #include <cstdint>
 #include <cstring>
 #include <map>
@@ -24,6 +25,7 @@
 #include "tf/entry_points.h"
 #include "tf/signature.h"
 #include "tf/xla/custom_call.h"
+#include "xla/hlo/builder/lib/constants.h"
 #include "xla/hlo/builder/xla_builder.h"
 #include "xla/shape.h"
 #include "xla/shape_util.h"
@@ -87,10 +89,44 @@ struct Cuda {
 
   template <typename Args>
   static size_t Plan(tensorflow::OpKernelContext*, const Problem& problem, std::string*) {
-    return CudaWorkspace(problem, Args{}) + kCudaAlignment - 1;
+    return gpu::Workspace(problem, Args{}) + kCudaAlignment - 1;
   }
 };
 #endif
+
+// The axis of the samples, -1 without one.
+int BatchAxis(const Argument& argument) {
+  const auto* const begin = argument.dims.dims;
+  const auto* const end = begin + argument.dims.rank;
+  const auto* const found = std::find(begin, end, Dim::kBatch);
+  return found == end ? -1 : static_cast<int>(found - begin);  // first in both layouts of a map
+}
+
+// A batch whose size XLA does not know but bounds (from tf.boolean_mask, say). A custom call has
+// fixed shapes, so it gets the bound's batch with zeros for the samples that are not there: they
+// add nothing to the gradients of the weights, and their own results are cut off.
+class DynamicBatch {
+ public:
+  explicit DynamicBatch(xla::XlaBuilder* builder) : builder_(builder) {}
+
+  xla::XlaOp Pad(xla::XlaOp operand, const xla::Shape& shape, int axis) {
+    if (axis < 0 || !shape.is_dynamic_dimension(axis)) return operand;
+    const xla::XlaOp size = xla::GetDimensionSize(operand, axis);
+    if (!size_.valid()) size_ = size;
+    const xla::Shape fixed = xla::ShapeUtil::MakeShape(shape.element_type(), shape.dimensions());
+    const xla::XlaOp sample =
+        xla::Iota(builder_, xla::ShapeUtil::MakeShape(xla::S32, shape.dimensions()), axis);
+    return xla::Select(xla::Lt(sample, size), xla::RemoveDynamicDimension(operand, axis),
+                       xla::Zeros(builder_, fixed));
+  }
+  xla::XlaOp Unpad(xla::XlaOp result, int axis) const {
+    return axis < 0 || !size_.valid() ? result : xla::SetDimensionSize(result, size_, axis);
+  }
+
+ private:
+  xla::XlaBuilder* builder_;
+  xla::XlaOp size_;
+};
 
 template <const auto& kSignature, typename Platform>
 class CustomCallOp final : public tensorflow::XlaOpKernel {
@@ -110,6 +146,7 @@ class CustomCallOp final : public tensorflow::XlaOpKernel {
 
   absl::Status Lower(tensorflow::XlaOpKernelContext* context) const {
     Dimensions dimensions(kSignature.op, options_);
+    DynamicBatch batch(context->builder());
     std::vector<xla::XlaOp> operands;
     std::vector<xla::Shape> operand_shapes;
     for (const auto& input : kSignature.inputs) {
@@ -118,19 +155,25 @@ class CustomCallOp final : public tensorflow::XlaOpKernel {
       TF_RETURN_IF_ERROR(InputRange(input.argument.name, &begin, &end));
       for (int i = begin; i < end; ++i) {
         TF_ASSIGN_OR_RETURN(const xla::Shape shape, context->InputXlaShape(i));
-        if (shape.is_dynamic()) {
-          return absl::InvalidArgumentError(
-              absl::StrCat(kSignature.op, ": `", input.argument.name,
-                           "` must have a shape that is known when XLA compiles, got ",
-                           xla::ShapeUtil::HumanString(shape)));
-        }
         const auto sizes = shape.dimensions();
-        TF_RETURN_IF_ERROR(dimensions.Learn(input.argument, sizes.data(), sizes.size()));
-        operands.push_back(context->Input(i));
+        TF_RETURN_IF_ERROR(
+            dimensions.Learn(input.argument, sizes.data(), static_cast<int>(sizes.size())));
+        const int axis = BatchAxis(input.argument);
+        for (int d = 0; d < static_cast<int>(sizes.size()); ++d) {
+          if (shape.is_dynamic_dimension(d) && (d != axis || options_.batch_norm)) {
+            return absl::InvalidArgumentError(
+                absl::StrCat(kSignature.op, ": `", input.argument.name, "` must have ",
+                             options_.batch_norm ? "sizes" : "sizes, but for N,",
+                             " that are known when XLA compiles, got shape ",
+                             xla::ShapeUtil::HumanString(shape)));
+          }
+        }
+        operands.push_back(batch.Pad(context->Input(i), shape, axis));
         operand_shapes.push_back(xla::ShapeUtil::MakeShape(shape.element_type(), sizes));
       }
     }
     std::vector<int> outputs;
+    std::vector<int> batch_axes;
     std::vector<xla::Shape> result_shapes;
     for (const auto& output : kSignature.outputs) {
       if (!Has(kSignature.kind, output.argument.part)) continue;
@@ -138,6 +181,7 @@ class CustomCallOp final : public tensorflow::XlaOpKernel {
       TF_RETURN_IF_ERROR(OutputRange(output.argument.name, &begin, &end));
       for (int i = begin; i < end; ++i) {
         outputs.push_back(i);
+        batch_axes.push_back(BatchAxis(output.argument));
         result_shapes.push_back(xla::ShapeUtil::MakeShape(context->output_xla_type(i),
                                                           dimensions.Shape(output.argument)));
       }
@@ -152,7 +196,7 @@ class CustomCallOp final : public tensorflow::XlaOpKernel {
         /*output_operand_aliasing=*/{}, /*literal=*/nullptr, xla::CustomCallSchedule::SCHEDULE_NONE,
         xla::CustomCallApiVersion::API_VERSION_TYPED_FFI);
     for (size_t i = 0; i < outputs.size(); ++i) {
-      context->SetOutput(outputs[i], xla::GetTupleElement(call, i));
+      context->SetOutput(outputs[i], batch.Unpad(xla::GetTupleElement(call, i), batch_axes[i]));
     }
     return absl::OkStatus();
   }
