@@ -163,7 +163,11 @@ def libraries() -> list[Path]:
     directory = _loader.compiled_directory()
     assert directory is not None
     found = sorted(directory.glob("*.so"))
-    assert {path.name.split(".")[0] for path in found} >= {"_core", "libcbam_ops_tf"}
+    assert {path.name.split(".")[0] for path in found} >= {
+        "_core",
+        "libcbam_ops_tf",
+        "libcbam_ops_xla",
+    }
     return found
 
 
@@ -192,6 +196,8 @@ def test_the_python_module_does_not_need_tensorflow():
             assert not tensorflow
         elif path.name == _loader.LIBRARY:
             assert tensorflow == ["libtensorflow_framework.so.2"]
+        elif path.name == _loader.XLA_LIBRARY:
+            assert set(tensorflow) == {"libtensorflow_framework.so.2", "libtensorflow_cc.so.2"}
 
 
 # --- one place for each fact ----------------------------------------------------------------------
