@@ -17,8 +17,10 @@ namespace tf {
 // handler plans with as many, whatever pool it then gets.
 inline constexpr char kThreads[] = "threads";
 
-// The alignment of scratch memory that the core asks for (core/*/kernels.h). XLA promises less, so
-// the handlers align within a buffer of kAlignment - 1 bytes more.
+// The alignment of scratch memory that the core asks for (core/cpu/kernels.h, core/cuda/kernels.h).
+// XLA's own buffers have as much (xla::cpu::Align, gpu::kXlaAllocatedBufferAlignBytes), but its
+// interface does not promise it: the scratch is longer by the alignment less one byte, and the
+// handlers start at the first multiple.
 inline constexpr size_t kHostAlignment = 64;
 inline constexpr size_t kCudaAlignment = 256;
 

@@ -20,7 +20,6 @@
 #include "tensorflow/core/framework/device_base.h"
 #include "tensorflow/core/framework/kernel_def_builder.h"
 #include "tensorflow/core/framework/op_kernel.h"
-#include "tensorflow/core/platform/cpu_info.h"
 #include "tf/checks.h"
 #include "tf/entry_points.h"
 #include "tf/signature.h"
@@ -72,9 +71,7 @@ struct Host {
   static size_t Plan(tensorflow::OpKernelContext* context, const Problem& problem,
                      std::string* attributes) {
     // The compiling device has the process's intra-op pool, on which the handler will run.
-    const auto* workers = context->device()->tensorflow_cpu_worker_threads();
-    const int threads =
-        workers != nullptr ? workers->num_threads : tensorflow::port::MaxParallelism();
+    const int threads = context->device()->tensorflow_cpu_worker_threads()->num_threads;
     absl::StrAppend(attributes, ", ", kThreads, " = ", threads, " : i32");
     cpu::Parallel parallel;
     parallel.threads = threads;
