@@ -17,7 +17,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from ops_cases import LARGE, OPTIONS, SIZES, Case, options
+from ops_cases import LARGE, OPTIONS, SIZES, Case, digest, options
 from tolerances import FLOAT32, SECOND_ORDER_TOLERANCE, assert_close, assert_same_bits
 
 import cbam_ops
@@ -646,6 +646,37 @@ def test_eager_and_graph_mode_do_without_the_library(damage, tmp_path):
     assert in_layer.startswith("Keras leaves XLA out")
 
 
+@pytest.mark.slow
+def test_a_saved_function_is_compiled_in_a_fresh_process(tmp_path):
+    """Fails where a graph from a file reaches XLA before what XLA needs is loaded."""
+    case = Case(residual=True)
+    values = list(case.draw("float32", "NHWC").values())
+
+    def function(*values):
+        return case.call(ops, dict(zip(case.names, values, strict=True)), "NHWC")
+
+    module = tf.Module()
+    specs = [tf.TensorSpec([None, *v.shape[1:]], v.dtype) for v in values]
+    module.function = compiled(function, input_signature=specs)
+    tf.saved_model.save(module, str(tmp_path / "saved"))
+    lines = run_python(
+        """
+        import sys
+        import tensorflow as tf
+        import cbam_ops
+        from ops_cases import Case, digest
+        cbam_ops.ops.load_library()
+        values = list(Case(residual=True).draw("float32", "NHWC").values())
+        function = tf.saved_model.load(sys.argv[1]).function
+        assert "target=\\"CbamOps>Cbam\\"" in function.experimental_get_compiler_ir(*values)(
+            stage="hlo")
+        print(digest(function(*values)))
+        """,
+        str(tmp_path / "saved"),
+    )
+    assert lines[-1] == digest(function(*values))
+
+
 def test_the_report_says_whether_xla_runs_the_kernels(capsys):
     from cbam_ops._cli import info
 
@@ -799,6 +830,7 @@ def test_a_custom_call_from_elsewhere_runs():
         ),
         ({"attributes": changed(threads="0 : i32")}, "`threads` must be at least 1, got 0"),
         ({"attributes": changed(threads=None)}, "`threads` is missing"),
+        ({"attributes": changed(order='"parallel"')}, "unknown attribute `order`"),
     ],
     ids=str,
 )

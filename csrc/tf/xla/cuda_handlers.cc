@@ -29,6 +29,8 @@ absl::Status Run(void* stream, const ffi::RemainingArgs& operands,
   CustomCall<kSignature> call;
   absl::Status status = call.Unpack(operands, results, &attributes);
   if (!status.ok()) return status;
+  status = attributes.CheckAllRead();
+  if (!status.ok()) return status;
   void* workspace = nullptr;
   status = call.Workspace(gpu::Workspace(call.problem, call.args), kCudaAlignment, &workspace);
   if (!status.ok()) return status;

@@ -11,6 +11,7 @@
 #include <string_view>
 #include <type_traits>
 
+#include "absl/container/inlined_vector.h"
 #include "absl/status/status.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_join.h"
@@ -46,6 +47,17 @@ class AttributeReader {
   absl::Status GetAttr(const char* name, int* value) { return Get<int32_t>(name, value); }
   absl::Status GetAttr(const char* name, float* value) { return Get(name, value); }
 
+  // An attribute that nobody asked for may be an option that this version does not know.
+  absl::Status CheckAllRead() const {
+    for (const std::string_view name : attributes_) {
+      if (std::find(read_.begin(), read_.end(), name) == read_.end()) {
+        return absl::InvalidArgumentError(
+            absl::StrCat(op_, ": the custom call has an unknown attribute `", name, "`"));
+      }
+    }
+    return absl::OkStatus();
+  }
+
  private:
   template <typename T>
   absl::Status Get(const char* name, T* value) {
@@ -56,11 +68,13 @@ class AttributeReader {
                        "` is missing or of another type: ", found.error().message()));
     }
     *value = *found;
+    read_.push_back(name);
     return absl::OkStatus();
   }
 
   const char* op_;
   const ffi::Dictionary& attributes_;
+  absl::InlinedVector<std::string_view, 16> read_;
 };
 
 inline ffi::DataType ToFfi(DataType dtype) {

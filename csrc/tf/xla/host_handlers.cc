@@ -31,6 +31,8 @@ absl::Status Run(ffi::ThreadPool* pool, const ffi::RemainingArgs& operands,
   int threads = 0;
   status = attributes.GetAttr(kThreads, &threads);
   if (!status.ok()) return status;
+  status = attributes.CheckAllRead();
+  if (!status.ok()) return status;
   if (threads < 1) {
     return absl::InvalidArgumentError(
         absl::StrCat(kSignature.op, ": `", kThreads, "` must be at least 1, got ", threads));
