@@ -1,25 +1,30 @@
 """Everything there is to check and time on a GPU, in one command, within eight minutes.
 
-    python benchmarks/gpu_check.py [--output DIR] [--quick] [--no-sanitizer] [--no-timing]
+    python benchmarks/gpu_check.py [--output DIR] [--quick] [--no-sanitizer] [--no-timing] [--plan]
 
-Needs nvcc and PyTorch with CUDA; JAX is measured too where it is there. It needs neither TensorFlow
-nor an installed cbam_ops: the kernels of csrc/core/cuda are compiled here for this machine's GPU
-into a plain library and called on PyTorch's memory, on PyTorch's streams.
+Needs nvcc and PyTorch with CUDA. The kernels of csrc/core/cuda are compiled here for this machine's
+GPU into a plain library and called on PyTorch's memory, on PyTorch's streams, so this needs neither
+TensorFlow nor an installed cbam_ops; where both are there, the ops are checked and timed too. JAX
+is timed where it is.
 
 1. correctness   every kind of gates, layout, type and option against the float64 definition
                  (tests/numpy_oracle.py), both paths; ties, odd sizes, misaligned maps, repeats
 2. stream order  a long operation ahead of ours on a stream of its own, 50 repeats, bitwise equal
-3. timing        medians of device events over maps several times the L2, against a device copy,
-                 PyTorch eager, torch.compile and JAX; forward, backward, step; batch 1, 32, 256
-4. sanitizer     compute-sanitizer memcheck and racecheck over small shapes
+3. TensorFlow    `pytest -m gpu`: the ops against the CPU ops and the float64 reference, placement,
+                 stream order, repeats
+4. timing        medians of device events over maps several times the L2, against a device copy,
+                 PyTorch eager, torch.compile, JAX, TensorFlow's graph and XLA; forward, backward,
+                 step; batch 1, 32, 256
+5. network       CBAM's share of a training step of ResNet-50, in PyTorch
+6. sanitizer     compute-sanitizer memcheck and racecheck over small shapes
 
-Prints a short table last, writes timing.csv and checks.csv. Exit code 1 if anything is wrong.
+Prints a short table and the targets last; writes checks.csv, timing.csv, network.csv, timing.png.
+Exit code 1 if anything is wrong. `--plan` prints how long each part may take, and needs nothing.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
 import ctypes
 import itertools
 import os
@@ -29,7 +34,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -39,23 +44,36 @@ import numpy as np
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
 
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
 import cuda_on_cpu as driver  # noqa: E402
+import gpu_network  # noqa: E402
+import gpu_report  # noqa: E402
 import numpy_oracle as oracle  # noqa: E402
 
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # JAX shares the GPU here
 
 try:
     import torch
-except ImportError:
-    sys.exit("gpu_check needs PyTorch with CUDA (pip install torch).")
+except ImportError:  # the plan can be read without
+    torch = None
 
 STAGES = ((56, 56, 256), (28, 28, 512), (14, 14, 1024), (7, 7, 2048))
-TORCH_TYPES = {
-    "float32": torch.float32,
-    "float16": torch.float16,
-    "bfloat16": torch.bfloat16,
-    "float64": torch.float64,
+TYPES = ("float32", "float16", "bfloat16", "float64")
+# Seconds that each part may take. The timings begin nothing new after theirs, programs of their own
+# are cut off, and the first three are estimates: they have not run on a GPU yet.
+PLAN = {
+    "build": 45,
+    "correctness": 40,
+    "stream order": 10,
+    "TensorFlow: tests": 70,
+    "timing": 140,
+    "TensorFlow: timing": 50,
+    "network": 35,
+    "memcheck": 45,
+    "racecheck": 45,
 }
+QUICK_PLAN = {**PLAN, "TensorFlow: timing": 30, "timing": 50, "network": 0}
 # Largest error of a tensor over its largest value (before cancellation), as in the CPU tests.
 MAP_ERROR = {"float32": 2e-5, "float16": 2e-3, "bfloat16": 1.6e-2, "float64": 1e-13}
 COMPUTE_ERROR = {"float32": 2e-5, "float16": 2e-5, "bfloat16": 2e-5, "float64": 1e-13}
@@ -136,7 +154,7 @@ class Case:
         self.library, self.dtype, self.layout, self.gates, self.k = library, dtype, layout, gates, k
         self.offset = offset
         hidden = hidden or max(1, c // 16)
-        map_type = TORCH_TYPES[dtype]
+        map_type = getattr(torch, dtype)
         compute = torch.float64 if dtype == "float64" else torch.float32
         self.map_type, self.compute = map_type, compute
         self.shape = (n, h, w, c) if layout == "NHWC" else (n, c, h, w)
@@ -267,7 +285,7 @@ def cases(quick: bool) -> Iterator[tuple[str, dict[str, Any]]]:
     """Names and arguments of everything that is checked."""
     layouts, paths = ("NHWC", "NCHW"), ("portable", "cluster")
     kinds = ("channel_first", "parallel", "channel_only", "spatial_only")
-    for dtype, layout, gates, path in itertools.product(TORCH_TYPES, layouts, kinds, paths):
+    for dtype, layout, gates, path in itertools.product(TYPES, layouts, kinds, paths):
         if path == "cluster" and dtype == "float64":
             continue
         yield (
@@ -380,11 +398,11 @@ def sanitize(library: Path) -> dict[str, str]:
         try:
             done = subprocess.run(
                 [*command, "--small-shapes", str(library)],
-                capture_output=True, text=True, check=False, timeout=75,
+                capture_output=True, text=True, check=False, timeout=PLAN[name],
             )  # fmt: skip
             result[name] = "ok" if done.returncode == 0 else (done.stdout + done.stderr)[-1500:]
         except subprocess.TimeoutExpired:
-            result[name] = "no result within 75 seconds"
+            result[name] = f"no result within {PLAN[name]} seconds"
     return result
 
 
@@ -421,10 +439,23 @@ def median_time(run: Callable[[], Any], budget: float = 0.25) -> float:
     return statistics.median(times)
 
 
-def torch_module(case: Case) -> Callable[[torch.Tensor], torch.Tensor]:
-    """The ten stock lines, channels last as PyTorch would have them."""
-    w = {name: value.to(case.map_type) for name, value in case.weights.items()}
-    kernel = w["kernel"].permute(2, 0, 1)[None].contiguous()
+def launches(run: Callable[[], Any]) -> int | None:
+    """How many kernels of ours a call starts, as the profiler sees it."""
+    activities = [torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as profile:
+        run()
+        torch.cuda.synchronize()
+    return sum(e.count for e in profile.key_averages() if "cbam_ops" in e.key) or None
+
+
+def torch_module(
+    case: Case,
+) -> tuple[Callable[[torch.Tensor], torch.Tensor], list[torch.Tensor]]:
+    """The ten stock lines, channels last as PyTorch would have them, and their weights."""
+    w = {
+        name: value.to(case.map_type, copy=True).requires_grad_()
+        for name, value in case.weights.items()
+    }
 
     def mlp(t: torch.Tensor) -> torch.Tensor:
         return torch.relu(t @ w["w0"] + w["b0"]) @ w["w1"] + w["b1"]
@@ -433,10 +464,11 @@ def torch_module(case: Case) -> Callable[[torch.Tensor], torch.Tensor]:
         gate = torch.sigmoid(mlp(x.mean((2, 3))) + mlp(x.amax((2, 3))))
         u = x * gate[:, :, None, None]
         planes = torch.cat([u.mean(1, keepdim=True), u.amax(1, keepdim=True)], 1)
+        kernel = w["kernel"].permute(2, 0, 1)[None]
         z = torch.nn.functional.conv2d(planes, kernel, w["bias"], padding=case.k // 2)
         return u * torch.sigmoid(z)
 
-    return module
+    return module, list(w.values())
 
 
 def jax_module(case: Case) -> tuple[Callable[[], Any], Callable[[], Any]] | None:
@@ -491,146 +523,249 @@ def jax_time(run: Callable[[], Any]) -> float:
     return statistics.median(times)
 
 
-def time_all(library: Library, seconds: float, batches: tuple[int, ...]) -> list[dict[str, Any]]:
-    rows: list[dict[str, Any]] = []
+def same(ours: torch.Tensor, theirs: torch.Tensor) -> bool:
+    """Whether a peer computes the same function; its weights are of the map's type."""
+    scale = ours.float().abs().max()
+    error = (ours.float() - theirs.float()).abs().max() / scale
+    return bool(error < (5e-2 if ours.dtype == torch.bfloat16 else 1e-3))
+
+
+def time_ours(library: Library, case: Case, note: Callable[..., None], one: bool) -> None:
+    """Both paths; the launches too where there is `one` sample."""
+    for path in ("portable", "auto"):
+        library.set_path(path)
+        taken = {d: library.path(d, case.problem) for d in ("forward", "backward")}
+        if path == "auto" and set(taken.values()) == {"portable"}:
+            continue
+        name = gpu_report.OURS if path == "auto" else gpu_report.PORTABLE
+        passes = {"forward": case.forward, "backward": case.backward}
+        for what, function in passes.items():
+            count = {"launches": launches(function)} if one else {}
+            note(name, what, median_time(function), path=taken[what], **count)
+        both = "+".join(dict.fromkeys(taken.values()))
+        note(name, "step", median_time(lambda p=passes: [f() for f in p.values()]), path=both)
+    library.set_path("auto")
+
+
+def time_torch(case: Case, who: str, note: Callable[..., None]) -> None:
+    """PyTorch's stock operations, channels last; a step has the weights' gradients too."""
+    module, weights = torch_module(case)
+    function = torch.compile(module, dynamic=False) if who == "torch.compile" else module
+    x = case.x.permute(0, 3, 1, 2).detach().requires_grad_()
+    dy = case.dy.permute(0, 3, 1, 2)
+
+    def step() -> None:
+        for leaf in (x, *weights):
+            leaf.grad = None
+        function(x).backward(dy)
+
+    try:
+        case.forward()
+        with torch.no_grad():
+            if not same(case.outputs["y"], function(x).permute(0, 2, 3, 1)):
+                raise RuntimeError("it computes something else")
+            note(who, "forward", median_time(lambda: function(x)))
+        note(who, "step", median_time(step))
+    except Exception as error:  # a peer that fails is reported, not fatal
+        print(f"{who} {tuple(case.shape)} {case.dtype}: {type(error).__name__}: {error}"[:200])
+
+
+def time_all(library: Library, seconds: float, batches: Sequence[int]) -> list[gpu_report.Row]:
+    """Ours, the copy and eager PyTorch on every shape, then what has to be compiled first."""
+    rows: list[gpu_report.Row] = []
     deadline = time.perf_counter() + seconds
     torch.backends.cudnn.benchmark = True
-    order = [(b, d, s) for b in batches for d in ("float32", "bfloat16") for s in STAGES]
-    for batch, dtype, (h, w, c) in order:
+    bases: dict[Any, gpu_report.Row] = {}
+    for compiled, shape in itertools.product((False, True), shapes(batches)):
         if time.perf_counter() > deadline:
-            print("time is up: the remaining shapes were not timed")
+            print("time is up: the remaining shapes and peers were not timed")
             break
-        library.set_path("auto")
+        batch, dtype, (h, w, c) = shape
         case = Case(library, batch, h, w, c, dtype=dtype, ties=False)
-        target = torch.empty_like(case.x)
-        copy = median_time(lambda t=target, s=case.x: t.copy_(s))
-        base = {"batch": batch, "dtype": dtype, "map": f"{h}x{w}x{c}", "copy_us": copy * 1e6}
+        if not compiled:
+            target = torch.empty_like(case.x)
+            copy = median_time(lambda t=target, s=case.x: t.copy_(s))
+            del target
+            bases[shape] = {
+                "batch": batch,
+                "dtype": dtype,
+                "map": f"{h}x{w}x{c}",
+                "copy_us": copy * 1e6,
+                "map_bytes": case.x.numel() * case.x.element_size(),
+                "l2_bytes": torch.cuda.get_device_properties(0).L2_cache_size,
+            }
+        base = bases[shape]
 
         def note(
-            who: str, what: str, value: float, base: dict[str, Any] = base, copy: float = copy
+            who: str, what: str, value: float, base: gpu_report.Row = base, **more: Any
         ) -> None:
-            # The limit: forward 1 read + 1 write = 1 copy; backward 2 + 1 = 1.5; a step both.
-            ideal = {"forward": 1.0, "backward": 1.5, "step": 2.5}[what] * copy
-            rows.append(
-                {**base, "who": who, "what": what, "us": value * 1e6, "of_ideal": value / ideal}
-            )
+            rows.append({**base, "who": who, "what": what, "us": value * 1e6, **more})
 
-        for path in ("portable", "auto"):
-            library.set_path(path)
-            forward_path = library.path("forward", case.problem)
-            if (
-                path == "auto"
-                and forward_path == library.path("backward", case.problem) == "portable"
-            ):
-                continue
-            name = "ours" if path == "auto" else "ours (portable)"
-            note(name, "forward", median_time(case.forward))
-            note(name, "backward", median_time(case.backward))
-            note(name, "step", median_time(lambda c=case: (c.forward(), c.backward())))
-        module = torch_module(case)
-        x = case.x.permute(0, 3, 1, 2).detach().requires_grad_()
-        dy = case.dy.permute(0, 3, 1, 2)
-        compiled = (
-            torch.compile(module, dynamic=False) if batch == batches[0] or batch == 32 else None
-        )
-        for who, function in (("torch eager", module), ("torch.compile", compiled)):
-            if function is None or time.perf_counter() > deadline:
-                continue
-            try:
-                with torch.no_grad():
-                    note(who, "forward", median_time(lambda f=function, v=x: f(v)))
-
-                def step(f: Any = function, v: torch.Tensor = x, g: torch.Tensor = dy) -> None:
-                    v.grad = None
-                    f(v).backward(g)
-
-                note(who, "step", median_time(step))
-            except Exception as error:  # a competitor that fails is reported, not fatal
-                print(f"{who} {base['map']} {dtype}: {type(error).__name__}: {error}"[:200])
-        jax_runs = jax_module(case) if time.perf_counter() < deadline else None
-        if jax_runs:
-            note("jax", "forward", jax_time(jax_runs[0]))
-            note("jax", "step", jax_time(jax_runs[1]))
-        del case, target, x, dy
+        if not compiled:
+            time_ours(library, case, note, one=batch == 1)
+            time_torch(case, "torch eager", note)
+        else:
+            time_torch(case, "torch.compile", note)
+            jax_runs = jax_module(case) if time.perf_counter() < deadline else None
+            for what, run in zip(("forward", "step"), jax_runs or (), strict=False):
+                note("JAX", what, jax_time(run))
+        del case
         torch.cuda.empty_cache()
-    library.set_path("auto")
     return rows
 
 
-def write(path: Path, rows: list[dict[str, Any]]) -> None:
-    names = list(dict.fromkeys(name for row in rows for name in row))
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, names)
-        writer.writeheader()
-        writer.writerows(rows)
+# ---- TensorFlow, in processes of its own ---------------------------------------------------------
+
+_WITHOUT_PREALLOCATION = {**os.environ, "TF_FORCE_GPU_ALLOW_GROWTH": "true"}
 
 
-def print_timing(rows: list[dict[str, Any]]) -> None:
-    print(f"{'map':>12} {'type':>9} {'batch':>5} {'what':>8} {'ours us':>9} {'x ideal':>7}", end="")
-    print(f" {'portable':>9} {'eager':>7} {'compile':>7} {'jax':>7}   (times ours)")
-    keys = list(dict.fromkeys((r["map"], r["dtype"], r["batch"], r["what"]) for r in rows))
-    for key in keys:
-        found = {r["who"]: r for r in rows if (r["map"], r["dtype"], r["batch"], r["what"]) == key}
-        ours = found.get("ours") or found.get("ours (portable)")
-        if ours is None:
-            continue
-        print(f"{key[0]:>12} {key[1]:>9} {key[2]:>5} {key[3]:>8} {ours['us']:>9.1f}", end="")
-        print(f" {ours['of_ideal']:>7.2f}", end="")
-        for who, width in (
-            ("ours (portable)", 9),
-            ("torch eager", 7),
-            ("torch.compile", 7),
-            ("jax", 7),
-        ):
-            ratio = f"{found[who]['us'] / ours['us']:.2f}" if who in found else "-"
-            print(f" {ratio:>{width}}", end="")
-        print()
+def tensorflow_tests() -> str:
+    """`pytest -m gpu`: "ok", why it did not run, or what failed."""
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-m",
+        "gpu",
+        str(ROOT / "tests" / "test_gpu.py"),
+    ]
+    limit = PLAN["TensorFlow: tests"]
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, check=False, timeout=limit,
+            env=_WITHOUT_PREALLOCATION, cwd=ROOT / "tests",
+        )  # fmt: skip
+    except subprocess.TimeoutExpired:
+        return f"not run to the end: more than {limit} seconds"
+    return judge_pytest(done.returncode, done.stdout + done.stderr)
 
 
-def main() -> int:
+def judge_pytest(code: int, output: str) -> str:
+    """What a run of pytest means: no TensorFlow, or no GPU for it, is "not run" and no fault."""
+    lines = [line for line in output.splitlines() if line.strip()]
+    last = lines[-1] if lines else "no output"
+    if code == 0 and " passed" in last:
+        return f"ok ({last.strip('= ')})"
+    if code in (0, 5) or "No module named" in output or "has no compiled parts" in output:
+        return f"not run ({last.strip('= ')})"
+    return f"FAILED: {output[-1500:]}"
+
+
+def tensorflow_timing(
+    folder: Path, shapes: Sequence[tuple[int, str, tuple[int, int, int]]], seconds: float
+) -> tuple[list[gpu_report.Row], str]:
+    """Rows of TensorFlow's graph and XLA and of the op, and a word on how it went."""
+    output = folder / "tensorflow.csv"
+    cases = [f"{b},{h},{w},{c},{dtype}" for b, dtype, (h, w, c) in shapes]
+    command = [sys.executable, str(ROOT / "benchmarks" / "gpu_tensorflow.py")]
+    # It begins nothing new in the last third: XLA may still be compiling then.
+    command += ["--output", str(output), "--seconds", str(seconds * 2 / 3), "--cases", *cases]
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, check=False, timeout=seconds,
+            env=_WITHOUT_PREALLOCATION,
+        )  # fmt: skip
+    except subprocess.TimeoutExpired:
+        return [], "no result in time"
+    if done.returncode != 0 or not output.exists():
+        lines = done.stderr.strip().splitlines()
+        return [], f"not timed ({lines[-1] if lines else 'no message'})"
+    return gpu_report.read(output), "timed"
+
+
+def with_copies(
+    rows: Sequence[gpu_report.Row], timed: Sequence[gpu_report.Row]
+) -> list[gpu_report.Row]:
+    """TensorFlow's rows with what the other rows of the same case know of copy and sizes."""
+    known = {(r["batch"], r["dtype"], r["map"]): r for r in timed}
+    names = ("copy_us", "map_bytes", "l2_bytes")
+    found = []
+    for row in rows:
+        other = known.get((row["batch"], row["dtype"], row["map"]))
+        if other is not None:
+            found.append({**row, **{name: other[name] for name in names}})
+    return found
+
+
+# ---- the command ---------------------------------------------------------------------------------
+
+
+def shapes(batches: Sequence[int]) -> list[tuple[int, str, tuple[int, int, int]]]:
+    """What is timed, the most wanted first: the time may be up before the end."""
+    return [(b, d, s) for b in batches for d in ("float32", "bfloat16") for s in STAGES]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--output", type=Path, default=Path("gpu_check"))
     parser.add_argument("--quick", action="store_true", help="fewer shapes, batch 32 only")
     parser.add_argument("--no-sanitizer", action="store_true")
     parser.add_argument("--no-timing", action="store_true")
+    parser.add_argument("--plan", action="store_true", help="print how long each part may take")
     parser.add_argument("--small-shapes", type=Path, help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
-    if not torch.cuda.is_available():
-        sys.exit("gpu_check needs an NVIDIA GPU that PyTorch can use.")
+    arguments = parser.parse_args(argv)
+    plan = QUICK_PLAN if arguments.quick else PLAN
+    if arguments.plan:
+        for name, seconds in plan.items():
+            print(f"{seconds:4} s  {name}")
+        print(f"{sum(plan.values()):4} s  in all, at most")
+        return 0
+    if torch is None or not torch.cuda.is_available():
+        sys.exit("gpu_check needs PyTorch with CUDA and an NVIDIA GPU that it can use.")
     if arguments.small_shapes:
         small_shapes(Library(arguments.small_shapes))
         return 0
     start = time.perf_counter()
+    failed = False
 
     def say(text: str) -> None:
         print(f"[{time.perf_counter() - start:5.0f} s] {text}", flush=True)
 
     arguments.output.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory() as folder:
-        path = build(Path(folder))
+    timing: list[gpu_report.Row] = []
+    network: list[gpu_report.Row] = []
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        path = build(folder)
         say(f"built for {torch.cuda.get_device_name()}")
         library = Library(path)
         checks = check_all(library, arguments.quick)
-        write(arguments.output / "checks.csv", checks)
+        gpu_report.write(arguments.output / "checks.csv", checks)
         bad = [row for row in checks if not row["ok"]]
         say(f"correctness: {len(checks)} checks, {len(bad)} wrong")
         for row in bad[:20]:
             print("   ", row)
         streams = check_streams(library)
         say(f"stream order: {'ok' if streams else 'WRONG'}")
-        failed = bool(bad) or not streams
-        timing: list[dict[str, Any]] = []
+        tests = tensorflow_tests()
+        say(f"TensorFlow: {tests}")
+        failed = bool(bad) or not streams or tests.startswith("FAILED")
         if not arguments.no_timing:
-            timing = time_all(
-                library, 60 if arguments.quick else 170, (32,) if arguments.quick else (32, 256, 1)
-            )
-            write(arguments.output / "timing.csv", timing)
+            batches = (32,) if arguments.quick else (32, 256, 1)
+            timing = time_all(library, plan["timing"], batches)
             say("timed")
+            rows, word = tensorflow_timing(folder, shapes(batches), plan["TensorFlow: timing"])
+            timing += with_copies(rows, timing)
+            say(f"TensorFlow: {word}")
+            gpu_report.write(arguments.output / "timing.csv", timing)
+            if plan["network"]:
+                network = gpu_network.time_network(library, plan["network"])
+                gpu_report.write(arguments.output / "network.csv", network)
+                say("ResNet-50 timed")
         if not arguments.no_sanitizer:
-            for name, text in sanitize(path).items():
-                say(f"{name}: {text}")
+            for tool, text in sanitize(path).items():
+                say(f"{tool}: {text}")
                 failed |= text != "ok" and "not found" not in text and "no result" not in text
-    print_timing(timing)
+    if timing:
+        print(gpu_report.table(timing))
+        print("\n".join(gpu_report.verdict(timing)))
+        print(gpu_report.network_table(network))
+        try:
+            device = torch.cuda.get_device_name()
+            gpu_report.draw(timing, arguments.output / "timing.png", device)
+        except ImportError:
+            say("no picture: matplotlib is not installed")
     say("done" if not failed else "done: FAILED")
     return 1 if failed else 0
 

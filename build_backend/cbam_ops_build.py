@@ -1,14 +1,15 @@
-"""The build backend (PEP 517 and 660): scikit-build-core, plus where TensorFlow comes from.
+"""The build backend (PEP 517 and 660): scikit-build-core, plus where TensorFlow and nvcc come from.
 
 The TensorFlow already in the target environment is compiled against, if it is of the right
 release; another release stops the build; and where there is none it becomes a requirement of the
-build, which the frontend then puts into the build environment.
+build, which the frontend then puts into the build environment. The CUDA compiler: find_cuda.py.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
+import find_cuda
 import scikit_build_core.build as _scikit_build
 from find_tensorflow import check, find_tensorflow, requirement
 from scikit_build_core.build import (
@@ -40,8 +41,8 @@ def _tensorflow_requirement() -> list[str]:
     return []
 
 
-def _with_tensorflow(settings: Settings) -> dict[str, Any]:
-    """The settings plus the path and version for CMake."""
+def _complete(settings: Settings) -> dict[str, Any]:
+    """The settings plus what CMake must know of TensorFlow and nvcc."""
     found = find_tensorflow()
     if found is None:
         wanted = requirement()
@@ -53,6 +54,7 @@ def _with_tensorflow(settings: Settings) -> dict[str, Any]:
     return {
         "cmake.define.CBAM_OPS_TENSORFLOW_DIR": str(found.directory),
         "cmake.define.CBAM_OPS_TENSORFLOW_VERSION": found.version,
+        **find_cuda.cmake_settings(settings),
         **(settings or {}),
     }
 
@@ -62,6 +64,7 @@ def get_requires_for_build_wheel(config_settings: Settings = None) -> list[str]:
     return [
         *_scikit_build.get_requires_for_build_wheel(config_settings),
         *_tensorflow_requirement(),
+        *find_cuda.requirements(config_settings),
     ]
 
 
@@ -70,6 +73,7 @@ def get_requires_for_build_editable(config_settings: Settings = None) -> list[st
     return [
         *_scikit_build.get_requires_for_build_editable(config_settings),
         *_tensorflow_requirement(),
+        *find_cuda.requirements(config_settings),
     ]
 
 
@@ -80,7 +84,7 @@ def build_wheel(
 ) -> str:
     """Builds the wheel; returns its file name."""
     return _scikit_build.build_wheel(
-        wheel_directory, _with_tensorflow(config_settings), metadata_directory
+        wheel_directory, _complete(config_settings), metadata_directory
     )
 
 
@@ -91,5 +95,5 @@ def build_editable(
 ) -> str:
     """Builds what an editable install installs; returns its file name."""
     return _scikit_build.build_editable(
-        wheel_directory, _with_tensorflow(config_settings), metadata_directory
+        wheel_directory, _complete(config_settings), metadata_directory
     )

@@ -27,6 +27,7 @@ from typing import Any, Literal
 
 LIBRARY = "libcbam_ops_tf.so"
 XLA_LIBRARY = "libcbam_ops_xla.so"
+CORE_LIBRARY = "libcbam_ops_core.so"  # the kernels, which all others need
 BUILD_RECORD = "_build_record.json"
 
 CauseKind = Literal[
@@ -136,13 +137,14 @@ def find_cause(directory: Path | None, tensorflow_version: str) -> Cause | None:
             "Run Python from another folder to use the installed package, or build the source "
             f"tree's: pip install -e {source}",
         )
-    library = (directory or _PACKAGE) / LIBRARY
-    if directory is None or not library.is_file():
-        return Cause(
-            "not_built",
-            f"The compiled ops are missing: there is no {library}.",
-            f"Build and install them: {_rebuild_command(_PACKAGE)}",
-        )
+    libraries = [(directory or _PACKAGE) / name for name in (LIBRARY, CORE_LIBRARY)]
+    for library in libraries:
+        if directory is None or not library.is_file():
+            return Cause(
+                "not_built",
+                f"The compiled ops are missing: there is no {library}.",
+                f"Build and install them: {_rebuild_command(_PACKAGE)}",
+            )
     record = read_build_record(directory)
     built_for = str(record.get("tensorflow", {}).get("version", ""))
     if built_for and _minor(built_for) != _minor(tensorflow_version):
@@ -153,13 +155,14 @@ def find_cause(directory: Path | None, tensorflow_version: str) -> Cause | None:
             f"Install the release they were built for: pip install "
             f"'tensorflow=={_minor(built_for)}.*'",
         )
-    damage = _damage(library)
-    if damage is not None:
-        return Cause(
-            "corrupt",
-            f"The compiled ops are damaged: {library} {damage}.",
-            f"Install them again: {_rebuild_command(_PACKAGE)}",
-        )
+    for library in libraries:
+        damage = _damage(library)
+        if damage is not None:
+            return Cause(
+                "corrupt",
+                f"The compiled ops are damaged: {library} {damage}.",
+                f"Install them again: {_rebuild_command(_PACKAGE)}",
+            )
     return None
 
 
@@ -213,7 +216,8 @@ def load_xla_from(directory: Path) -> Cause | None:
             f"XLA (jit_compile=True) cannot compile the ops: {library} does not load: {error}.",
             build,
         )
-    if "XLA_CPU_JIT" not in devices_with_kernels():
+    devices = _devices_with_kernels()
+    if any(f"XLA_{device}_JIT" not in devices for device in ("CPU", "GPU") if device in devices):
         return Cause(
             "load_failed",
             f"XLA (jit_compile=True) cannot compile the ops: it did not accept those of {library}.",
@@ -222,7 +226,7 @@ def load_xla_from(directory: Path) -> Cause | None:
     return None
 
 
-def devices_with_kernels() -> set[str]:
+def _devices_with_kernels() -> set[str]:
     """The devices that the ops have kernels for: "CPU", "GPU", and "XLA_CPU_JIT", "XLA_GPU_JIT"."""
     from tensorflow.python.framework import kernels
 

@@ -25,7 +25,7 @@ from typing import Any
 
 import tensorflow as tf
 
-from cbam_ops import _checks, _loader, options, reference
+from cbam_ops import _checks, _gpu, _loader, options, reference
 
 __all__ = [
     "cbam",
@@ -465,33 +465,30 @@ def _cause_of_the_place() -> _loader.Cause | None:
     compiled = not tf.executing_eagerly() and control_flow_util.GraphOrParentsInXlaContext(
         tf.compat.v1.get_default_graph()
     )
-    return cause_in_xla() if compiled else _cause_on(_device())
+    return cause_in_xla() if compiled else _cause_of_the_device()
 
 
 def cause_in_xla() -> _loader.Cause | None:
     """Why XLA, compiling for the place where the op would run, cannot compile it."""
-    return _loader.load_xla() or _cause_on(f"XLA_{_device()}_JIT")
+    return _loader.load_xla() or _cause_of_the_device()
 
 
-def _device() -> str:
-    """Where TensorFlow would put a stock op now: the innermost tf.device, or by default the GPU.
-
-    A native op without a kernel there would quietly run on the CPU, with copies either way.
-    """
+def _cause_of_the_device() -> _loader.Cause | None:
     if not tf.config.list_logical_devices("GPU"):
-        return "CPU"
-    place = tf.zeros(()).device
-    return tf.DeviceSpec.from_string(place).device_type if place else "GPU"
-
-
-def _cause_on(device: str) -> _loader.Cause | None:
-    if "GPU" not in device or device in _loader.devices_with_kernels():
         return None
-    under = " under XLA" if device.startswith("XLA") else ""
+    # Where TensorFlow would put a stock op now: the innermost tf.device, or by default the GPU. An
+    # op without a kernel there would quietly run on the CPU, with copies either way.
+    place = tf.zeros(()).device
+    device = tf.DeviceSpec.from_string(place).device_type if place else "GPU"
+    if device != "GPU":
+        return None
+    reason = _gpu.why_not_under_tensorflow()
+    if reason is None:
+        return None
     return _loader.Cause(
         "no_kernel",
-        f"The op would run on a GPU{under}, for which this build has no kernels.",
-        'Put it under tf.device("CPU") to use the native ones.',
+        f"The op would run on a GPU, where the kernels cannot. {reason}",
+        'Put it under tf.device("CPU") to use the native ones there.',
     )
 
 

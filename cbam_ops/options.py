@@ -16,7 +16,7 @@ from importlib import metadata
 from types import ModuleType, TracebackType
 from typing import Any, Literal, get_args
 
-from . import _loader
+from . import _gpu, _loader
 
 Implementation = Literal["auto", "native", "reference"]
 ENVIRONMENT_VARIABLE = "CBAM_OPS_IMPLEMENTATION"
@@ -218,6 +218,9 @@ def build_info() -> dict[str, Any]:
         build: the build record: versions, compiler, flags, CUDA and why not; empty if not built.
         devices: the physical devices that TensorFlow sees.
         instruction_set: `active` and `available` ones of the CPU kernels.
+        gpu: whether CUDA kernels are `built`, with which `cuda`, for which `architectures`, the
+          newest CUDA of the driver (`driver_cuda`, None without one), and `why_not` they cannot run
+          on the current device (None where they can).
         implementation: the choice in force; native: whether the native ops run;
         native_off_because: if not, why and what mends it, else None;
         xla: whether they run inside XLA (`jit_compile=True`); xla_off_because: likewise.
@@ -240,6 +243,7 @@ def build_info() -> dict[str, Any]:
         "build": _loader.build_record(),
         "devices": _devices(),
         "instruction_set": _instruction_sets(),
+        "gpu": _gpu.report(),
         "implementation": implementation(),
         "native": cause is None,
         "native_off_because": None if cause is None else str(cause),

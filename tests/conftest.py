@@ -34,14 +34,34 @@ def _tested_package() -> str:
             returncode=4,
         )
     directory = Path(core.origin).parent
-    for name in ("libcbam_ops_tf.so", "libcbam_ops_xla.so", "_build_record.json"):
+    for name in (
+        "libcbam_ops_tf.so",
+        "libcbam_ops_core.so",
+        "libcbam_ops_xla.so",
+        "_build_record.json",
+    ):
         if not (directory / name).is_file():
             pytest.exit(f"{directory} has no {name}: run pip install '.[test]'.", returncode=4)
     return f"cbam_ops: {package.origin}, compiled: {directory}"
 
 
+def _other_library() -> str:
+    """Puts the op library that CBAM_OPS_TEST_LIBRARY names in the place of the installed one.
+
+    For tests that run these tests over other kernels (test_cuda_ops_on_cpu.py).
+    """
+    library = os.environ.get("CBAM_OPS_TEST_LIBRARY", "")
+    if library:
+        import tensorflow as tf
+
+        from cbam_ops import _loader
+
+        _loader.load_from = lambda directory: tf.load_op_library(library)
+    return library
+
+
 def pytest_configure(config: pytest.Config) -> None:
-    config.stash[_HEADER] = _tested_package()
+    config.stash[_HEADER] = " ".join(filter(None, [_tested_package(), _other_library()]))
 
 
 def pytest_report_header(config: pytest.Config) -> str:

@@ -38,9 +38,9 @@ def cuda_sources(csrc: Path) -> list[Path]:
     return sorted(p for p in (csrc / "core" / "cuda").glob("*.cu"))
 
 
-def _fingerprint(csrc: Path, flags: Sequence[str]) -> str:
+def _fingerprint(csrc: Path, folders: Sequence[str], flags: Sequence[str]) -> str:
     digest = hashlib.sha256()
-    for folder in ("core", "testing"):
+    for folder in folders:
         for path in sorted((csrc / folder).rglob("*")):
             if path.suffix in (".cu", ".cuh", ".h", ".cc") and path.parent.name != "cpu":
                 digest.update(path.name.encode())
@@ -61,6 +61,9 @@ def build(
     sanitizer: str = "",
     only: Sequence[str] | None = None,
     main: Path | None = None,
+    glue: Sequence[str] = (),
+    glue_flags: Sequence[str] = (),
+    glue_link: Sequence[str] = (),
 ) -> Path:
     """Compiles the emulated kernels, or finds them compiled, and returns the file.
 
@@ -70,6 +73,8 @@ def build(
       only: the stems of the sources in core/cuda to compile; default all. The rest is undefined, so
         `main` or the types used must not need it (CBAM_OPS_CUDA_FLOAT32_ONLY is set then).
       main: a source with a main function: an executable is built instead of a shared library.
+      glue: sources, relative to csrc, to build into the shared library instead of the C functions
+        that `Kernels` calls, with what they need to compile and link.
     """
     flags = list(FLAGS)
     if only is not None:
@@ -79,14 +84,19 @@ def build(
         flags += [f"-fsanitize={sanitizer}", "-g1", "-fno-omit-frame-pointer"]
         # The runtime itself is not instrumented for threads: see cuda_on_cpu.cc.
         runtime_flags += ["-DCBAM_TSAN=1", "-g1"] if sanitizer == "thread" else flags[-3:]
-    folder = CACHE / _fingerprint(csrc, [*flags, str(only), str(main and main.read_text())])
+    folders = ["core", "testing", *(["tf"] if glue else [])]
+    key = [*flags, str(only), str(main and main.read_text()), *glue, *glue_flags, *glue_link]
+    folder = CACHE / _fingerprint(csrc, folders, key)
     target = folder / ("check" if main else "kernels.so")
     if target.exists():
         return target
     building = Path(tempfile.mkdtemp(prefix="build", dir=_made(CACHE)))
     units = [(s, flags) for s in cuda_sources(csrc) if only is None or s.stem in only]
     units.append((csrc / "testing" / "cuda_on_cpu.cc", runtime_flags))
-    units.append((main or csrc / "testing" / "cuda_on_cpu_api.cc", flags))
+    if glue:
+        units += [(csrc / name, [*flags, *glue_flags]) for name in glue]
+    else:
+        units.append((main or csrc / "testing" / "cuda_on_cpu_api.cc", flags))
     objects = [building / f"{source.stem}.o" for source, _ in units]
 
     def compile_one(index: int) -> None:
@@ -98,7 +108,7 @@ def build(
         list(pool.map(compile_one, range(len(units))))
     link = [] if main else ["-shared"]
     link += [f"-fsanitize={sanitizer}"] if sanitizer else []
-    _run([COMPILER, *link, *objects, "-o", building / target.name])
+    _run([COMPILER, *link, *objects, *glue_link, "-o", building / target.name])
     folder.mkdir(parents=True, exist_ok=True)
     os.replace(building / target.name, target)
     shutil.rmtree(building, ignore_errors=True)
@@ -254,6 +264,14 @@ class Kernels:
     def launched(self) -> list[str]:
         """Names of the kernels launched since the last call."""
         return self._library.cbam_take_launched_kernels().decode().split()
+
+    def explain(self, driver: int, build: int, capability: int, architectures: str) -> str:
+        """Why a build cannot run on a machine, in the words of core/cuda/explain.h."""
+        text = ctypes.create_string_buffer(512)
+        self._library.cbam_explain_machine(
+            driver, build, capability, architectures.encode(), text, ctypes.c_size_t(512)
+        )
+        return text.value.decode()
 
     def to_half(self, value: float) -> int:
         """The emulation's own rounding to float16, as bits."""

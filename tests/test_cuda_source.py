@@ -470,6 +470,55 @@ def test_invalid_problems_are_named(kernels: Kernels) -> None:
         case.forward(kernels)
 
 
+BUILT = "75-real 80-real 90-real 120-real 121-virtual"
+
+
+@pytest.mark.parametrize(
+    ("driver", "capability", "architectures", "sentence"),
+    [
+        (13000, 90, BUILT, ""),
+        (13050, 86, BUILT, ""),  # 80's machine code
+        (13000, 121, BUILT, ""),
+        (13000, 130, BUILT, ""),  # 121's PTX
+        (13000, 90, "", ""),  # the build did not say
+        (13000, 90, "native", ""),
+        (13000, 90, "90", ""),
+        (13000, 103, "90", ""),  # PTX too
+        (13000, 90, "90a-real", ""),
+        (13000, 103, "100f-real", ""),
+        (0, 90, BUILT, "There is no NVIDIA driver."),
+        (
+            12040,
+            90,
+            BUILT,
+            "The NVIDIA driver is made for CUDA 12.4, and the kernels were built with CUDA 13.5: "
+            "they need a driver for CUDA 13.",
+        ),
+        (13000, 0, BUILT, "The NVIDIA driver finds no GPU."),
+        *(
+            (
+                13000,
+                capability,
+                architectures,
+                f"The GPU has compute capability {capability // 10}.{capability % 10}, and the "
+                f"kernels were built for the architectures {architectures}.",
+            )
+            for capability, architectures in (
+                (61, BUILT),
+                (100, BUILT),  # neither 90's code nor 121's PTX
+                (80, "86-real 90-real"),
+                (103, "90a-real 100a-real"),
+                (120, "100f-real 110-real"),
+            )
+        ),
+    ],
+)
+def test_why_a_build_cannot_run(
+    kernels: Kernels, driver: int, capability: int, architectures: str, sentence: str
+) -> None:
+    assert kernels.explain(driver, 13050, capability, architectures) == sentence
+
+
 def test_half_conversions_of_the_header(kernels: Kernels) -> None:
     """All float16 numbers, and all roundings between neighbours, as numpy rounds them."""
     bits = np.arange(0, 1 << 16, 7, dtype=np.uint16)

@@ -59,8 +59,8 @@ def installed() -> Path:
 
 @pytest.fixture
 def copy(tmp_path: Path, installed: Path) -> Path:
-    """A directory with copies of the library and the build record, to damage."""
-    for name in (_loader.LIBRARY, _loader.BUILD_RECORD):
+    """A directory with copies of the libraries and the build record, to damage."""
+    for name in (_loader.LIBRARY, _loader.CORE_LIBRARY, _loader.BUILD_RECORD):
         shutil.copy(installed / name, tmp_path / name)
     return tmp_path
 
@@ -183,9 +183,13 @@ def expect_cause(loaded: object, kind: str, *texts: str) -> None:
         assert text in str(loaded)
 
 
-def test_a_missing_library_is_explained(copy):
-    (copy / _loader.LIBRARY).unlink()
-    expect_cause(_loader.load_from(copy), "not_built", str(copy / _loader.LIBRARY))
+LIBRARIES = [_loader.LIBRARY, _loader.CORE_LIBRARY]
+
+
+@pytest.mark.parametrize("name", LIBRARIES)
+def test_a_missing_library_is_explained(copy, name):
+    (copy / name).unlink()
+    expect_cause(_loader.load_from(copy), "not_built", str(copy / name))
 
 
 def test_another_tensorflow_is_explained_before_anything_is_loaded(copy, monkeypatch):
@@ -208,19 +212,21 @@ def test_another_patch_release_is_none_of_our_business(copy):
     assert _loader.find_cause(copy, "2.21.7") is None
 
 
+@pytest.mark.parametrize("name", LIBRARIES)
 @pytest.mark.parametrize("keep", [0, 10, 5000])
-def test_a_cut_off_library_is_explained_and_not_loaded(copy, keep, monkeypatch):
+def test_a_cut_off_library_is_explained_and_not_loaded(copy, keep, name, monkeypatch):
     """The dynamic loader maps what the header promises; touching what is missing is fatal."""
     import tensorflow as tf
 
-    library = copy / _loader.LIBRARY
+    library = copy / name
     library.write_bytes(library.read_bytes()[:keep])
     monkeypatch.setattr(tf, "load_op_library", lambda path: pytest.fail("loaded it"))
     expect_cause(_loader.load_from(copy), "corrupt", str(library))
 
 
-def test_a_file_that_is_no_library_is_explained(copy):
-    (copy / _loader.LIBRARY).write_text("Not found\n" * 100)
+@pytest.mark.parametrize("name", LIBRARIES)
+def test_a_file_that_is_no_library_is_explained(copy, name):
+    (copy / name).write_text("Not found\n" * 100)
     expect_cause(_loader.load_from(copy), "corrupt", "is not a shared library")
 
 
@@ -240,6 +246,39 @@ def test_a_missing_or_broken_build_record_does_not_keep_the_library_from_loading
             (copy / _loader.BUILD_RECORD).write_text(content)
         assert _loader.read_build_record(copy) == {}
         assert _loader.find_cause(copy, "2.21.0") is None
+
+
+@pytest.mark.slow
+def test_a_program_without_the_core_library_runs_the_reference_and_says_why(tmp_path, installed):
+    """Fails where the module of numpy kernels, which needs the library too, breaks the report."""
+    package = tmp_path / "cbam_ops"
+    shutil.copytree(Path(cbam_ops.__file__).parent, package)
+    for path in installed.glob("*.so"):
+        shutil.copy(path, package)
+    shutil.copy(installed / _loader.BUILD_RECORD, package)
+    (package / _loader.CORE_LIBRARY).unlink()
+    out = run_python(
+        """
+        import sys, warnings
+        # An editable install would answer first.
+        sys.meta_path[:] = [f for f in sys.meta_path if "ScikitBuild" not in type(f).__name__]
+        import numpy as np
+        import cbam_ops
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            mean, _ = cbam_ops.channel_pool(np.ones((1, 2, 2, 4), np.float32))
+        assert mean.numpy().tolist() == [[1.0] * 4]
+        print([str(w.message) for w in caught if "cbam_ops" in str(w.message)])
+        info = cbam_ops.build_info()
+        print(info["native_off_because"], info["instruction_set"]["error"], info["gpu"]["why_not"])
+        """,
+        cwd=tmp_path,
+        PYTHONPATH=str(tmp_path),
+    )
+    warning, report = out.splitlines()[-2:]
+    assert str(package / _loader.CORE_LIBRARY) in warning and "pip install" in warning
+    assert str(package / _loader.CORE_LIBRARY) in report
+    assert report.count(f"{_loader.CORE_LIBRARY}: cannot open shared object file") == 2
 
 
 @pytest.mark.slow

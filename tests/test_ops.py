@@ -15,7 +15,7 @@ from ops_cases import OPTIONS, SIZES, Case, magnitude, options, truth_and_stock
 from tolerances import FLOAT32, assert_accurate, assert_close, assert_same_bits
 
 import cbam_ops
-from cbam_ops import _loader, ops, reference
+from cbam_ops import _gpu, ops, reference
 
 pytestmark = pytest.mark.usefixtures("native")
 
@@ -376,13 +376,13 @@ def fresh_warnings(monkeypatch):
     monkeypatch.setattr(choices, "_warned", set())
 
 
-def test_a_gpu_without_kernels_gets_the_reference(fresh_warnings, monkeypatch):
+def test_a_gpu_that_cannot_run_the_kernels_gets_the_reference(fresh_warnings, monkeypatch):
     """Fails where an op without a GPU kernel would run on the CPU, with copies nobody asked for."""
     case = Case()
     tensors = case.draw("float32", "NHWC")
     gpu = tf.config.LogicalDevice("/device:GPU:0", "GPU")
     monkeypatch.setattr(tf.config, "list_logical_devices", lambda kind=None: [gpu])
-    monkeypatch.setattr(_loader, "devices_with_kernels", lambda: {"CPU", "XLA_CPU_JIT"})
+    monkeypatch.setattr(_gpu, "why_not_under_tensorflow", lambda: "There is a reason.")
 
     def is_native(device: str | None) -> bool:
         with tf.Graph().as_default() as graph, tf.device(device):
@@ -390,15 +390,15 @@ def test_a_gpu_without_kernels_gets_the_reference(fresh_warnings, monkeypatch):
         return any(operation.type == "CbamOps>Cbam" for operation in graph.get_operations())
 
     with cbam_ops.use_implementation("auto"):
-        with pytest.warns(RuntimeWarning, match="on a GPU"):
+        with pytest.warns(RuntimeWarning, match="on a GPU.*There is a reason"):
             assert not is_native(None)  # by default TensorFlow would take the GPU
         assert not is_native("/device:GPU:0")
         assert is_native("/device:CPU:0")
         assert case.call(ops, tensors, "NHWC")[0].device.endswith("CPU:0")
-        monkeypatch.setattr(_loader, "devices_with_kernels", lambda: {"CPU", "GPU"})
+        monkeypatch.setattr(_gpu, "why_not_under_tensorflow", lambda: None)
         assert is_native("/device:GPU:0")
-    monkeypatch.setattr(_loader, "devices_with_kernels", lambda: {"CPU", "XLA_CPU_JIT"})
-    with pytest.raises(cbam_ops.NativeUnavailableError, match="on a GPU"):
+    monkeypatch.setattr(_gpu, "why_not_under_tensorflow", lambda: "There is a reason.")
+    with pytest.raises(cbam_ops.NativeUnavailableError, match="on a GPU.*There is a reason"):
         is_native("/device:GPU:0")
 
 

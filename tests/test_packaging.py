@@ -1,7 +1,8 @@
 """The package as a user gets it, and a build that explains itself.
 
-The builds here compile for the baseline instruction set only, which saves time and shows that a
-build without the others works.
+The builds here compile for the baseline instruction set only and without CUDA, which saves time and
+shows that such a build works. The installed package that all tests use is the other example: with
+every instruction set, and with CUDA where there is an nvcc (test_gpu_build.py).
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ from types import ModuleType
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-BASELINE_ONLY = "cmake.define.CBAM_OPS_INSTRUCTION_SETS"
+BASELINE_ONLY = "cmake.define.CBAM_OPS_INSTRUCTION_SETS="
+NO_CUDA = "cmake.define.CBAM_OPS_CUDA=OFF"
 
 
 def run(*command: str | Path, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -74,7 +76,7 @@ def wheel(sdist: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     (tree,) = (folder / "source").iterdir()
     succeed(
         *(sys.executable, "-m", "pip", "wheel", "--no-build-isolation", "--no-deps"),
-        *("-C", f"{BASELINE_ONLY}=", "-w", folder, tree),
+        *("-C", BASELINE_ONLY, "-C", NO_CUDA, "-w", folder, tree),
         cwd=folder,
     )
     (path,) = folder.glob("*.whl")
@@ -106,7 +108,8 @@ def test_the_sdist_holds_the_sources_and_no_builds(sdist):
         *("CMakeLists.txt", "pyproject.toml", "README.md", "LICENSE", "CHANGELOG.md", ".ci/run"),
         *("build_backend/find_tensorflow.py", "cbam_ops/__init__.py", "cbam_ops/py.typed"),
         *("csrc/core/contract.h", "csrc/core/cpu/level.cc", "csrc/cmake/exports_none.map"),
-        *("csrc/python/bindings.cc", "tests/conftest.py"),
+        *("csrc/core/cuda/kernels.cu", "csrc/core/cuda/portable.cuh", "csrc/tf/gpu_kernels.cc"),
+        *("csrc/python/bindings.cc", "build_backend/find_cuda.py", "tests/conftest.py"),
     ):
         assert name in names
     assert not [n for n in names if n.startswith("build/") or n.endswith((".so", ".o", ".pyc"))]
@@ -125,7 +128,8 @@ def test_the_wheel_holds_the_package_and_its_compiled_parts(wheel):
         ]
         assert "cbam-ops = cbam_ops.__main__:main" in archive.read(entry_points).decode()
         record = json.loads(archive.read("cbam_ops/_build_record.json"))
-    assert {"cbam_ops/libcbam_ops_tf.so", "cbam_ops/libcbam_ops_xla.so"} <= set(names)
+    libraries = {f"cbam_ops/libcbam_ops_{name}.so" for name in ("core", "tf", "xla")}
+    assert libraries <= set(names)
     assert "cbam_ops/py.typed" in names
     assert [n for n in names if n.startswith("cbam_ops/_core.") and n.endswith(".so")]
     top = {name.split("/")[0] for name in names}
@@ -135,6 +139,10 @@ def test_the_wheel_holds_the_package_and_its_compiled_parts(wheel):
         "tensorflow",
     ]
     assert list(record["cpu"]["levels"]) == ["baseline"]
+    assert record["cuda"] == {
+        "enabled": False,
+        "why_not": "switched off (CBAM_OPS_CUDA=OFF)",
+    }
 
 
 @pytest.mark.slow
@@ -154,9 +162,14 @@ def test_the_wheel_runs_an_op_in_a_fresh_environment(fresh, tmp_path):
     print(float(tf.reduce_max(tf.abs(ours - stock))) <= 1e-12)
     info = cbam_ops.build_info()
     print(info["instruction_set"]["available"])
+    print(info["gpu"]["why_not"])
     """
     out = succeed(fresh, "-W", "error", "-c", textwrap.dedent(code), cwd=tmp_path)
-    assert out.splitlines()[-2:] == ["True", "['baseline']"]
+    assert out.splitlines()[-3:] == [
+        "True",
+        "['baseline']",
+        "This build has no CUDA kernels: switched off (CBAM_OPS_CUDA=OFF).",
+    ]
 
 
 @pytest.mark.slow
@@ -248,6 +261,85 @@ def test_any_patch_of_the_release_will_do(tmp_path, version):
 # --- CUDA=AUTO|ON|OFF -----------------------------------------------------------------------------
 
 
+@pytest.fixture
+def cuda_finder(monkeypatch, tmp_path) -> ModuleType:
+    """The finder on a machine without nvcc, driver and wheels."""
+    spec = importlib.util.spec_from_file_location(
+        "find_cuda", ROOT / "build_backend" / "find_cuda.py"
+    )
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    for name in ("CUDACXX", module.ENVIRONMENT_VARIABLE):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(module, "_SIGNS_OF_A_DRIVER", (str(tmp_path / "driver"),))
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])
+    return module
+
+
+def executable(path: Path) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("#!/bin/sh\n")
+    path.chmod(0o755)
+    return path
+
+
+ON = {"cmake.define.CBAM_OPS_CUDA": "ON"}
+OFF = {"cmake.define.CBAM_OPS_CUDA": "OFF"}
+
+
+def test_the_wheels_of_nvcc_are_asked_for_where_cuda_is(cuda_finder, monkeypatch):
+    assert cuda_finder.requirements(None) == []
+    assert cuda_finder.requirements({}) == []
+    assert cuda_finder.requirements(ON) == cuda_finder.WHEELS
+    assert [text.split(">")[0] for text in cuda_finder.WHEELS] == [
+        "nvidia-cuda-nvcc",
+        "nvidia-cuda-cccl",
+    ]
+    monkeypatch.setenv("CBAM_OPS_CUDA", "on")
+    assert cuda_finder.requirements(None) == cuda_finder.WHEELS
+    assert cuda_finder.requirements(OFF) == [], "the setting is nearer than the environment"
+
+
+def test_the_wheels_of_nvcc_are_asked_for_where_a_driver_is(cuda_finder, tmp_path):
+    (tmp_path / "driver").touch()
+    assert cuda_finder.requirements(None) == cuda_finder.WHEELS
+    assert cuda_finder.requirements(OFF) == []
+
+
+@pytest.mark.parametrize("how", ["PATH", "CUDACXX"])
+def test_the_machine_s_nvcc_needs_no_wheels(cuda_finder, monkeypatch, tmp_path, how):
+    nvcc = executable(tmp_path / "nvcc") if how == "PATH" else executable(tmp_path / "a" / "nvcc")
+    if how == "CUDACXX":
+        monkeypatch.setenv("CUDACXX", str(nvcc))
+    (tmp_path / "driver").touch()
+    executable(tmp_path / "nvidia" / "cu13" / "bin" / "nvcc")
+    assert cuda_finder.requirements(ON) == []
+    assert cuda_finder.cmake_settings(ON) == ON, "CMake finds it"
+
+
+def test_cmake_is_pointed_at_the_wheels_nvcc(cuda_finder, tmp_path):
+    assert cuda_finder.cmake_settings(None) == {"cmake.define.CBAM_OPS_CUDA": "AUTO"}
+    nvcc = executable(tmp_path / "nvidia" / "cu13" / "bin" / "nvcc")
+    for settings, mode in ((None, "AUTO"), (ON, "ON")):
+        assert cuda_finder.cmake_settings(settings) == {
+            "cmake.define.CBAM_OPS_CUDA": mode,
+            "cmake.define.CMAKE_CUDA_COMPILER": str(nvcc),
+            "build-dir": "",
+        }
+    assert cuda_finder.cmake_settings(OFF) == OFF
+
+
+def test_the_build_backend_asks_the_finder(tmp_path):
+    """Fails where a hook of the backend forgets nvcc."""
+    environment = {"CBAM_OPS_CUDA": "ON", "CUDACXX": "", "PATH": str(tmp_path)}
+    for hook in ("get_requires_for_build_wheel", "get_requires_for_build_editable"):
+        done = backend(ROOT, f"backend.{hook}()", **environment)
+        assert "nvidia-cuda-nvcc" in done.stdout, done.stderr
+        done = backend(ROOT, f"backend.{hook}({OFF!r})", **environment)
+        assert "answer" in done.stdout and "nvidia" not in done.stdout, done.stderr
+
+
 def configure(build: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     cmake = shutil.which("cmake")
     assert cmake, "the test extra brings cmake"
@@ -269,8 +361,11 @@ def cuda_record(build: Path) -> dict[str, object]:
 def test_without_nvcc_auto_builds_for_the_cpu_and_says_so(tmp_path):
     done = configure(tmp_path, CUDACXX="/nonexistent/nvcc")
     assert done.returncode == 0, done.stderr
-    assert "CUDA kernels: none, no nvcc was found" in done.stdout
-    assert cuda_record(tmp_path) == {"enabled": False, "why_not": "no nvcc was found"}
+    assert "CUDA kernels: none, no nvcc that works was found" in done.stdout
+    assert cuda_record(tmp_path) == {
+        "enabled": False,
+        "why_not": "no nvcc that works was found",
+    }
 
 
 @pytest.mark.slow
@@ -280,6 +375,20 @@ def test_without_nvcc_on_is_an_error_with_the_cure(tmp_path):
     assert done.returncode != 0
     assert "CBAM_OPS_CUDA=ON, but no CUDA compiler was found" in message
     assert "Put nvcc on PATH or set CUDACXX" in message
+
+
+@pytest.mark.slow
+def test_with_nvcc_auto_builds_for_gpus_and_says_for_which(tmp_path):
+    if not (os.environ.get("CUDACXX") or shutil.which("nvcc")):
+        pytest.skip("no nvcc on PATH and no CUDACXX")
+    done = configure(tmp_path)
+    assert done.returncode == 0, done.stderr
+    record = cuda_record(tmp_path)
+    architectures = record["architectures"].split()
+    assert record["enabled"] is True
+    assert f"CUDA kernels: {record['version']}, for {';'.join(architectures)}" in done.stdout
+    assert {"75-real", "80-real", "90-real"} <= set(architectures)
+    assert architectures[-1].endswith("-virtual"), "those to come need PTX"
 
 
 @pytest.mark.slow

@@ -163,36 +163,65 @@ def libraries() -> list[Path]:
     directory = _loader.compiled_directory()
     assert directory is not None
     found = sorted(directory.glob("*.so"))
-    assert {path.name.split(".")[0] for path in found} >= {
-        "_core",
-        "libcbam_ops_tf",
-        "libcbam_ops_xla",
-    }
+    names = {path.name.split(".")[0] for path in found}
+    assert names >= {"_core", "libcbam_ops_core", "libcbam_ops_tf", "libcbam_ops_xla"}
     return found
 
 
 def test_libraries_export_nothing_but_what_is_looked_up_by_name():
     nm = tool("nm")
     for path in libraries():
-        symbols = {
-            line.split()[-1] for line in output_of(nm, "-D", "--defined-only", path).splitlines()
-        }
-        assert symbols == ({"PyInit__core"} if path.name.startswith("_core") else set()), path.name
+        symbols = set(output_of(nm, "-D", "--defined-only", "--format=just-symbols", path).split())
+        if path.name == _loader.CORE_LIBRARY:
+            # Functions of these two namespaces themselves, with arguments of the contract's types.
+            foreign = [s for s in symbols if not re.match(r"_ZN8cbam_ops(3cpu|4cuda)\d+\w+E", s)]
+            assert not foreign
+            assert len([s for s in symbols if "7Forward" in s]) == len({"cpu", "cuda"} & built())
+        elif path.name.startswith("_core"):
+            assert symbols == {"PyInit__core"}
+        else:
+            assert not symbols, path.name
 
 
-def test_libraries_have_no_run_path():
+def built() -> set[str]:
+    return {"cpu", "cuda"} if _loader.build_record()["cuda"]["enabled"] else {"cpu"}
+
+
+def test_the_kernels_are_there_once():
+    """Three copies would be three times the GPU code, and three choices of the instruction set."""
+    readelf, nm = tool("readelf"), tool("nm")
+    for path in libraries():
+        needed = re.findall(r"\(NEEDED\).*\[(.*)\]", output_of(readelf, "-d", path))
+        is_core = path.name == _loader.CORE_LIBRARY
+        assert (_loader.CORE_LIBRARY in needed) != is_core, path.name
+        undefined = output_of(nm, "-D", "--undefined-only", path)
+        assert ("8cbam_ops3cpu" in undefined) != is_core, path.name
+        has_gpu_code = ".nv_fatbin" in output_of(readelf, "-SW", path)
+        assert has_gpu_code == (is_core and "cuda" in built()), path.name
+
+
+def test_libraries_look_for_each_other_beside_themselves_and_nowhere_else():
     """Where TensorFlow lay during the build may not exist, or be another's, at run time."""
     readelf = tool("readelf")
     for path in libraries():
-        assert not re.search(r"\((RPATH|RUNPATH)\)", output_of(readelf, "-d", path)), path.name
+        found = re.findall(r"\((RPATH|RUNPATH)\).*\[(.*)\]", output_of(readelf, "-d", path))
+        assert found == [("RUNPATH", "$ORIGIN")], path.name
 
 
-def test_the_python_module_does_not_need_tensorflow():
+def test_the_cuda_runtime_is_inside():
+    """A machine has a driver, or not even that; the toolkit is nobody's to install."""
+    readelf = tool("readelf")
+    for path in libraries():
+        needed = re.findall(r"\(NEEDED\).*\[(.*)\]", output_of(readelf, "-d", path))
+        assert not [name for name in needed if "cuda" in name], path.name
+
+
+def test_the_kernels_and_the_python_module_do_not_need_tensorflow():
     readelf = tool("readelf")
     for path in libraries():
         needed = re.findall(r"\(NEEDED\).*\[(.*)\]", output_of(readelf, "-d", path))
         tensorflow = [name for name in needed if "tensorflow" in name]
-        if path.name.startswith("_core"):
+        if path.name.startswith("_core") or path.name == _loader.CORE_LIBRARY:
             assert not tensorflow
         elif path.name == _loader.LIBRARY:
             assert tensorflow == ["libtensorflow_framework.so.2"]

@@ -566,6 +566,7 @@ def test_the_library_may_come_after_a_first_compilation():
 def test_the_library_may_come_twice(when, tmp_path):
     """Fails where a second copy ends the process, or leaves two kernels to choose from."""
     shutil.copy(xla_library(), tmp_path / "copy.so")
+    shutil.copy(xla_library().parent / _loader.CORE_LIBRARY, tmp_path)
     copy = "tf.load_library(sys.argv[1])"
     run_python(
         COMPARE
@@ -585,7 +586,7 @@ def test_the_library_may_come_twice(when, tmp_path):
 @pytest.mark.parametrize("damage", ["missing", "cut off", "not loadable"])
 def test_eager_and_graph_mode_do_without_the_library(damage, tmp_path):
     """Fails where XLA's library can take the ops outside XLA down with it."""
-    for name in (_loader.LIBRARY, _loader.BUILD_RECORD):
+    for name in (_loader.LIBRARY, _loader.CORE_LIBRARY, _loader.BUILD_RECORD):
         shutil.copy(xla_library().parent / name, tmp_path / name)
     content = xla_library().read_bytes()
     if damage == "cut off":

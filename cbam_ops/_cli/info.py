@@ -102,6 +102,7 @@ def _sections(report: dict[str, Any]) -> list[tuple[str, list[tuple[str, Any]]]]
     instructions = take("instruction_set") or {}
     if not isinstance(instructions, dict):
         instructions = {"active": instructions}
+    gpu = take("gpu") or {}
     processor, build = take("processor"), take("build") or {}
     environment = take("environment")
     # `platform` is in `operating_system`.
@@ -145,6 +146,22 @@ def _sections(report: dict[str, Any]) -> list[tuple[str, list[tuple[str, Any]]]]
                 ("cores usable", processor["cores"]),
                 ("vector extensions", processor["extensions"]),
                 ("devices", take("devices")),
+            ],
+        ),
+        (
+            "GPU kernels",
+            [
+                ("built", gpu.get("built")),
+                *(
+                    [
+                        ("with CUDA", gpu.get("cuda")),
+                        ("for architectures", gpu.get("architectures")),
+                        ("CUDA of the driver", gpu.get("driver_cuda") or "no driver"),
+                    ]
+                    if gpu.get("built")
+                    else []
+                ),
+                *([("why they do not run", gpu["why_not"])] if gpu.get("why_not") else []),
             ],
         ),
         ("build", _flat(build) if build else [("record", "none: the native parts are not built")]),

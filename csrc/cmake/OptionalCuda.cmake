@@ -1,11 +1,12 @@
 # CUDA kernels, if wanted and possible.
 #
-#   CBAM_OPS_CUDA=AUTO  CPU only for now, and why is recorded: no op reaches the CUDA kernels yet, and
-#                       they take minutes to compile
-#   CBAM_OPS_CUDA=ON    with nvcc, or stop; for csrc/python/cuda_bindings.cc, which does reach them
+#   CBAM_OPS_CUDA=AUTO  where there is an nvcc that works, else CPU only, and why is recorded
+#   CBAM_OPS_CUDA=ON    with nvcc, or stop
 #   CBAM_OPS_CUDA=OFF
 #
-# Given as -DCBAM_OPS_CUDA=..., through pip as `-C cmake.define.CBAM_OPS_CUDA=...`.
+# Given as -DCBAM_OPS_CUDA=..., through pip as `-C cmake.define.CBAM_OPS_CUDA=...` or as an
+# environment variable of that name. nvcc is CUDACXX or the one on PATH; the build backend may give
+# the one that pip installed (CMAKE_CUDA_COMPILER).
 #
 # Defines: CBAM_OPS_CUDA_ENABLED, CBAM_OPS_CUDA_WHY_NOT, CBAM_OPS_CUDA_VERSION,
 #          CMAKE_CUDA_ARCHITECTURES.
@@ -19,35 +20,27 @@ if(NOT CBAM_OPS_CUDA_MODE MATCHES "^(AUTO|ON|OFF)$")
   message(FATAL_ERROR "CBAM_OPS_CUDA must be AUTO, ON or OFF, got '${CBAM_OPS_CUDA}'.")
 endif()
 
-file(GLOB CBAM_OPS_CUDA_SOURCES CONFIGURE_DEPENDS "${PROJECT_SOURCE_DIR}/csrc/core/cuda/*.cu")
-
 include(CheckLanguage)
 if(NOT CBAM_OPS_CUDA_MODE STREQUAL "OFF")
+  if(NOT CMAKE_CUDA_COMPILER)
+    unset(CMAKE_CUDA_COMPILER CACHE)  # "not found" of an earlier run is no answer for this one
+  endif()
   check_language(CUDA)
 endif()
 
 if(CBAM_OPS_CUDA_MODE STREQUAL "OFF")
   set(CBAM_OPS_CUDA_WHY_NOT "switched off (CBAM_OPS_CUDA=OFF)")
 elseif(NOT CMAKE_CUDA_COMPILER)
-  set(CBAM_OPS_CUDA_WHY_NOT "no nvcc was found")
+  set(CBAM_OPS_CUDA_WHY_NOT "no nvcc that works was found")
   if(CBAM_OPS_CUDA_MODE STREQUAL "ON")
     message(FATAL_ERROR "CBAM_OPS_CUDA=ON, but no CUDA compiler was found. Put nvcc on PATH or set "
-      "CUDACXX=/path/to/nvcc (CUDA 13 is on PyPI: pip install nvidia-cuda-nvcc), or build with "
+      "CUDACXX=/path/to/nvcc (`pip install` with build isolation brings NVIDIA's), or build with "
       "CBAM_OPS_CUDA=AUTO or OFF.")
   endif()
-elseif(NOT CBAM_OPS_CUDA_SOURCES)
-  set(CBAM_OPS_CUDA_WHY_NOT "this version has no CUDA kernels")
-  if(CBAM_OPS_CUDA_MODE STREQUAL "ON")
-    message(FATAL_ERROR "CBAM_OPS_CUDA=ON, but this version has no CUDA kernels (csrc/core/cuda is "
-      "empty). Build with CBAM_OPS_CUDA=AUTO or OFF.")
-  endif()
-elseif(CBAM_OPS_CUDA_MODE STREQUAL "AUTO")
-  set(CBAM_OPS_CUDA_WHY_NOT
-    "no op reaches the CUDA kernels in this version (CBAM_OPS_CUDA=ON compiles them)")
 else()
   # Machine code for the first architecture of every generation that this nvcc knows from Turing on
   # (75, 80, 90, ...; the generation's later ones run it: 80's on 86, 87 and 89), and PTX of the newest
-  # for those to come. To be set before the language is enabled. Each costs about 35 seconds of one core.
+  # for those to come. To be set before the language is enabled. Each costs about 20 seconds of one core.
   if(NOT CMAKE_CUDA_ARCHITECTURES)
     execute_process(
       COMMAND "${CMAKE_CUDA_COMPILER}" --list-gpu-arch
@@ -70,9 +63,10 @@ else()
     set(CMAKE_CUDA_ARCHITECTURES "${wanted};${newest}-virtual")
   endif()
   enable_language(CUDA)
-  find_package(CUDAToolkit REQUIRED)
   set(CMAKE_CUDA_STANDARD 17)
   set(CMAKE_CUDA_STANDARD_REQUIRED ON)
+  set(CMAKE_CUDA_VISIBILITY_PRESET hidden)
+  # The machine that runs it needs a driver, nothing else.
   set(CMAKE_CUDA_RUNTIME_LIBRARY Static)
   set(CBAM_OPS_CUDA_ENABLED ON)
   set(CBAM_OPS_CUDA_VERSION "${CMAKE_CUDA_COMPILER_VERSION}")
@@ -85,7 +79,8 @@ else()
 endif()
 
 function(cbam_ops_add_cuda_kernels library)
-  target_sources(${library} PRIVATE ${CBAM_OPS_CUDA_SOURCES})
+  file(GLOB sources CONFIGURE_DEPENDS "${PROJECT_SOURCE_DIR}/csrc/core/cuda/*.cu")
+  target_sources(${library} PRIVATE ${sources})
   target_compile_definitions(${library} PUBLIC CBAM_HAVE_CUDA=1)
   # For messages about an architecture that was not built.
   list(JOIN CMAKE_CUDA_ARCHITECTURES " " architectures)
@@ -94,5 +89,4 @@ function(cbam_ops_add_cuda_kernels library)
   target_compile_options(${library} PRIVATE
     $<$<COMPILE_LANGUAGE:CUDA>:-Xcompiler=-Wall,-Wextra>
     $<$<AND:$<BOOL:${CBAM_OPS_WERROR}>,$<COMPILE_LANGUAGE:CUDA>>:-Werror=all-warnings>)
-  target_link_libraries(${library} PUBLIC CUDA::cudart_static)
 endfunction()

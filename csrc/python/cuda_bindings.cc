@@ -242,6 +242,7 @@ void Define(py::module_& module, const char* name, Run run, Workspace workspace)
 }  // namespace
 
 void BindCuda(py::module_& module) {
+  using namespace py::literals;  // NOLINT: the _a of keyword arguments
   py::module_ submodule = module.def_submodule("cuda", "The CUDA kernels on device pointers.");
   submodule.attr("built") = true;
   submodule.attr("architectures") = cuda::BuiltArchitectures();
@@ -252,11 +253,14 @@ void BindCuda(py::module_& module) {
                 "Of the current device as 10 * major + minor; 0 without a device.");
   submodule.def(
       "why_not",
-      [] {
-        const Status status = cuda::CheckDevice();
-        return std::string(status.ok() ? "" : status.message);
+      [](int capability) {
+        char text[cuda::kWhyNotBytes];
+        cuda::WhyNot(capability, text, sizeof(text));
+        return std::string(text);
       },
-      "Why the kernels cannot run on the current device; empty where they can.");
+      "capability"_a = 0,
+      "Why the kernels cannot run on a device of this compute capability, 10 * major + minor (0:\n"
+      "on the current device); empty where they can. No context is made on any device.");
   submodule.def(
       "set_path",
       [](const std::string& path) {

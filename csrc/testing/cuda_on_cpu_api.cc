@@ -3,6 +3,7 @@
 #include <cstdio>
 #include <cstring>
 
+#include "core/cuda/explain.h"
 #include "core/cuda/kernels.h"
 #if !defined(CBAM_ON_GPU)
 #include "testing/cuda_on_cpu.h"
@@ -60,6 +61,10 @@ CBAM_EXPORT int cbam_forward_path(const Problem* problem) {
 }
 CBAM_EXPORT int cbam_backward_path(const Problem* problem) {
   return static_cast<int>(cuda::BackwardPath(*problem));
+}
+CBAM_EXPORT void cbam_explain_machine(int driver_version, int build_version, int capability,
+                                      const char* architectures, char* text, size_t size) {
+  cuda::ExplainMachine(driver_version, build_version, capability, architectures, text, size);
 }
 #if !defined(CBAM_ON_GPU)
 CBAM_EXPORT void cbam_set_schedule(uint64_t seed) { cbam_ops::cuda_on_cpu::SetSchedule(seed); }

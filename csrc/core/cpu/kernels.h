@@ -8,6 +8,9 @@
 
 #include "core/contract.h"
 
+// What follows is exported from the shared library of the core (csrc/cmake/exports_core.map).
+#pragma GCC visibility push(default)
+
 namespace cbam_ops {
 namespace cpu {
 
@@ -61,5 +64,7 @@ Status SpatialPoolGrad(const Problem& problem, const SpatialPoolGradArgs& args, 
 
 }  // namespace cpu
 }  // namespace cbam_ops
+
+#pragma GCC visibility pop
 
 #endif  // CBAM_OPS_CORE_CPU_KERNELS_H_

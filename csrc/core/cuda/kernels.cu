@@ -3,6 +3,7 @@
 #include <cstdlib>
 #include <cstring>
 
+#include "core/cuda/explain.h"
 #include "core/cuda/kernels.h"
 #include "core/cuda/plan.h"
 #include "core/cuda/table.h"
@@ -166,6 +167,10 @@ int BuildVersion() {
 int DeviceCapability() {
   DeviceInfo device;
   return QueryDevice(&device).ok() ? device.capability : 0;
+}
+void WhyNot(int capability, char* text, size_t size) {
+  ExplainMachine(DriverVersion(), BuildVersion(), capability > 0 ? capability : DeviceCapability(),
+                 BuiltArchitectures(), text, size);
 }
 const char* BuiltArchitectures() { return CBAM_OPS_CUDA_ARCHITECTURES; }
 

@@ -12,6 +12,9 @@
 
 #include "core/contract.h"
 
+// What follows is exported from the shared library of the core (csrc/cmake/exports_core.map).
+#pragma GCC visibility push(default)
+
 namespace cbam_ops {
 namespace cuda {
 
@@ -32,10 +35,16 @@ Status SpatialPool(const Problem& problem, const SpatialPoolArgs& args, void* wo
 Status SpatialPoolGrad(const Problem& problem, const SpatialPoolGradArgs& args, void* workspace,
                        void* stream);
 
-// Whether this build can run on the current device: ok, or kUnsupported (the driver is older than
-// the CUDA that the kernels were built with, or the device's architecture was not built), or
-// kDeviceError. Costs a lookup; meant for a first use.
+// Whether this build can run on the current device: ok, or kUnsupported, or kDeviceError. Makes the
+// device's context and loads the code, which not every moment of a stream's life allows: meant for
+// a first use.
 Status CheckDevice();
+// Why this build cannot run on a device of the given compute capability (10 * major + minor; 0: on
+// the current device): no driver, one older than the CUDA of the build, no device, or an
+// architecture that was not built, as one sentence with the versions. Empty where it can. Asks the
+// driver only: no context is made on any device.
+void WhyNot(int capability, char* text, size_t size);
+inline constexpr size_t kWhyNotBytes = 512;
 
 // CUDA versions as 1000 * major + 10 * minor: of the driver (0 without one) and of the toolkit of
 // the build.
@@ -60,5 +69,7 @@ Path BackwardPath(const Problem& problem);
 
 }  // namespace cuda
 }  // namespace cbam_ops
+
+#pragma GCC visibility pop
 
 #endif  // CBAM_OPS_CORE_CUDA_KERNELS_H_

@@ -31,18 +31,12 @@ inline Status FromCudaError(cudaError_t error, const char* kernel) {
   switch (error) {
     case cudaErrorInsufficientDriver:
       return {StatusCode::kUnsupported,
-              "there is no NVIDIA driver, or it is older than the CUDA toolkit of the build "
-              "(DriverVersion and BuildVersion "
-              "give both)",
-              kernel};
+              "there is no NVIDIA driver, or it is older than the CUDA of the build", kernel};
     case cudaErrorNoKernelImageForDevice:
     case cudaErrorInvalidDeviceFunction:
     case cudaErrorUnsupportedPtxVersion:
       return {StatusCode::kUnsupported,
-              "the kernels were not built for this GPU's architecture (BuiltArchitectures and "
-              "DeviceCapability say for which, and "
-              "which it is)",
-              kernel};
+              "the kernels were not built for the architecture of this GPU", kernel};
     default:
       return {StatusCode::kDeviceError, cudaGetErrorString(error), kernel};
   }

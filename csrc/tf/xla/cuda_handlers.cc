@@ -7,8 +7,8 @@
 #include "core/contract.h"
 #include "core/cuda/kernels.h"
 #include "tf/entry_points.h"
+#include "tf/gpu_status.h"
 #include "tf/signature.h"
-#include "tf/status.h"
 #include "tf/xla/handler.h"
 
 namespace cbam_ops {
@@ -19,7 +19,7 @@ namespace {
 // which a stream that is being recorded might not allow.
 template <const auto& kSignature>
 ffi::Error Initialize(ffi::RemainingArgs, ffi::RemainingRets, ffi::Dictionary) {
-  return ToFfiError(ToAbslStatus(kSignature.op, cuda::CheckDevice()));
+  return ToFfiError(gpu::ToAbslStatus(kSignature.op, cuda::CheckDevice()));
 }
 
 template <const auto& kSignature>
@@ -34,7 +34,7 @@ absl::Status Run(void* stream, const ffi::RemainingArgs& operands,
   void* workspace = nullptr;
   status = call.Workspace(gpu::Workspace(call.problem, call.args), kCudaAlignment, &workspace);
   if (!status.ok()) return status;
-  return ToAbslStatus(kSignature.op, gpu::Call(call.problem, call.args, workspace, stream));
+  return gpu::ToAbslStatus(kSignature.op, gpu::Call(call.problem, call.args, workspace, stream));
 }
 
 template <const auto& kSignature>

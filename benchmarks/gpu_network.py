@@ -1,0 +1,186 @@
+"""CBAM's share of a training step of ResNet-50 on a GPU, in PyTorch.
+
+The network is the usual one (He et al., 2016; bottlenecks, channels last, batch norm), with CBAM at
+the end of each residual branch as in the paper, or without. CBAM is ours, stock PyTorch or
+torch.compile of that. Used by gpu_check.py.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import statistics
+import time
+from typing import Any
+
+import cuda_on_cpu as driver
+import gpu_report
+
+try:
+    import torch
+    from torch import nn
+except ImportError:  # gpu_check says so
+    torch = None
+
+BLOCKS = (3, 4, 6, 3)
+KINDS = ("without CBAM", "ours", "torch eager", "torch.compile")
+
+
+def modules(library: Any) -> dict[str, Any]:
+    """The classes, which cannot be defined before PyTorch is there: `Network` makes one network."""
+
+    class Fused(torch.autograd.Function):
+        """The kernels under autograd; x is channels last, weights are float32."""
+
+        @staticmethod
+        def problem(x: torch.Tensor, w0: torch.Tensor) -> Any:
+            n, c, h, w = x.shape
+            return driver.problem(
+                dtype=str(x.dtype).removeprefix("torch."), batch=n, height=h, width=w, channels=c,
+                hidden=w0.shape[1], layout="NHWC", gates="channel_first",
+            )  # fmt: skip
+
+        @staticmethod
+        def space(name: str, problem: Any) -> torch.Tensor:
+            size = getattr(library._library, f"cbam_{name}_workspace")(ctypes.byref(problem))
+            return torch.empty((size + 256,), dtype=torch.uint8, device="cuda")
+
+        @staticmethod
+        def forward(ctx: Any, x: torch.Tensor, *weights: torch.Tensor) -> torch.Tensor:
+            x = x.contiguous(memory_format=torch.channels_last)
+            n, c, h, w = x.shape
+            w0, b0, w1, b1, kernel, bias = weights
+            problem = Fused.problem(x, w0)
+            float32 = {"dtype": torch.float32, "device": "cuda"}
+            saved = {
+                "channel_descriptors": torch.empty((2, n, c), **float32),
+                "channel_gate": torch.empty((n, c), **float32),
+                "spatial_descriptors": torch.empty((n, 2, h, w), **float32),
+                "spatial_gate": torch.empty((n, h, w), **float32),
+            }
+            y = torch.empty_like(x)
+            library.run(
+                "forward", problem, Fused.space("forward", problem), x=x, y=y, w0=w0, b0=b0, w1=w1,
+                b1=b1, kernel=kernel, bias=bias, **saved,
+            )  # fmt: skip
+            ctx.names = list(saved)
+            ctx.save_for_backward(x, *weights, *saved.values())
+            return y
+
+        @staticmethod
+        def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            x, w0, b0, w1, b1, kernel, bias, *saved = ctx.saved_tensors
+            dy = dy.contiguous(memory_format=torch.channels_last)
+            problem = Fused.problem(x, w0)
+            weights = {"w0": w0, "b0": b0, "w1": w1, "b1": b1, "kernel": kernel}
+            gradients = {"d" + name: torch.empty_like(w) for name, w in weights.items()}
+            gradients["dbias"] = torch.empty_like(bias)
+            dx = torch.empty_like(x)
+            library.run(
+                "backward", problem, Fused.space("backward", problem), x=x, dy=dy, dx=dx, **weights,
+                **dict(zip(ctx.names, saved, strict=True)), **gradients,
+            )  # fmt: skip
+            return dx, *gradients.values()
+
+    def stock(x: torch.Tensor, *weights: torch.Tensor) -> torch.Tensor:
+        w0, b0, w1, b1, kernel, bias = (w.to(x.dtype) for w in weights)
+
+        def mlp(t: torch.Tensor) -> torch.Tensor:
+            return torch.relu(t @ w0 + b0) @ w1 + b1
+
+        u = x * torch.sigmoid(mlp(x.mean((2, 3))) + mlp(x.amax((2, 3))))[:, :, None, None]
+        planes = torch.cat([u.mean(1, keepdim=True), u.amax(1, keepdim=True)], 1)
+        z = nn.functional.conv2d(planes, kernel.permute(2, 0, 1)[None], bias, padding=3)
+        return u * torch.sigmoid(z)
+
+    class Cbam(nn.Module):
+        def __init__(self, channels: int, kind: str) -> None:
+            super().__init__()
+            hidden = channels // 16
+            shapes = [(channels, hidden), (hidden,), (hidden, channels), (channels,), (7, 7, 2)]
+            scales = [channels**-0.5, 0.0, hidden**-0.5, 0.0, 1 / 7]
+            self.weights = nn.ParameterList(
+                [nn.Parameter(torch.randn(s) * k) for s, k in zip(shapes, scales, strict=True)]
+                + [nn.Parameter(torch.zeros(1))]
+            )
+            calls = {"ours": Fused.apply, "torch eager": stock}
+            self.call = calls.get(kind) or torch.compile(stock, dynamic=False)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.call(x, *self.weights)
+
+    class Bottleneck(nn.Module):
+        def __init__(self, inputs: int, width: int, stride: int, kind: str) -> None:
+            super().__init__()
+            outputs = 4 * width
+            self.branch = nn.Sequential(
+                nn.Conv2d(inputs, width, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU(),
+                nn.Conv2d(width, width, 3, stride, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU(),
+                nn.Conv2d(width, outputs, 1, bias=False), nn.BatchNorm2d(outputs),
+                *([] if kind == "without CBAM" else [Cbam(outputs, kind)]),
+            )  # fmt: skip
+            self.shortcut: nn.Module = nn.Identity()
+            if stride != 1 or inputs != outputs:
+                self.shortcut = nn.Sequential(
+                    nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs)
+                )
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.relu(self.branch(x) + self.shortcut(x))
+
+    class Network(nn.Sequential):
+        def __init__(self, kind: str) -> None:
+            layers: list[nn.Module] = [
+                nn.Conv2d(3, 64, 7, 2, 3, bias=False), nn.BatchNorm2d(64), nn.ReLU(),
+                nn.MaxPool2d(3, 2, 1),
+            ]  # fmt: skip
+            inputs = 64
+            for stage, count in enumerate(BLOCKS):
+                width = 64 << stage
+                for block in range(count):
+                    stride = 2 if block == 0 and stage > 0 else 1
+                    layers.append(Bottleneck(inputs, width, stride, kind))
+                    inputs = 4 * width
+            layers += [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(inputs, 1000)]
+            super().__init__(*layers)
+
+    return {"Network": Network, "Cbam": Cbam}
+
+
+def time_network(library: Any, seconds: float, batch: int = 32) -> list[gpu_report.Row]:
+    """Milliseconds of a training step, by type and kind of CBAM, until the time is up."""
+    end = time.perf_counter() + seconds
+    rows: list[gpu_report.Row] = []
+    network = modules(library)["Network"]
+    images = torch.randn(batch, 3, 224, 224, device="cuda")
+    images = images.contiguous(memory_format=torch.channels_last)
+    labels = torch.randint(1000, (batch,), device="cuda")
+    for dtype in ("float32", "bfloat16"):
+        for kind in KINDS:
+            if time.perf_counter() > end:
+                return rows
+            torch.manual_seed(0)
+            model = network(kind).cuda().to(memory_format=torch.channels_last)
+            optimizer = torch.optim.SGD(model.parameters(), 1e-3)
+
+            def step(model: Any = model, optimizer: Any = optimizer, dtype: str = dtype) -> None:
+                optimizer.zero_grad()
+                half = dtype == "bfloat16"
+                with torch.autocast("cuda", torch.bfloat16, enabled=half):
+                    loss = nn.functional.cross_entropy(model(images), labels)
+                loss.backward()
+                optimizer.step()
+
+            times = []
+            for repeat in range(13):
+                start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+                start.record()
+                step()
+                stop.record()
+                stop.synchronize()
+                if repeat >= 3:
+                    times.append(start.elapsed_time(stop))
+            ms = statistics.median(times)
+            rows.append({"batch": batch, "dtype": dtype, "who": kind, "ms": ms})
+            del model, optimizer, step
+            torch.cuda.empty_cache()
+    return rows

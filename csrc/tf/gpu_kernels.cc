@@ -1,0 +1,40 @@
+// The ops' kernels for NVIDIA GPUs: the core's, on TensorFlow's own stream. Compiled where the core
+// has CUDA kernels.
+#include <memory>
+
+#include "tensorflow/core/framework/device_base.h"
+#include "tensorflow/core/framework/op_kernel.h"
+#include "tf/fused_op.h"
+#include "tf/gpu_device.h"
+#include "xla/stream_executor/activate_context.h"
+#include "xla/stream_executor/stream.h"
+#include "xla/stream_executor/stream_executor.h"
+
+namespace cbam_ops {
+namespace tf {
+namespace {
+
+// The stream on which TensorFlow runs this device's ops, in the order it enqueues them. Nothing
+// else will do: it does not wait for the default stream, nor the default stream for it.
+//
+// Its device is made current for the launch. TensorFlow does that too before it calls Compute, but
+// says so nowhere; what is current already costs a comparison to activate. The CUDA runtime linked
+// into the core takes over the driver's current context, whoever made it.
+class TensorFlowStream {
+ public:
+  explicit TensorFlowStream(tensorflow::OpKernelContext* context)
+      : stream_(context->op_device_context()->stream()),
+        activation_(stream_->parent()->Activate()) {}
+
+  void* handle() const { return stream_->platform_specific_handle().stream; }
+
+ private:
+  stream_executor::Stream* stream_;
+  std::unique_ptr<stream_executor::ActivateContext> activation_;
+};
+
+CBAM_OPS_REGISTER_KERNELS(tensorflow::DEVICE_GPU, GpuDevice<TensorFlowStream>);
+
+}  // namespace
+}  // namespace tf
+}  // namespace cbam_ops
