@@ -196,33 +196,26 @@ def load_xla_from(directory: Path) -> Cause | None:
     import tensorflow as tf
 
     library = directory / XLA_LIBRARY
-    build = f"Build and install them: {_rebuild_command(_PACKAGE)}"
-    if not library.is_file():
+
+    def cause(kind: CauseKind, what: str) -> Cause:
         return Cause(
-            "not_built",
-            f"XLA (jit_compile=True) cannot compile the ops: there is no {library}.",
-            build,
+            kind,
+            f"XLA (jit_compile=True) cannot compile the ops: {what}.",
+            f"Build and install them: {_rebuild_command(_PACKAGE)}",
         )
+
+    if not library.is_file():
+        return cause("not_built", f"there is no {library}")
     damage = _damage(library)
     if damage is not None:
-        return Cause(
-            "corrupt", f"XLA (jit_compile=True) cannot compile the ops: {library} {damage}.", build
-        )
+        return cause("corrupt", f"{library} {damage}")
     try:
         tf.load_library(str(library))
     except Exception as error:  # tf.errors.NotFoundError with dlopen's words, and whatever else
-        return Cause(
-            "load_failed",
-            f"XLA (jit_compile=True) cannot compile the ops: {library} does not load: {error}.",
-            build,
-        )
+        return cause("load_failed", f"{library} does not load: {error}")
     devices = _devices_with_kernels()
     if any(f"XLA_{device}_JIT" not in devices for device in ("CPU", "GPU") if device in devices):
-        return Cause(
-            "load_failed",
-            f"XLA (jit_compile=True) cannot compile the ops: it did not accept those of {library}.",
-            build,
-        )
+        return cause("load_failed", f"it did not accept those of {library}")
     return None
 
 

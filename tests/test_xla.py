@@ -647,6 +647,15 @@ def test_eager_and_graph_mode_do_without_the_library(damage, tmp_path):
     assert in_layer.startswith("Keras leaves XLA out")
 
 
+def test_kernels_that_xla_does_not_accept_are_a_cause(monkeypatch):
+    """Fails where ops that run on a GPU count as compiled there, though XLA refused them."""
+    for devices in ({"CPU"}, {"CPU", "GPU", "XLA_CPU_JIT"}):
+        monkeypatch.setattr(_loader, "_devices_with_kernels", lambda devices=devices: devices)
+        cause = _loader.load_xla_from(xla_library().parent)
+        assert cause is not None and cause.kind == "load_failed"
+        assert "it did not accept those of" in cause.reason
+
+
 @pytest.mark.slow
 def test_a_saved_function_is_compiled_in_a_fresh_process(tmp_path):
     """Fails where a graph from a file reaches XLA before what XLA needs is loaded."""
