@@ -1,7 +1,11 @@
-"""Finds and loads the library with the TensorFlow ops, or says why it cannot be loaded.
+"""Finds and loads the libraries with the TensorFlow ops, or says why they cannot be loaded.
 
 Nothing happens at import. `load_ops()` does the work once per process and returns the module of ops
 that `tf.load_op_library` makes, or a `Cause`: what is wrong and the one command that mends it.
+
+What XLA needs to compile the ops is in a library of its own, so that its failure leaves them as
+they are. It is loaded together with them: a graph that was made outside XLA can reach XLA without
+any call of this package. `load_xla()` says how that went.
 
 A library built for one minor release of TensorFlow does not load in another (C++ symbols differ),
 so versions are compared before anything is loaded. The minor is the one in the build record, a file
@@ -22,7 +26,8 @@ from types import ModuleType
 from typing import Any, Literal
 
 LIBRARY = "libcbam_ops_tf.so"
-CORE_LIBRARY = "libcbam_ops_core.so"  # the kernels: LIBRARY and the pybind11 module need it
+XLA_LIBRARY = "libcbam_ops_xla.so"
+CORE_LIBRARY = "libcbam_ops_core.so"  # the kernels, which all others need
 BUILD_RECORD = "_build_record.json"
 
 CauseKind = Literal[
@@ -186,8 +191,58 @@ def load_from(directory: Path | None) -> ModuleType | Cause:
     return ops
 
 
+def load_xla_from(directory: Path) -> Cause | None:
+    """Loads what XLA needs from `directory`, the ops' own; see `load_xla`. Not cached."""
+    import tensorflow as tf
+
+    library = directory / XLA_LIBRARY
+
+    def cause(kind: CauseKind, what: str) -> Cause:
+        return Cause(
+            kind,
+            f"XLA (jit_compile=True) cannot compile the ops: {what}.",
+            f"Build and install them: {_rebuild_command(_PACKAGE)}",
+        )
+
+    if not library.is_file():
+        return cause("not_built", f"there is no {library}")
+    damage = _damage(library)
+    if damage is not None:
+        return cause("corrupt", f"{library} {damage}")
+    try:
+        tf.load_library(str(library))
+    except Exception as error:  # tf.errors.NotFoundError with dlopen's words, and whatever else
+        return cause("load_failed", f"{library} does not load: {error}")
+    devices = _devices_with_kernels()
+    if any(f"XLA_{device}_JIT" not in devices for device in ("CPU", "GPU") if device in devices):
+        return cause("load_failed", f"it did not accept those of {library}")
+    return None
+
+
+def _devices_with_kernels() -> set[str]:
+    """The devices that the ops have kernels for: "CPU", "GPU", and "XLA_CPU_JIT", "XLA_GPU_JIT"."""
+    from tensorflow.python.framework import kernels
+
+    registered = kernels.get_registered_kernels_for_op("CbamOps>Cbam").kernel
+    return {kernel.device_type for kernel in registered}
+
+
 _lock = threading.Lock()
-_loaded: ModuleType | Cause | None = None
+_loaded: tuple[ModuleType | Cause, Cause | None] | None = None  # the ops, why not XLA
+
+
+def _load() -> tuple[ModuleType | Cause, Cause | None]:
+    global _loaded
+    if _loaded is None:
+        with _lock:
+            if _loaded is None:
+                directory = compiled_directory()
+                ops = load_from(directory)
+                if isinstance(ops, Cause) or directory is None:
+                    _loaded = (ops, None)
+                else:
+                    _loaded = (ops, load_xla_from(directory))
+    return _loaded
 
 
 def load_ops() -> ModuleType | Cause:
@@ -196,9 +251,10 @@ def load_ops() -> ModuleType | Cause:
     Returns:
       The module that `tf.load_op_library` makes, with one function per op, or a `Cause`.
     """
-    global _loaded
-    if _loaded is None:
-        with _lock:
-            if _loaded is None:
-                _loaded = load_from(compiled_directory())
-    return _loaded
+    return _load()[0]
+
+
+def load_xla() -> Cause | None:
+    """The cause why XLA cannot compile the native ops, None if it can. Loads at the first call."""
+    ops, cause = _load()
+    return ops if isinstance(ops, Cause) else cause

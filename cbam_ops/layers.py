@@ -268,10 +268,16 @@ class _Attention(keras.layers.Layer):
     def supports_jit(self) -> bool:
         """Whether Keras may compile a model with this layer by XLA of its own accord.
 
-        False where the native ops run, for they have no XLA kernels: Keras then leaves XLA out,
-        quietly with ``jit_compile="auto"``, with a warning with ``jit_compile=True``.
+        True where the fused ops run inside XLA too, and where the reference computes anyway. Else
+        false, with one warning that says why: Keras then leaves XLA out, quietly with
+        ``jit_compile="auto"``, with a warning of its own with ``jit_compile=True``.
         """
-        return self._supports_jit and not _native_runs()
+        if not self._supports_jit:
+            return False
+        cause = ops.cause_in_xla() if _native_runs() else None
+        if cause is not None:
+            options.warn_once(cause, "Keras leaves XLA out for models with cbam_ops layers.")
+        return cause is None
 
     @supports_jit.setter
     def supports_jit(self, value: bool) -> None:

@@ -462,15 +462,18 @@ def _cause_of_the_place() -> _loader.Cause | None:
     """Why the library, though loaded, has no kernel for the place where the op would run."""
     from tensorflow.python.ops import control_flow_util
 
-    if not tf.executing_eagerly() and control_flow_util.GraphOrParentsInXlaContext(
+    compiled = not tf.executing_eagerly() and control_flow_util.GraphOrParentsInXlaContext(
         tf.compat.v1.get_default_graph()
-    ):
-        return _loader.Cause(
-            "no_kernel",
-            "The function is compiled by XLA (jit_compile=True), for which this build has no "
-            "kernels.",
-            "Leave jit_compile=True out to use the native ones.",
-        )
+    )
+    return cause_in_xla() if compiled else _cause_of_the_device()
+
+
+def cause_in_xla() -> _loader.Cause | None:
+    """Why XLA, compiling for the place where the op would run, cannot compile it."""
+    return _loader.load_xla() or _cause_of_the_device()
+
+
+def _cause_of_the_device() -> _loader.Cause | None:
     if not tf.config.list_logical_devices("GPU"):
         return None
     # Where TensorFlow would put a stock op now: the innermost tf.device, or by default the GPU. An

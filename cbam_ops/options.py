@@ -135,18 +135,17 @@ def _level_of_the_caller() -> int:
     return level + 1
 
 
-def warn_once(cause: _loader.Cause) -> None:
-    """Says once per process and cause that the reference computes instead."""
-    text = str(cause)
+_REFERENCE_COMPUTES = "cbam_ops computes with plain TensorFlow (the reference), which is slower."
+
+
+def warn_once(cause: _loader.Cause, consequence: str = _REFERENCE_COMPUTES) -> None:
+    """Says once per process what follows from a cause."""
+    text = f"{consequence} {cause}"
     with _lock:
         if text in _warned:
             return
         _warned.add(text)
-    warnings.warn(
-        f"cbam_ops computes with plain TensorFlow (the reference), which is slower. {cause}",
-        RuntimeWarning,
-        stacklevel=_level_of_the_caller(),
-    )
+    warnings.warn(text, RuntimeWarning, stacklevel=_level_of_the_caller())
 
 
 def native_ops(
@@ -223,12 +222,14 @@ def build_info() -> dict[str, Any]:
           newest CUDA of the driver (`driver_cuda`, None without one), and `why_not` they cannot run
           on the current device (None where they can).
         implementation: the choice in force; native: whether the native ops run;
-        native_off_because: if not, why and what mends it, else None.
+        native_off_because: if not, why and what mends it, else None;
+        xla: whether they run inside XLA (`jit_compile=True`); xla_off_because: likewise.
     """
     from . import __version__
 
     loaded = _loader.load_ops()
     cause = loaded if isinstance(loaded, _loader.Cause) else None
+    xla_cause = _loader.load_xla()
     directory = _loader.compiled_directory()
     return {
         "version": __version__,
@@ -246,4 +247,6 @@ def build_info() -> dict[str, Any]:
         "implementation": implementation(),
         "native": cause is None,
         "native_off_because": None if cause is None else str(cause),
+        "xla": xla_cause is None,
+        "xla_off_because": None if xla_cause is None else str(xla_cause),
     }

@@ -8,6 +8,7 @@ the compute type (see tolerances.py).
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import zlib
 from types import ModuleType
 from typing import Any
@@ -188,6 +189,14 @@ def gradient_magnitudes(
     )
     names = {"residual": "d_residual", "beta": "dbias"}
     return {name: result[names.get(name, f"d{name}")] for name in tensors}
+
+
+def digest(results: Any) -> str:
+    """A short text that changes with any bit of any tensor."""
+    hashed = hashlib.sha256()
+    for tensor in tf.nest.flatten(results):
+        hashed.update(tensor.numpy().tobytes())
+    return hashed.hexdigest()
 
 
 def magnitude(truth: np.ndarray) -> float:

@@ -65,7 +65,7 @@ SELECTED = {
     "and not reference and not empty_batch",
     "test_gradients.py": "",
     "test_bad_input.py": "not reference",
-    "test_gpu.py": "not every_option and not every_size",
+    "test_gpu.py": "not every_option and not every_size and not xla",
 }
 
 

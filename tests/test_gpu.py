@@ -220,3 +220,45 @@ def test_more_than_two_to_the_31_elements():
             pytest.skip("the GPU has too little memory")
         assert tf.size(many[0], tf.int64) > 2**31
         assert_same_bits(many[0][-2:].numpy(), few.numpy(), "y")
+
+
+# --- inside XLA -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", OPTIONS, ids=str)
+@pytest.mark.parametrize("xla_dtype", ["float32", "bfloat16"])
+def test_inside_xla_the_bits_are_the_same(case, xla_dtype, data_format):
+    """Fails where XLA's stream, its scratch memory or its command buffers change a result."""
+    tensors = moved(case.draw(xla_dtype, data_format), DEVICE)
+
+    def function(tensors):
+        outputs = case.call(ops, tensors, data_format)
+        return [*outputs, *case.gradients(ops, tensors, data_format).values()]
+
+    compiled = tf.function(function, autograph=False, jit_compile=True)
+    with tf.device(DEVICE):
+        expected = bits(function(tensors))
+        for _ in range(3):  # XLA records a program once it has run
+            results = compiled(tensors)
+            assert_there(results)
+            for index, value in enumerate(bits(results)):
+                assert_same_bits(value, expected[index], f"result {index}")
+
+
+def test_inside_xla_ours_waits_for_what_came_before():
+    """Fails where the kernels run on another stream than the rest of XLA's program."""
+    tensors = moved(SEVERAL_BLOCKS.draw("float32", "NHWC"), DEVICE)
+    size = 4096 if DEVICE == "GPU" else 64
+
+    @tf.function(autograph=False, jit_compile=True)
+    def program(big, tensors):
+        for _ in range(4):
+            big = tf.matmul(big, big)
+        return everything({**tensors, "x": tensors["x"] + (big[0, 0] - 1.0)})
+
+    with tf.device(DEVICE):
+        expected = bits(everything(tensors))
+        big = tf.eye(size)
+        for _ in range(REPEATS):
+            for index, value in enumerate(bits(program(big, tensors))):
+                assert_same_bits(value, expected[index], f"result {index}")

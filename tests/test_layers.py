@@ -571,18 +571,6 @@ def test_a_mask_is_passed_on(layer_class):
     tolerances.assert_same_bits(y.numpy(), expected, "y")
 
 
-def test_jit_is_left_alone_where_native_ops_run():
-    """jit_compile="auto" would otherwise trade the fused kernels for XLA's stock graph."""
-    layer = cbam_ops.CBAM()
-    with cbam_ops.use_implementation("reference"):
-        assert layer.supports_jit
-    with cbam_ops.use_implementation("native"):
-        assert not layer.supports_jit
-    with cbam_ops.use_implementation("reference"):
-        layer.supports_jit = False
-        assert not layer.supports_jit
-
-
 def test_jit_compile_of_the_reference():
     """Keras compiles the model by XLA where the layer computes by stock TensorFlow."""
     model = functional(make(spatial_batch_norm=True))
@@ -593,15 +581,6 @@ def test_jit_compile_of_the_reference():
         y = model.predict(x, verbose=0)
         assert np.isfinite(model.fit(x, x, verbose=0).history["loss"][0])
     tolerances.assert_close(y, expected, tolerances.FLOAT32, "predict")
-
-
-def test_jit_compile_is_left_out_with_a_warning_where_native_ops_run():
-    model = functional(make())
-    x = feature_map(26)
-    with cbam_ops.use_implementation("native"):
-        with pytest.warns(UserWarning, match="doesn't support `jit_compile=True`"):
-            model.compile("sgd", "mse", jit_compile=True)
-        assert np.isfinite(model.fit(x, x, verbose=0).history["loss"][0])
 
 
 def test_stateless_calls_return_the_new_statistics(implementation):

@@ -160,6 +160,7 @@ def test_the_library_is_loaded_once_for_all_threads(monkeypatch):
     calls = []
     monkeypatch.setattr(_loader, "_loaded", None)
     monkeypatch.setattr(_loader, "load_from", lambda directory: calls.append(directory) or "ops")
+    monkeypatch.setattr(_loader, "load_xla_from", lambda directory: None)
     start = threading.Barrier(8, timeout=60)
 
     def load() -> None:

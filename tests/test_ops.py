@@ -376,26 +376,6 @@ def fresh_warnings(monkeypatch):
     monkeypatch.setattr(choices, "_warned", set())
 
 
-def test_xla_gets_the_reference(fresh_warnings):
-    """Fails where jit_compile=True, which Keras may turn on itself, meets an op it cannot take."""
-    case = Case()
-    tensors = case.draw("float32", "NHWC")
-    expected = case.call(ops, tensors, "NHWC")[0]
-
-    def function(tensors):
-        return case.call(ops, tensors, "NHWC")[0]
-
-    with cbam_ops.use_implementation("auto"):
-        compiled = tf.function(function, jit_compile=True)
-        with pytest.warns(RuntimeWarning, match="jit_compile=True"):
-            y = compiled(tensors)
-        tf.function(function, jit_compile=True)(tensors)  # and not a second time
-    assert_close(y, expected, FLOAT32, "y")
-    # A NativeUnavailableError, which autograph wraps in an error of its own.
-    with pytest.raises(Exception, match="jit_compile"):
-        tf.function(function, jit_compile=True)(tensors)
-
-
 def test_a_gpu_that_cannot_run_the_kernels_gets_the_reference(fresh_warnings, monkeypatch):
     """Fails where an op without a GPU kernel would run on the CPU, with copies nobody asked for."""
     case = Case()

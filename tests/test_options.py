@@ -18,7 +18,7 @@ CAUSE = Cause("not_built", "The ops are missing.", "Build them: pip install .")
 
 
 def _pretend(monkeypatch: pytest.MonkeyPatch, loaded: object) -> None:
-    monkeypatch.setattr(_loader, "_loaded", loaded)
+    monkeypatch.setattr(_loader, "_loaded", (loaded, None))
 
 
 def test_auto_is_the_initial_choice():

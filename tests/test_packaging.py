@@ -128,7 +128,8 @@ def test_the_wheel_holds_the_package_and_its_compiled_parts(wheel):
         ]
         assert "cbam-ops = cbam_ops.__main__:main" in archive.read(entry_points).decode()
         record = json.loads(archive.read("cbam_ops/_build_record.json"))
-    assert {"cbam_ops/libcbam_ops_tf.so", "cbam_ops/libcbam_ops_core.so"} <= set(names)
+    libraries = {f"cbam_ops/libcbam_ops_{name}.so" for name in ("core", "tf", "xla")}
+    assert libraries <= set(names)
     assert "cbam_ops/py.typed" in names
     assert [n for n in names if n.startswith("cbam_ops/_core.") and n.endswith(".so")]
     top = {name.split("/")[0] for name in names}

@@ -524,7 +524,7 @@ def test_types_of_results_and_gradients(dtype, weights, data_format):
     [("channel_first", "NHWC"), ("channel_first", "NCHW"), ("spatial_first", "NHWC")],
 )
 def test_compiles_by_xla(order, data_format):
-    """`jit_compile=True` is where the native ops step aside for the reference."""
+    """Inside XLA the reference computes where the native ops cannot, and where it is asked for."""
     v = arguments(18, dtype="float32")
     names = (*MLP, "kernel", "gamma", "beta")
     x = layout(v["x"], data_format)

@@ -164,7 +164,7 @@ def libraries() -> list[Path]:
     assert directory is not None
     found = sorted(directory.glob("*.so"))
     names = {path.name.split(".")[0] for path in found}
-    assert names >= {"_core", "libcbam_ops_core", "libcbam_ops_tf"}
+    assert names >= {"_core", "libcbam_ops_core", "libcbam_ops_tf", "libcbam_ops_xla"}
     return found
 
 
@@ -225,6 +225,8 @@ def test_the_kernels_and_the_python_module_do_not_need_tensorflow():
             assert not tensorflow
         elif path.name == _loader.LIBRARY:
             assert tensorflow == ["libtensorflow_framework.so.2"]
+        elif path.name == _loader.XLA_LIBRARY:
+            assert set(tensorflow) == {"libtensorflow_framework.so.2", "libtensorflow_cc.so.2"}
 
 
 # --- one place for each fact ----------------------------------------------------------------------

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 
 # Providers, by the names in `providers.PROVIDERS`.
 OURS = "ours"
+OURS_XLA = "ours-xla"  # the same kernels, in a program that XLA compiles
 STOCK = ("tf-graph", "xla")
 TRANSPOSED = ("tf-graph-transposed", "xla-transposed")
 KERAS = ("keras",)
@@ -106,7 +107,10 @@ class Case:
 
 @dataclasses.dataclass(frozen=True)
 class NetworkCase:
-    """A residual network at 224 px: plain, with stock CBAM, with the fused CBAM."""
+    """A residual network at 224 px: plain, with stock CBAM, with the fused CBAM.
+
+    "stock-xla" and `OURS_XLA` are the latter two compiled by XLA.
+    """
 
     group: str
     depth: int
@@ -158,9 +162,10 @@ def all_cases() -> list[Case | NetworkCase]:
                     )  # fmt: skip
 
     halves = ("bfloat16", "float16")
-    add("resnet50", 16, RESNET50, providers=(*STOCK, *KERAS, *TORCH))
+    add("resnet50", 16, RESNET50, providers=(OURS_XLA, *STOCK, *KERAS, *TORCH))
     found.append(NetworkCase("network", 50, 8, "inference"))
-    found.append(NetworkCase("network", 50, 8, "training"))
+    everyone = ("plain", "stock", OURS, "stock-xla", OURS_XLA)
+    found.append(NetworkCase("network", 50, 8, "training", providers=everyone))
     # No Keras: on CPUs TensorFlow has no gradient of a convolution in NCHW.
     add("resnet50", 16, RESNET50, layouts=("NCHW",), providers=(*STOCK, *TORCH))
     add("resnet50", 16, RESNET50, dtypes=halves, providers=(*STOCK, *KERAS))
@@ -222,7 +227,7 @@ def quick_cases() -> list[Case | NetworkCase]:
 
 def tiny_cases() -> list[Case | NetworkCase]:
     """For the tests: every kind of case, small enough to be free; their times mean nothing."""
-    everyone = (OURS, *STOCK, *KERAS, *TORCH_EAGER)
+    everyone = (OURS, OURS_XLA, *STOCK, *KERAS, *TORCH_EAGER)
     return [
         Case("tiny", 2, 6, 5, 32, providers=everyone),
         Case(

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from cbam_ops._bench import providers as providers_module
-from cbam_ops._bench.cases import OURS, Case
+from cbam_ops._bench.cases import OURS, OURS_XLA, Case
 from cbam_ops._bench.providers import PROVIDERS, WEIGHTS, Inputs, Prepared
 
 # Before a provider is timed, the root of its summed squared errors must be under this part of the
@@ -222,7 +222,7 @@ def disagreement(
     """What is wrong with a provider's results of these errors; None if they are the module's."""
     for name, (_, norm) in errors.items():
         limits = _AGREE_Y if name == "y" else _AGREE_GRADIENTS
-        limit = (_AGREE_OURS if provider == OURS else limits)[case.dtype]
+        limit = (_AGREE_OURS if provider in (OURS, OURS_XLA) else limits)[case.dtype]
         if not norm <= limit:
             return f"{name} is off by {norm:.2g} (root mean square, relative), allowed {limit:.2g}"
     return None

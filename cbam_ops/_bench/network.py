@@ -1,5 +1,7 @@
 """Whole residual networks: plain, with the module in stock Keras layers, with the fused one.
 
+The latter two also compiled by XLA, whole, as Keras compiles a model with `jit_compile=True`.
+
 The share of the time that the module takes is what the network with it takes more than the plain
 one, in runs that take turns: the addition and the ReLU that end a block are in all of them.
 """
@@ -11,24 +13,31 @@ from typing import Any
 
 import numpy as np
 
-from cbam_ops._bench.cases import OURS, NetworkCase
+from cbam_ops._bench.cases import OURS, OURS_XLA, NetworkCase
 from cbam_ops._bench.measure import Outcome, interleave, peak_bytes, quantiles
 
-ATTENTION = {"plain": None, "stock": "stock", OURS: "cbam"}
+ATTENTION = {
+    "plain": None,
+    "stock": "stock",
+    OURS: "cbam",
+    "stock-xla": "stock",
+    OURS_XLA: "cbam",
+}
+_COMPILED = ("stock-xla", OURS_XLA)
 # Two correct float32 evaluations of fifty layers, relative to the largest logit.
 _AGREE = 1e-2
 # A network is timed for longer than a module: the module's share is a small difference.
 _TIMES_A_ROW = 10
 
 
-def _function(model: Any, mode: str, images: Any, labels: Any) -> Callable[[int], Any]:
+def _function(model: Any, mode: str, images: Any, labels: Any, jit: bool) -> Callable[[int], Any]:
     """A graph of one inference, or of one training step with SGD."""
     import keras
     import tensorflow as tf
 
     if mode == "inference":
 
-        @tf.function(autograph=False)
+        @tf.function(autograph=False, jit_compile=jit or None)
         def infer(x: Any) -> Any:
             return model(x, training=False)
 
@@ -39,7 +48,7 @@ def _function(model: Any, mode: str, images: Any, labels: Any) -> Callable[[int]
     optimizer.build(model.trainable_variables)
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
 
-    @tf.function(autograph=False)
+    @tf.function(autograph=False, jit_compile=jit or None)
     def train(x: Any, y: Any) -> Any:
         with tf.GradientTape() as tape:
             value = loss(y, model(x, training=True))
@@ -82,16 +91,17 @@ def measure_network(case: NetworkCase, seconds: float) -> Outcome:
     images = [tf.constant(random.standard_normal(shape, dtype=np.float32)) for _ in range(2)]
     labels = tf.constant(random.integers(0, 1000, case.n))
 
-    networks: dict[str, Any] = {}
+    built: dict[str | None, Any] = {}
     with cbam_ops.use_implementation("native"):
-        for name in case.providers:
+        for attention in dict.fromkeys(ATTENTION[name] for name in case.providers):
             keras.utils.set_random_seed(50)
-            networks[name] = models.build_resnet(
+            built[attention] = models.build_resnet(
                 case.depth,
-                attention=ATTENTION[name],
+                attention=attention,
                 input_shape=shape[1:],
                 classifier_activation=None,
             )
+        networks = {name: built[ATTENTION[name]] for name in case.providers}
         if OURS in networks and "stock" in networks:
             fused = networks[OURS]
             for weight in fused.trainable_weights:  # gammas of 0 would hide the modules
@@ -111,16 +121,19 @@ def measure_network(case: NetworkCase, seconds: float) -> Outcome:
         else:
             difference = float("nan")
         functions = {
-            name: _function(network, case.mode, images, labels)
+            name: _function(network, case.mode, images, labels, name in _COMPILED)
             for name, network in networks.items()
         }
         for function in functions.values():
             function(0)  # traces with the fused ops
     extra = {name: peak_bytes(lambda f=f: f(1)) for name, f in functions.items()}  # type: ignore[misc]
-    if case.mode == "training" and OURS in functions and "stock" in functions:
-        fused_loss, stock_loss = (float(functions[name](0)) for name in (OURS, "stock"))
-        if not abs(fused_loss - stock_loss) <= _AGREE * abs(stock_loss):
-            outcome.wrong[OURS] = f"the loss is {fused_loss}, the stock network's {stock_loss}"
+    if case.mode == "training" and "stock" in functions:
+        losses = {name: float(f(0)) for name, f in functions.items() if name != "plain"}
+        stock_loss = losses["stock"]
+        for name, loss in losses.items():
+            if not abs(loss - stock_loss) <= _AGREE * abs(stock_loss):
+                outcome.wrong[name] = f"the loss is {loss}, the stock network's {stock_loss}"
+        if outcome.wrong:
             return outcome
     times = interleave(functions, _TIMES_A_ROW * seconds, pairs=True)
     ours = quantiles(times[OURS])[0] if OURS in times else None

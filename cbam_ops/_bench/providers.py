@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from cbam_ops._bench.cases import KERNEL_SIZE, RATIO, Case
+from cbam_ops._bench.cases import KERNEL_SIZE, OURS, OURS_XLA, RATIO, Case
 
 # Weights in the order of the arguments of `cbam_ops.cbam`.
 WEIGHTS = ("w0", "b0", "w1", "b1", "kernel", "bias")
@@ -264,7 +264,7 @@ def _call(module: Any, case: Case, layout: str) -> Forward:
     return forward
 
 
-def _ours(case: Case, inputs: Inputs) -> Prepared:
+def _ours(case: Case, inputs: Inputs, jit: bool) -> Prepared:
     import cbam_ops
 
     call = _call(cbam_ops, case, case.layout)
@@ -273,7 +273,7 @@ def _ours(case: Case, inputs: Inputs) -> Prepared:
         with cbam_ops.use_implementation("native"):
             return call(x, residual, weights)
 
-    return _setup_tensorflow(case, inputs, forward, _tensors(inputs))
+    return _setup_tensorflow(case, inputs, forward, _tensors(inputs), jit=jit)
 
 
 def _reference(case: Case, inputs: Inputs, jit: bool, transposed: bool) -> Prepared:
@@ -455,7 +455,15 @@ class Provider:
 
 
 def _providers() -> Iterator[Provider]:
-    yield Provider("ours", "cbam_ops", "tensorflow", _ours)
+    yield Provider(
+        OURS, "cbam_ops", "tensorflow", lambda case, inputs: _ours(case, inputs, jit=False)
+    )
+    yield Provider(
+        OURS_XLA,
+        "cbam_ops inside XLA",
+        "tensorflow",
+        lambda case, inputs: _ours(case, inputs, jit=True),
+    )
     for transposed in (False, True):
         for jit in (False, True):
             name = ("xla" if jit else "tf-graph") + ("-transposed" if transposed else "")

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from cbam_ops._bench import results
-from cbam_ops._bench.cases import OURS, RESNET50
+from cbam_ops._bench.cases import OURS, OURS_XLA, RESNET50
 from cbam_ops._bench.results import Row
 from cbam_ops._cli.common import CommandError, require, say, table
 
@@ -173,7 +173,8 @@ def _summary_table(figures: Figures, ours: Iterable[Row]) -> str:
 
 def _network_table(figures: Figures) -> str:
     head = ["network", "batch", "pass", "plain", "with stock CBAM", "with cbam_ops",
-            "stock CBAM takes", "cbam_ops takes", "memory: stock", "memory: cbam_ops"]  # fmt: skip
+            "XLA: with stock CBAM", "XLA: with cbam_ops", "stock CBAM takes",
+            "cbam_ops takes", "memory: stock", "memory: cbam_ops"]  # fmt: skip
     body = []
     for group in figures.networks.values():
         any_row = next(iter(group.values()))
@@ -188,7 +189,10 @@ def _network_table(figures: Figures) -> str:
                 f"ResNet-{any_row['op'].removeprefix('resnet')} at {any_row['h']} px",
                 str(any_row["n"]),
                 any_row["mode"],
-                *(cell(group.get(name), "median_s", _time) for name in ("plain", "stock", OURS)),
+                *(
+                    cell(group.get(name), "median_s", _time)
+                    for name in ("plain", "stock", OURS, "stock-xla", OURS_XLA)
+                ),
                 cell(stock, "module_percent_of_time", percent),
                 cell(ours, "module_percent_of_time", percent),
                 cell(stock, "extra_bytes", size),
@@ -196,6 +200,24 @@ def _network_table(figures: Figures) -> str:
             ]
         )
     return _markdown([head, *body], "<><" + ">" * (len(head) - 3))
+
+
+def _xla_table(figures: Figures) -> str:
+    """Ours inside XLA beside XLA's own compilation of the reference, where both were measured."""
+    head = ["map", "pass", "cbam_ops", "cbam_ops inside XLA", "XLA", "speed"]
+    body = []
+    for group in figures.groups.values():
+        if OURS_XLA in group and "xla" in group:
+            inside, stock = group[OURS_XLA], group["xla"]
+            body.append(
+                [
+                    _size(inside), inside["mode"],
+                    _time(group[OURS]["median_s"]) if OURS in group else _DASH,
+                    _time(inside["median_s"]), _time(stock["median_s"]),
+                    _speed(stock["median_s"] / inside["median_s"]),
+                ]
+            )  # fmt: skip
+    return _markdown([head, *body], "<<" + ">" * (len(head) - 2)) if body else ""
 
 
 def _scaling_text(figures: Figures) -> str | None:
@@ -261,6 +283,9 @@ def readme_table(rows: Sequence[Row]) -> str:
             "`x`, `y`, `dy`, `dx` and the weights' gradients, relative to `x`.",
             _stage_table(figures, stages),
         ]
+    inside_xla = _xla_table(figures)
+    if inside_xla:
+        parts += ["Inside XLA, against XLA's own compilation of the reference.", inside_xla]
     others = [row for row in figures.ours(op="cbam", n=16, group="resnet50") if row not in stages]
     if others:
         parts += [
@@ -293,6 +318,8 @@ def full_table(rows: Sequence[Row]) -> str:
                 "**bold** where cbam_ops is the slower one.",
                 _summary_table(figures, figures.ours()),
             ]
+        inside_xla = _xla_table(figures)
+        parts += ["### Inside XLA", inside_xla] if inside_xla else []
         if figures.networks:
             parts += ["### Networks", _network_table(figures)]
         scaling = _scaling_text(figures)

@@ -319,9 +319,10 @@ def _parser(default_output: Path) -> argparse.ArgumentParser:
         "--providers",
         nargs="+",
         default=[],
-        choices=[*PROVIDERS, "plain", "stock"],
+        choices=[*PROVIDERS, "plain", "stock", "stock-xla"],
         metavar="NAME",
-        help="time only these beside cbam_ops: " + ", ".join([*PROVIDERS, "plain", "stock"]),
+        help="time only these beside cbam_ops: "
+        + ", ".join([*PROVIDERS, "plain", "stock", "stock-xla"]),
     )
     parser.add_argument(
         "--output", type=Path, default=default_output, metavar="CSV", help="default: %(default)s"

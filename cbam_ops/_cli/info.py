@@ -98,6 +98,7 @@ def _sections(report: dict[str, Any]) -> list[tuple[str, list[tuple[str, Any]]]]
 
     version, native = take("version"), take("native")
     off_because, implementation = take("native_off_because"), take("implementation")
+    xla, xla_off_because = take("xla"), take("xla_off_because")
     instructions = take("instruction_set") or {}
     if not isinstance(instructions, dict):
         instructions = {"active": instructions}
@@ -113,6 +114,8 @@ def _sections(report: dict[str, Any]) -> list[tuple[str, list[tuple[str, Any]]]]
                 ("version", version),
                 ("native kernels", "on" if native else "off"),
                 *([("why they are off", off_because)] if not native else []),
+                ("native kernels inside XLA", "on" if xla else "off"),
+                *([("why they are off there", xla_off_because)] if native and not xla else []),
                 ("implementation", implementation),
                 ("instruction set in use", instructions.get("active")),
                 ("instruction sets that run here", instructions.get("available")),

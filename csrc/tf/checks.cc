@@ -1,5 +1,7 @@
 #include "tf/checks.h"
 
+#include <algorithm>
+#include <initializer_list>
 #include <string>
 #include <utility>
 
@@ -71,6 +73,25 @@ absl::Status MakeOptions(const char* op, Kind kind, bool is_gradient, const Attr
     return invalid("the weights must have type ", tensorflow::DataType_Name(expected),
                    " beside `x` of type ", tensorflow::DataType_Name(attributes.map_type), ", got ",
                    tensorflow::DataType_Name(attributes.compute_type));
+  }
+  // TensorFlow holds an op's attributes to their definitions; a custom call's are only checked
+  // here.
+  const struct {
+    const char* name;
+    const std::string& value;
+    std::initializer_list<const char*> allowed;
+  } words[] = {
+      {"data_format", attributes.data_format, {"NHWC", "NCHW"}},
+      {"pooling", attributes.pooling, {"avg+max", "avg", "max"}},
+      {"mlp_activation", attributes.mlp_activation, {"none", "relu"}},
+      {"activation", attributes.activation, {"none", "relu"}},
+      {"order", attributes.order, {"channel_first", "parallel"}},
+  };
+  for (const auto& word : words) {
+    if (std::find(word.allowed.begin(), word.allowed.end(), word.value) == word.allowed.end()) {
+      return invalid("`", word.name, "` must be one of ", absl::StrJoin(word.allowed, ", "),
+                     ", got ", word.value);
+    }
   }
   for (const auto& [name, count] :
        {std::pair{"gamma", attributes.num_gamma}, std::pair{"residual", attributes.num_residual},

@@ -1,0 +1,72 @@
+// The ops inside XLA on NVIDIA GPUs: the core's kernels, on XLA's stream.
+#include "tf/xla/custom_call.h"
+
+#if defined(CBAM_HAVE_CUDA)
+
+#include "absl/status/status.h"
+#include "core/contract.h"
+#include "core/cuda/kernels.h"
+#include "tf/entry_points.h"
+#include "tf/gpu_status.h"
+#include "tf/signature.h"
+#include "tf/xla/handler.h"
+
+namespace cbam_ops {
+namespace tf {
+namespace {
+
+// Before anything is enqueued or recorded: says what a launch would say later, and loads the code,
+// which a stream that is being recorded might not allow.
+template <const auto& kSignature>
+ffi::Error Initialize(ffi::RemainingArgs, ffi::RemainingRets, ffi::Dictionary) {
+  return ToFfiError(gpu::ToAbslStatus(kSignature.op, cuda::CheckDevice()));
+}
+
+template <const auto& kSignature>
+absl::Status Run(void* stream, const ffi::RemainingArgs& operands,
+                 const ffi::RemainingRets& results, const ffi::Dictionary& dictionary) {
+  AttributeReader attributes(kSignature.op, dictionary);
+  CustomCall<kSignature> call;
+  absl::Status status = call.Unpack(operands, results, &attributes);
+  if (!status.ok()) return status;
+  status = attributes.CheckAllRead();
+  if (!status.ok()) return status;
+  void* workspace = nullptr;
+  status = call.Workspace(gpu::Workspace(call.problem, call.args), kCudaAlignment, &workspace);
+  if (!status.ok()) return status;
+  return gpu::ToAbslStatus(kSignature.op, gpu::Call(call.problem, call.args, workspace, stream));
+}
+
+template <const auto& kSignature>
+ffi::Error Execute(void* stream, ffi::RemainingArgs operands, ffi::RemainingRets results,
+                   ffi::Dictionary attributes) {
+  return ToFfiError(Run<kSignature>(stream, operands, results, attributes));
+}
+
+template <const auto& kSignature>
+bool Register() {
+  XLA_FFI_DEFINE_HANDLER(
+      initialize, Initialize<kSignature>,
+      ffi::Ffi::Bind<ffi::ExecutionStage::kInitialize>().RemainingArgs().RemainingRets().Attrs());
+  // The kernels only enqueue launches: nothing is allocated, waited for or asked of the
+  // stream (core/contract.h), which is what recording into a command buffer allows.
+  XLA_FFI_DEFINE_HANDLER(
+      execute, Execute<kSignature>,
+      ffi::Ffi::Bind().Ctx<ffi::PlatformStream<void*>>().RemainingArgs().RemainingRets().Attrs(),
+      {ffi::Traits::kCmdBufferCompatible});
+  return RegisterHandler(kSignature.op, "CUDA", {nullptr, nullptr, initialize, execute});
+}
+
+}  // namespace
+
+bool RegisterCudaHandlers() {
+  return Register<kCbam>() && Register<kCbamGrad>() && Register<kChannelAttention>() &&
+         Register<kChannelAttentionGrad>() && Register<kSpatialAttention>() &&
+         Register<kSpatialAttentionGrad>() && Register<kChannelPool>() &&
+         Register<kChannelPoolGrad>() && Register<kSpatialPool>() && Register<kSpatialPoolGrad>();
+}
+
+}  // namespace tf
+}  // namespace cbam_ops
+
+#endif  // CBAM_HAVE_CUDA

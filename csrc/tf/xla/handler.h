@@ -1,0 +1,226 @@
+// What the handlers of all platforms share: a custom call is taken apart and checked by the tables
+// in signature.h, as kernels do with an op's tensors. Nothing about it is taken on trust, since it
+// may come from a file.
+#ifndef CBAM_OPS_TF_XLA_HANDLER_H_
+#define CBAM_OPS_TF_XLA_HANDLER_H_
+
+#include <algorithm>
+#include <cstddef>
+#include <cstdint>
+#include <string>
+#include <string_view>
+#include <type_traits>
+
+#include "absl/container/inlined_vector.h"
+#include "absl/status/status.h"
+#include "absl/strings/str_cat.h"
+#include "absl/strings/str_join.h"
+#include "core/contract.h"
+#include "tensorflow/core/framework/types.pb.h"
+#include "tf/checks.h"
+#include "tf/signature.h"
+#include "xla/ffi/api/ffi.h"
+
+namespace cbam_ops {
+namespace tf {
+
+namespace ffi = ::xla::ffi;
+
+// The attributes of a call, in the way that ReadOptions asks for them.
+class AttributeReader {
+ public:
+  AttributeReader(const char* op, const ffi::Dictionary& attributes)
+      : op_(op), attributes_(attributes) {}
+
+  absl::Status GetAttr(const char* name, tensorflow::DataType* value) {
+    int number = 0;
+    const absl::Status status = GetAttr(name, &number);
+    *value = static_cast<tensorflow::DataType>(number);
+    return status;
+  }
+  absl::Status GetAttr(const char* name, std::string* value) {
+    std::string_view view;
+    const absl::Status status = Get(name, &view);
+    *value = std::string(view);
+    return status;
+  }
+  absl::Status GetAttr(const char* name, int* value) { return Get<int32_t>(name, value); }
+  absl::Status GetAttr(const char* name, float* value) { return Get(name, value); }
+
+  // An attribute that nobody asked for may be an option that this version does not know.
+  absl::Status CheckAllRead() const {
+    for (const std::string_view name : attributes_) {
+      if (std::find(read_.begin(), read_.end(), name) == read_.end()) {
+        return absl::InvalidArgumentError(
+            absl::StrCat(op_, ": the custom call has an unknown attribute `", name, "`"));
+      }
+    }
+    return absl::OkStatus();
+  }
+
+ private:
+  template <typename T>
+  absl::Status Get(const char* name, T* value) {
+    const auto found = attributes_.get<T>(name);
+    if (!found.has_value()) {
+      return absl::InvalidArgumentError(
+          absl::StrCat(op_, ": the custom call's attribute `", name,
+                       "` is missing or of another type: ", found.error().message()));
+    }
+    *value = *found;
+    read_.push_back(name);
+    return absl::OkStatus();
+  }
+
+  const char* op_;
+  const ffi::Dictionary& attributes_;
+  absl::InlinedVector<std::string_view, 16> read_;
+};
+
+inline ffi::DataType ToFfi(DataType dtype) {
+  switch (dtype) {
+    case DataType::kFloat32:
+      return ffi::DataType::F32;
+    case DataType::kFloat16:
+      return ffi::DataType::F16;
+    case DataType::kBFloat16:
+      return ffi::DataType::BF16;
+    case DataType::kFloat64:
+      return ffi::DataType::F64;
+  }
+  return ffi::DataType::INVALID;
+}
+
+// A call in the core's terms.
+template <const auto& kSignature>
+struct CustomCall {
+  using Args = typename std::decay_t<decltype(kSignature)>::Args;
+
+  Problem problem;
+  Args args;
+  void* scratch = nullptr;
+  size_t scratch_bytes = 0;
+
+  absl::Status Unpack(const ffi::RemainingArgs& operands, const ffi::RemainingRets& results,
+                      AttributeReader* attributes) {
+    Problem options;
+    absl::Status status = ReadOptions(kSignature, attributes, &options);
+    if (!status.ok()) return status;
+    Dimensions dimensions(kSignature.op, options);
+
+    size_t position = 0;
+    for (const auto& input : kSignature.inputs) {
+      bool present = false;
+      status = IsPresent(input.argument, attributes, &present);
+      if (!status.ok()) return status;
+      if (!present) continue;
+      const auto operand = operands.get<ffi::AnyBuffer>(position++);
+      if (!operand.has_value()) return Missing(input.argument, "operand", operands.size());
+      status = CheckType(input.argument, options, *operand);
+      if (!status.ok()) return status;
+      const auto sizes = operand->dimensions();
+      status = dimensions.Learn(input.argument, sizes.begin(), static_cast<int>(sizes.size()));
+      if (!status.ok()) return status;
+      if (input.pointer != nullptr) args.*input.pointer = operand->untyped_data();
+    }
+    if (position != operands.size()) return TooMany("operands", position, operands.size());
+
+    position = 0;
+    for (const auto& output : kSignature.outputs) {
+      bool present = false;
+      status = IsPresent(output.argument, attributes, &present);
+      if (!status.ok()) return status;
+      if (!present) continue;
+      auto result = results.get<ffi::AnyBuffer>(position++);
+      if (!result.has_value()) return Missing(output.argument, "result", results.size());
+      const ffi::AnyBuffer& buffer = **result;
+      status = CheckType(output.argument, options, buffer);
+      if (!status.ok()) return status;
+      const auto sizes = buffer.dimensions();
+      const auto expected = dimensions.Shape(output.argument);
+      if (!std::equal(sizes.begin(), sizes.end(), expected.begin(), expected.end())) {
+        return Invalid("`", output.argument.name, "` must have shape [",
+                       absl::StrJoin(expected, ", "), "], got [",
+                       absl::StrJoin(sizes.begin(), sizes.end(), ", "), "]");
+      }
+      args.*output.pointer = buffer.untyped_data();
+    }
+    auto last = results.get<ffi::AnyBuffer>(position++);
+    if (!last.has_value() || (*last)->element_type() != ffi::DataType::U8) {
+      return Invalid("the custom call's last result must be scratch memory of type uint8");
+    }
+    if (position != results.size()) return TooMany("results", position, results.size());
+    scratch = (*last)->untyped_data();
+    scratch_bytes = (*last)->size_bytes();
+    problem = dimensions.ToProblem();
+    return absl::OkStatus();
+  }
+
+  // The first `bytes` of the scratch memory from the next multiple of `alignment` on.
+  absl::Status Workspace(size_t bytes, size_t alignment, void** workspace) const {
+    if (bytes == 0) return absl::OkStatus();
+    const size_t offset = -reinterpret_cast<uintptr_t>(scratch) % alignment;
+    if (offset + bytes > scratch_bytes) {
+      return Invalid("the kernel needs ", bytes, " bytes of scratch memory aligned to ", alignment,
+                     ", but the custom call was compiled with ", scratch_bytes,
+                     "; was it compiled for another machine?");
+    }
+    *workspace = static_cast<char*>(scratch) + offset;
+    return absl::OkStatus();
+  }
+
+ private:
+  template <typename... Words>
+  static absl::Status Invalid(const Words&... words) {
+    return absl::InvalidArgumentError(absl::StrCat(kSignature.op, ": ", words...));
+  }
+  static absl::Status Missing(const Argument& argument, const char* what, size_t received) {
+    return Invalid("the custom call has no ", what, " for `", argument.name, "`: there are ",
+                   received);
+  }
+  static absl::Status TooMany(const char* what, size_t expected, size_t received) {
+    return Invalid("the custom call must have ", expected, " ", what, ", got ", received);
+  }
+
+  static absl::Status IsPresent(const Argument& argument, AttributeReader* attributes,
+                                bool* present) {
+    *present = Has(kSignature.kind, argument.part);
+    if (!*present || *argument.count == '\0') return absl::OkStatus();
+    int count = 0;
+    const absl::Status status = attributes->GetAttr(argument.count, &count);
+    *present = count > 0;
+    return status;
+  }
+
+  static absl::Status CheckType(const Argument& argument, const Problem& options,
+                                const ffi::AnyBuffer& buffer) {
+    const DataType compute_type =
+        options.dtype == DataType::kFloat64 ? DataType::kFloat64 : DataType::kFloat32;
+    const ffi::DataType expected =
+        ToFfi(argument.type == ArgumentType::kMapType ? options.dtype : compute_type);
+    if (buffer.element_type() == expected) return absl::OkStatus();
+    return Invalid("`", argument.name, "` must have XLA's type number ", static_cast<int>(expected),
+                   ", got ", static_cast<int>(buffer.element_type()));
+  }
+};
+
+inline ffi::Error ToFfiError(const absl::Status& status) {
+  if (status.ok()) return ffi::Error::Success();
+  // XLA's codes are Abseil's.
+  return ffi::Error(static_cast<XLA_FFI_Error_Code>(status.code()), std::string(status.message()));
+}
+
+// Registers a handler of one op; false where XLA refuses it.
+inline bool RegisterHandler(const char* op, const char* platform, XLA_FFI_Handler_Bundle handler) {
+  const XLA_FFI_Api* api = XLA_FFI_GetApi();
+  XLA_FFI_Error* error = ffi::Ffi::RegisterStaticHandler(api, op, platform, handler);
+  if (error == nullptr) return true;
+  XLA_FFI_Error_Destroy_Args destroy = {XLA_FFI_Error_Destroy_Args_STRUCT_SIZE, nullptr, error};
+  api->XLA_FFI_Error_Destroy(&destroy);
+  return false;
+}
+
+}  // namespace tf
+}  // namespace cbam_ops
+
+#endif  // CBAM_OPS_TF_XLA_HANDLER_H_
