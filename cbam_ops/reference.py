@@ -400,7 +400,14 @@ def _spatial_logits(
     # The two descriptor planes are put last in both layouts: CPUs have no NCHW convolution.
     descriptors = tf.stack([tf.reduce_mean(x, axis), tf.reduce_max(x, axis)], 3)
     z = tf.nn.conv2d(tf.cast(descriptors, kernel.dtype), kernel, strides=1, padding="SAME")
-    return tf.squeeze(z if bias is None else z + bias, 3)
+    z = z if bias is None else z + bias
+    if descriptors.shape[0]:
+        return tf.squeeze(z, 3)
+    # Of an empty batch (or one not known yet) by a reshape: on processors with AVX-512 TensorFlow
+    # 2.21 returns it with as many channels as it was given, and its gradients take it so.
+    logits = tf.reshape(z, tf.shape(descriptors)[:3])
+    logits.set_shape(descriptors.shape[:3])
+    return logits
 
 
 def _normalised_spatial_gate(

@@ -16,6 +16,7 @@
 #include <cstdint>
 #include <cstring>
 #include <limits>
+#include <numeric>
 #include <type_traits>
 
 #if defined(__SSE2__)
@@ -131,13 +132,17 @@ struct Geometry {
     }
     units = units_per_row > 1 ? height * units_per_row : CeilDiv(height, unit_rows);
 
-    // Channels of one position cost at least a cache line of attention; in NCHW a step needs runs
-    // of some length per channel.
-    const int64_t row_bytes = std::max<int64_t>(1, width * channels * ElementSize(problem.dtype));
-    const int64_t least =
-        problem.layout == Layout::kNCHW ? CeilDiv(256, std::max<int64_t>(1, width)) : 1;
-    step_rows = std::clamp<int64_t>(std::max(least, kStepBytes / row_bytes), 1,
-                                    std::max<int64_t>(1, height));
+    // Of an NCHW map a step reads and writes a run per channel: of kRunBytes, and of whole cache
+    // lines where rows allow, since a line that two steps write in part is streamed twice.
+    const int64_t element = ElementSize(problem.dtype);
+    const int64_t row_bytes = std::max<int64_t>(1, width * channels * element);
+    step_rows = std::max<int64_t>(1, kStepBytes / row_bytes);
+    if (problem.layout == Layout::kNCHW) {
+      const int64_t run_row = std::max<int64_t>(1, width * element);
+      step_rows = RoundUp(std::max(step_rows, CeilDiv(kRunBytes, run_row)),
+                          64 / std::gcd(run_row, int64_t{64}));
+    }
+    step_rows = std::clamp<int64_t>(step_rows, 1, std::max<int64_t>(1, height));
   }
 
   // Blocks of whole units that `samples` samples are cut into so that every thread has work.
@@ -191,6 +196,7 @@ struct Geometry {
   // the noise of these or slower (benchmarks/NOTES.md).
   static constexpr int64_t kWaveBytes = int64_t{8} << 20;
   static constexpr int64_t kUnitPositions = 256;
+  static constexpr int64_t kRunBytes = 1024;
   static constexpr int64_t kStepBytes = int64_t{128} << 10;
 };
 

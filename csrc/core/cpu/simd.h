@@ -216,10 +216,16 @@ CBAM_INLINE VD Load(const double* p) { return LoadPlain(p); }
 CBAM_INLINE void Store(float* p, VF v) { __builtin_memcpy(p, &v, sizeof(v)); }
 CBAM_INLINE void Store(double* p, VD v) { __builtin_memcpy(p, &v, sizeof(v)); }
 
+#if defined(CBAM_LEVEL_AVX512)
+CBAM_INLINE VF FromHalves(const BFloat16*, __m256i h) {
+  return (VF)_mm512_slli_epi32(_mm512_cvtepu16_epi32(h), 16);
+}
+CBAM_INLINE VF FromHalves(const Float16*, __m256i h) { return _mm512_cvtph_ps(h); }
+#endif
+
 CBAM_INLINE VF Load(const BFloat16* p) {
 #if defined(CBAM_LEVEL_AVX512)
-  const __m256i h = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
-  return (VF)_mm512_slli_epi32(_mm512_cvtepu16_epi32(h), 16);
+  return FromHalves(p, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
 #elif defined(CBAM_LEVEL_AVX2)
   const __m128i h = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
   return (VF)_mm256_slli_epi32(_mm256_cvtepu16_epi32(h), 16);
@@ -253,10 +259,14 @@ CBAM_INLINE void Store(BFloat16* p, VF v) {
 
 #if defined(CBAM_LEVEL_AVX512)
 CBAM_INLINE VF Load(const Float16* p) {
-  return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+  return FromHalves(p, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
 }
+CBAM_INLINE __m256i ToHalves(const Float16*, VF v) {
+  return _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT);
+}
+CBAM_INLINE __m256i ToHalves(const BFloat16*, VF v) { return (__m256i)ToBFloat16(v); }
 CBAM_INLINE void Store(Float16* p, VF v) {
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), ToHalves(p, v));
 }
 #elif defined(CBAM_LEVEL_AVX2)
 CBAM_INLINE VF Load(const Float16* p) {
@@ -337,14 +347,27 @@ CBAM_INLINE void StoreFirst<float, VF>(float* p, VF v, int64_t n) {
   _mm256_maskstore_ps(p, FirstMask32(n), v);
 }
 #elif defined(CBAM_LEVEL_AVX512)
+CBAM_INLINE __mmask16 FirstMask16(int64_t n) { return static_cast<__mmask16>((1u << n) - 1); }
 template <>
 CBAM_INLINE auto LoadFirst<float>(const float* p, int64_t n) -> decltype(Load(p)) {
-  return _mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << n) - 1), p);
+  return _mm512_maskz_loadu_ps(FirstMask16(n), p);
 }
 template <>
 CBAM_INLINE void StoreFirst<float, VF>(float* p, VF v, int64_t n) {
-  _mm512_mask_storeu_ps(p, static_cast<__mmask16>((1u << n) - 1), v);
+  _mm512_mask_storeu_ps(p, FirstMask16(n), v);
 }
+#define CBAM_HALVES_FIRST(T)                                                  \
+  template <>                                                                 \
+  CBAM_INLINE auto LoadFirst<T>(const T* p, int64_t n) -> decltype(Load(p)) { \
+    return FromHalves(p, _mm256_maskz_loadu_epi16(FirstMask16(n), p));        \
+  }                                                                           \
+  template <>                                                                 \
+  CBAM_INLINE void StoreFirst<T, VF>(T * p, VF v, int64_t n) {                \
+    _mm256_mask_storeu_epi16(p, FirstMask16(n), ToHalves(p, v));              \
+  }
+CBAM_HALVES_FIRST(Float16)
+CBAM_HALVES_FIRST(BFloat16)
+#undef CBAM_HALVES_FIRST
 #endif
 
 // All ones in the first n lanes.
@@ -384,10 +407,7 @@ CBAM_INLINE void Stream(double* p, VD v) {
 template <typename T>
 CBAM_INLINE void StreamHalves(T* p, VF v) {
 #if defined(CBAM_LEVEL_AVX512)
-  alignas(32) T lanes[Simd<float>::kLanes];
-  Store(lanes, v);
-  _mm256_stream_si256(reinterpret_cast<__m256i*>(p),
-                      _mm256_load_si256(reinterpret_cast<__m256i*>(lanes)));
+  _mm256_stream_si256(reinterpret_cast<__m256i*>(p), ToHalves(p, v));
 #elif defined(CBAM_LEVEL_AVX2)
   alignas(16) T lanes[Simd<float>::kLanes];
   Store(lanes, v);
