@@ -145,13 +145,17 @@ struct Geometry {
     step_rows = std::clamp<int64_t>(step_rows, 1, std::max<int64_t>(1, height));
   }
 
-  // Blocks of whole units that `samples` samples are cut into so that every thread has work.
+  // Blocks of whole units that `samples` samples are cut into so that every thread has as much work.
+  // As few as that takes: the rows that a block's convolution needs of its neighbours are read and
+  // pooled in both.
   int64_t BlocksPerSample(int64_t samples) const {
-    if (threads == 1) return 1;
-    const int64_t wanted = CeilDiv(2 * threads, std::max<int64_t>(1, samples));
     const int64_t least_rows =
         std::max<int64_t>(2 * half, 1);  // so that a halo costs at most as much as the block
-    return std::clamp<int64_t>(wanted, 1, std::max<int64_t>(1, height / least_rows));
+    const int64_t most = std::max<int64_t>(1, height / least_rows);
+    int64_t blocks = 1;
+    while (blocks < most && samples * blocks % threads != 0 && samples * blocks < 4 * threads)
+      ++blocks;
+    return blocks;
   }
   // Rows of block b of `blocks`, on unit boundaries.
   Range BlockRows(int64_t b, int64_t blocks) const {
