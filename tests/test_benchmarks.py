@@ -358,7 +358,8 @@ def test_report_writes_what_it_says(tmp_path, capsys):
         assert report.main([str(csv), "--readme", str(readme), "--output", str(output)]) == 0
         text = readme.read_text(encoding="utf-8")
         assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text
-        assert text.count("16×56×56×256 | forward") == 1
+        assert text.count("16×56×56×256 | forward | 10 ms | 1.4 |") == 1
+        assert text.count("16×56×56×256 | forward | 10 ms | 5 ms | 30 ms | 6.0×") == 1
     for name in ("peers.png", "roofline.png"):
         assert (output / name).read_bytes().startswith(b"\x89PNG")
     assert report.main([str(csv), "--machine", "another"]) == 2

@@ -186,27 +186,38 @@ def _setup_tensorflow(
             return lambda i: function(*calls[i % sets])
         starts = range(0, sets, chain)
         groups = [[pick(i) for i in range(start, start + chain)] for start in starts]
-        # One argument in the traced structure. As flat arguments the same function takes 5 ms more a
-        # tensor: TensorFlow tries the structure first and writes the tensors into the error.
+        # One argument in the traced structure. As flat arguments each tensor takes 5 ms more:
+        # TensorFlow tries the structure first and writes the tensors into an error nobody sees.
         chain_function = tf.function(lambda calls: chained(function, calls), autograph=False)
         return lambda i: chain_function(groups[i % len(groups)])
 
-    # Backward alone: a tape that stays, and replays the gradient from what the forward pass kept.
-    tapes: list[tuple[Any, Any, list[Any], Any]] = []
+    def timed_backward() -> Callable[[int], Any]:
+        """The gradient alone, as a graph of its own over what the forward pass keeps for it.
 
-    def record() -> None:
-        for i in range(min(sets, max(1, _CHAIN_BYTES * 4 // case.map_bytes), 8)):
-            sources = [x[i], *([residual[i]] if block else [])]
-            with tf.GradientTape(persistent=True) as tape:
-                tape.watch([*sources, *[w for w in weights if not isinstance(w, tf.Variable)]])
-                y = forward_function(*sources)
-            tapes.append((tape, y, [*sources, *weights], dy[i]))
+        The pair that TensorFlow itself makes of a function whose gradient another graph takes. A
+        tape in eager mode would time zeros for all that was kept, and their addition, with it.
+        """
+        concrete = forward_function.get_concrete_function(
+            *[tf.TensorSpec(a.shape, a.dtype) for a in (x[0], *at(0)[2:])]
+        )
+        forward_pair, backward_pair = concrete._delayed_rewrite_functions.forward_backward(1)
+
+        def backward_once(dy: Any, *kept: Any) -> Any:
+            return backward_pair._call_flat([dy], list(kept))
+
+        backward_function = tf.function(backward_once, autograph=False)
+        kept = []
+        for i in range(sets):
+            sources = [x[i], *at(i)[2:], *concrete.captured_inputs]
+            kept.append(forward_pair.call_flat(*sources)[1:])
+        return timed(backward_function, lambda i: [dy[i], *kept[i]])
 
     def backward(i: int) -> Any:
-        if not tapes:
-            record()
-        tape, y, sources, direction = tapes[i % len(tapes)]
-        return tape.gradient(y, sources, direction)
+        if not prepared_backward:  # at the first call: checks alone do not need it
+            prepared_backward.append(timed_backward())
+        return prepared_backward[0](i)
+
+    prepared_backward: list[Callable[[int], Any]] = []
 
     def results() -> dict[str, np.ndarray]:
         y, gradients = step_function(*at(0))
@@ -234,7 +245,7 @@ def _setup_tensorflow(
         run["step"] = timed(step_function, at)
     return Prepared(
         run=run,
-        calls={mode: 1 if mode == "backward" else chain for mode in run},
+        calls=dict.fromkeys(run, chain),
         step=lambda: step_function(*at(0)),
         results=results,
         copy=timed(copy_function, lambda i: [x[i]]),

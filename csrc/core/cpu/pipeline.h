@@ -145,9 +145,9 @@ struct Geometry {
     step_rows = std::clamp<int64_t>(step_rows, 1, std::max<int64_t>(1, height));
   }
 
-  // Blocks of whole units that `samples` samples are cut into so that every thread has as much work.
-  // As few as that takes: the rows that a block's convolution needs of its neighbours are read and
-  // pooled in both.
+  // Blocks of whole units that `samples` samples are cut into so that every thread has as much
+  // work. As few as that takes: the rows that a block's convolution needs of its neighbours are
+  // read and pooled in both.
   int64_t BlocksPerSample(int64_t samples) const {
     const int64_t least_rows =
         std::max<int64_t>(2 * half, 1);  // so that a halo costs at most as much as the block
