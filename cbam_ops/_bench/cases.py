@@ -15,6 +15,9 @@ TORCH_EAGER = ("torch-eager-channels-last", "torch-eager-contiguous")
 TORCH_COMPILE = ("torch-compile-channels-last", "torch-compile-contiguous")
 TORCH = (*TORCH_EAGER, *TORCH_COMPILE)
 
+# Whole networks: the last three compiled by XLA.
+NETWORKS = ("plain", "stock", OURS, "plain-xla", "stock-xla", OURS_XLA)
+
 MODES = ("forward", "backward", "step")
 # Forward: x is read and y written. Backward: x and dy are read, dx is written. A step is both.
 _MAPS_MOVED = {"forward": 2, "backward": 3, "step": 5}
@@ -107,10 +110,7 @@ class Case:
 
 @dataclasses.dataclass(frozen=True)
 class NetworkCase:
-    """A residual network at 224 px: plain, with stock CBAM, with the fused CBAM.
-
-    "stock-xla" and `OURS_XLA` are the latter two compiled by XLA.
-    """
+    """A residual network at 224 px: plain, with stock CBAM, with the fused CBAM (`NETWORKS`)."""
 
     group: str
     depth: int
@@ -118,7 +118,7 @@ class NetworkCase:
     mode: str  # "inference" or "training"
     size: int = 224
     threads: int = 0
-    providers: tuple[str, ...] = ("plain", "stock", OURS)
+    providers: tuple[str, ...] = NETWORKS[:3]
 
     @property
     def name(self) -> str:
@@ -164,8 +164,7 @@ def all_cases() -> list[Case | NetworkCase]:
     halves = ("bfloat16", "float16")
     add("resnet50", 16, RESNET50, providers=(OURS_XLA, *STOCK, *KERAS, *TORCH))
     found.append(NetworkCase("network", 50, 8, "inference"))
-    everyone = ("plain", "stock", OURS, "stock-xla", OURS_XLA)
-    found.append(NetworkCase("network", 50, 8, "training", providers=everyone))
+    found.append(NetworkCase("network", 50, 8, "training", providers=NETWORKS))
     # No Keras: on CPUs TensorFlow has no gradient of a convolution in NCHW.
     add("resnet50", 16, RESNET50, layouts=("NCHW",), providers=(*STOCK, *TORCH))
     add("resnet50", 16, RESNET50, dtypes=halves, providers=(*STOCK, *KERAS))

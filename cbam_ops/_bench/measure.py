@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import dataclasses
+import functools
 import gc
 import math
 import time
@@ -155,6 +156,22 @@ def peak_bytes(function: Callable[[], Any], attempts: int = 3) -> int | None:
     return max(0, min(found))
 
 
+@functools.lru_cache
+def shows_memory(framework: str) -> bool:
+    """Whether `peak_bytes` sees what a framework allocates.
+
+    TensorFlow's allocator with oneDNN, the default on processors with AVX512_VNNI, keeps what it
+    has had; with TF_ENABLE_ONEDNN_OPTS=0 the system's is used.
+    """
+    if framework != "tensorflow":
+        return True
+    import tensorflow as tf
+
+    values = 2**24
+    seen = peak_bytes(lambda: tf.ones([values]))
+    return seen is not None and seen >= 2 * values  # half of it
+
+
 # --- truth ----------------------------------------------------------------------------------------
 
 
@@ -287,7 +304,8 @@ def measure(case: Case, seconds: float, cache_bytes: int, *, timed: bool = True)
     returned = (3 if case.op == "cbam+add+relu" else 2) * case.map_bytes + case.weight_bytes
     extra: dict[str, int | None] = {}
     for name in prepared:
-        peak = peak_bytes(prepared[name].step) if weighs else None
+        shows = weighs and shows_memory(PROVIDERS[name].framework)
+        peak = peak_bytes(prepared[name].step) if shows else None
         extra[name] = None if peak is None else max(0, peak - returned)
 
     frameworks = {PROVIDERS[name].framework: name for name in reversed(prepared)}

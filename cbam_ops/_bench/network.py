@@ -14,16 +14,17 @@ from typing import Any
 import numpy as np
 
 from cbam_ops._bench.cases import OURS, OURS_XLA, NetworkCase
-from cbam_ops._bench.measure import Outcome, interleave, peak_bytes, quantiles
+from cbam_ops._bench.measure import Outcome, interleave, peak_bytes, quantiles, shows_memory
 
 ATTENTION = {
     "plain": None,
     "stock": "stock",
     OURS: "cbam",
+    "plain-xla": None,
     "stock-xla": "stock",
     OURS_XLA: "cbam",
 }
-_COMPILED = ("stock-xla", OURS_XLA)
+_COMPILED = ("plain-xla", "stock-xla", OURS_XLA)
 # Two correct float32 evaluations of fifty layers, relative to the largest logit.
 _AGREE = 1e-2
 # A network is timed for longer than a module: the module's share is a small difference.
@@ -126,9 +127,12 @@ def measure_network(case: NetworkCase, seconds: float) -> Outcome:
         }
         for function in functions.values():
             function(0)  # traces with the fused ops
-    extra = {name: peak_bytes(lambda f=f: f(1)) for name, f in functions.items()}  # type: ignore[misc]
+    extra = {
+        name: peak_bytes(lambda f=f: f(1)) if shows_memory("tensorflow") else None  # type: ignore[misc]
+        for name, f in functions.items()
+    }
     if case.mode == "training" and "stock" in functions:
-        losses = {name: float(f(0)) for name, f in functions.items() if name != "plain"}
+        losses = {name: float(f(0)) for name, f in functions.items() if ATTENTION[name]}
         stock_loss = losses["stock"]
         for name, loss in losses.items():
             if not abs(loss - stock_loss) <= _AGREE * abs(stock_loss):
@@ -140,8 +144,9 @@ def measure_network(case: NetworkCase, seconds: float) -> Outcome:
     for name, values in times.items():
         median, low, high = quantiles(values)
         share = None
-        if name != "plain" and "plain" in times:
-            pairs = zip(values, times["plain"], strict=True)
+        plain = "plain-xla" if name in _COMPILED else "plain"
+        if ATTENTION[name] and plain in times:
+            pairs = zip(values, times[plain], strict=True)
             share = 100 * float(np.median([(v - p) / v for v, p in pairs]))
         outcome.rows.append(
             {
@@ -154,7 +159,7 @@ def measure_network(case: NetworkCase, seconds: float) -> Outcome:
                 "calls": 1,
                 "inputs": len(images),
                 "ours_is_faster": None if ours is None else median / ours,
-                "error": None if name == "plain" or np.isnan(difference) else difference,
+                "error": None if not ATTENTION[name] or np.isnan(difference) else difference,
                 "extra_bytes": extra[name],
                 "module_percent_of_time": share,
             }

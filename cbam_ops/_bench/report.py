@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from cbam_ops._bench import results
-from cbam_ops._bench.cases import OURS, OURS_XLA, RESNET50
+from cbam_ops._bench.cases import NETWORKS, OURS, OURS_XLA, RESNET50
 from cbam_ops._bench.results import Row
 from cbam_ops._cli.common import CommandError, require, say, table
 
@@ -173,7 +173,7 @@ def _summary_table(figures: Figures, ours: Iterable[Row]) -> str:
 
 def _network_table(figures: Figures) -> str:
     head = ["network", "batch", "pass", "plain", "with stock CBAM", "with cbam_ops",
-            "XLA: with stock CBAM", "XLA: with cbam_ops", "stock CBAM takes",
+            "XLA: plain", "XLA: with stock CBAM", "XLA: with cbam_ops", "stock CBAM takes",
             "cbam_ops takes", "memory: stock", "memory: cbam_ops"]  # fmt: skip
     body = []
     for group in figures.networks.values():
@@ -189,10 +189,7 @@ def _network_table(figures: Figures) -> str:
                 f"ResNet-{any_row['op'].removeprefix('resnet')} at {any_row['h']} px",
                 str(any_row["n"]),
                 any_row["mode"],
-                *(
-                    cell(group.get(name), "median_s", _time)
-                    for name in ("plain", "stock", OURS, "stock-xla", OURS_XLA)
-                ),
+                *(cell(group.get(name), "median_s", _time) for name in NETWORKS),
                 cell(stock, "module_percent_of_time", percent),
                 cell(ours, "module_percent_of_time", percent),
                 cell(stock, "extra_bytes", size),

@@ -17,7 +17,7 @@ from typing import Any
 
 from cbam_ops._bench import cases as cases_module
 from cbam_ops._bench import machine, report, results
-from cbam_ops._bench.cases import Case, NetworkCase
+from cbam_ops._bench.cases import NETWORKS, Case, NetworkCase
 from cbam_ops._bench.providers import PROVIDERS
 from cbam_ops._bench.results import Row
 from cbam_ops._cli.common import CommandError, import_tensorflow, say
@@ -319,10 +319,10 @@ def _parser(default_output: Path) -> argparse.ArgumentParser:
         "--providers",
         nargs="+",
         default=[],
-        choices=[*PROVIDERS, "plain", "stock", "stock-xla"],
+        choices=list(dict.fromkeys([*PROVIDERS, *NETWORKS])),
         metavar="NAME",
         help="time only these beside cbam_ops: "
-        + ", ".join([*PROVIDERS, "plain", "stock", "stock-xla"]),
+        + ", ".join(dict.fromkeys([*PROVIDERS, *NETWORKS])),
     )
     parser.add_argument(
         "--output", type=Path, default=default_output, metavar="CSV", help="default: %(default)s"
