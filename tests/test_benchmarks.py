@@ -99,6 +99,21 @@ def test_every_provider_agrees(case):
         assert errors["ours", mode] <= tolerances.STOCK_FACTOR * stock + floor, mode
 
 
+@pytest.mark.parametrize("name", ["ours", "tf-graph", "keras"])
+def test_the_backward_pass_that_is_timed_is_that_of_the_step(name):
+    """It is a graph of its own: were it another's, or on other inputs, its time would be too."""
+    case = Case("tiny", 2, 6, 5, 32, modes=("backward",))
+    prepared = providers.PROVIDERS[name].setup(case, providers.draw_inputs(case, CACHE))
+    # Of each gradient of the first of the chained calls, the first value; in the order of capture.
+    count = 1 + len(providers.WEIGHTS)
+    found = [float(value) for value in prepared.run["backward"](0)[:count]]
+    truth = prepared.results()
+    expected = [truth[f"d{weight}"].reshape(-1)[0] for weight in ("x", *providers.WEIGHTS)]
+    tolerances.assert_close(
+        np.sort(found), np.sort(expected), tolerances.FLOAT32, "first values of the gradients"
+    )
+
+
 @pytest.mark.parametrize("layout", ["NHWC", "NCHW"])
 def test_the_truth_is_the_definition(layout):
     """What all providers are checked against must itself be the function of the tests' oracle."""
@@ -163,6 +178,16 @@ def test_peak_memory():
 
 
 # --- the run --------------------------------------------------------------------------------------
+
+
+def test_memory_that_an_allocator_keeps_is_no_figure(monkeypatch):
+    """A step in memory that the allocator already had would read as no memory at all."""
+    for seen, shows in ((0, False), (None, False), (2**26, True)):
+        monkeypatch.setattr(measure, "peak_bytes", lambda function, seen=seen: seen)
+        measure.shows_memory.cache_clear()
+        assert measure.shows_memory("tensorflow") is shows, seen
+        assert measure.shows_memory("torch")
+    measure.shows_memory.cache_clear()
 
 
 def test_run_from_end_to_end(tmp_path, monkeypatch, capfd):
