@@ -46,14 +46,14 @@ class BackwardPipeline {
     if (HasChannelGate(problem)) {
       partial_ = arena.Take<A>(w * g_.units * 2 * c);
       channel_count_ = arena.Take<A>(w * c);
-      for (int q = 0; q < 2; ++q) {
-        hidden_[q] = arena.Take<A>(n * h);
-        d_hidden_[q] = arena.Take<A>(n * h);
-        d_channel_[q] = arena.Take<A>(w * c);
+      arena.TakePair(n * h, hidden_);
+      arena.TakePair(n * h, d_hidden_);
+      arena.TakePair(w * c, d_channel_);
+      if (problem.mlp_activation == Activation::kRelu) {
+        arena.TakePair(n * c, dz_channel_);
+      } else {
+        dz_channel_[0] = dz_channel_[1] = arena.Take<A>(n * c);
       }
-      dz_channel_[0] = arena.Take<A>(n * c);
-      dz_channel_[1] =
-          problem.mlp_activation == Activation::kRelu ? arena.Take<A>(n * c) : dz_channel_[0];
     }
     if (HasSpatialGate(problem)) {
       const int64_t k2 = 2 * problem.kernel_size * problem.kernel_size;
@@ -325,8 +325,8 @@ class BackwardPipeline {
         const bool shared = q == 1 && !relu && mlp.IsUsed(0);
         if (!shared) {
           dense_.product_transposed({samples, columns.size(), c, dz[q], c, 1,
-                                     mlp.w1 + columns.begin * c, c, nullptr, false,
-                                     Activation::kNone, d_hidden + columns.begin, h});
+                                     mlp.w1 + columns.begin * c, h, c, nullptr, Activation::kNone,
+                                     d_hidden + columns.begin, h});
         }
       }
       for (int64_t s = first; s < first + samples; ++s) {
@@ -337,8 +337,8 @@ class BackwardPipeline {
                                                     : of_mean;
           // Multiplied, not selected: as in TensorFlow, a gradient that is NaN or infinite stays
           // NaN.
-          d_hidden_[0][j] = mlp.IsUsed(0) ? of_mean * static_cast<A>(hidden_[0][j] > 0) : A{0};
-          d_hidden_[1][j] = mlp.IsUsed(1) ? of_max * static_cast<A>(hidden_[1][j] > 0) : A{0};
+          if (mlp.IsUsed(0)) d_hidden_[0][j] = of_mean * static_cast<A>(hidden_[0][j] > 0);
+          if (mlp.IsUsed(1)) d_hidden_[1][j] = of_max * static_cast<A>(hidden_[1][j] > 0);
         }
       }
     });
@@ -348,8 +348,8 @@ class BackwardPipeline {
       for (int q = 0; q < 2; ++q) {
         if (mlp.IsUsed(q)) {
           dense_.product_transposed({samples, columns.size(), h, d_hidden_[q] + first * h, h, 1,
-                                     mlp.w0 + columns.begin * h, h, nullptr, false,
-                                     Activation::kNone, d_channel_[q] + columns.begin, c});
+                                     mlp.w0 + columns.begin * h, c, h, nullptr, Activation::kNone,
+                                     d_channel_[q] + columns.begin, c});
         }
       }
       for (int64_t s = 0; s < samples; ++s) {
@@ -463,36 +463,31 @@ class BackwardPipeline {
     }
     if (!HasChannelGate(problem_)) return;
 
+    // dW0 = descriptors^T . d_hidden and dW1 = hidden^T . dz, each one product: the maximum's rows
+    // follow the mean's. Without a second activation the branches have dz in common.
     const int64_t n = g_.batch, c = g_.channels, h = problem_.hidden;
-    const bool used[2] = {problem_.pooling != Pooling::kMax, problem_.pooling != Pooling::kAvg};
-    const A* descriptors = static_cast<const A*>(args.channel_descriptors);
+    const bool both = problem_.pooling == Pooling::kAvgMax;
+    const int branch = problem_.pooling == Pooling::kMax ? 1 : 0;  // the first of those in use
+    const int64_t rows = both ? 2 * n : n;
+    const bool common = both && problem_.mlp_activation == Activation::kNone;
+    const int64_t dz_rows = common ? n : rows;
+    const A* descriptors = static_cast<const A*>(args.channel_descriptors) + branch * n * c;
     A* dw0 = static_cast<A*>(args.dw0);
     A* dw1 = static_cast<A*>(args.dw1);
     const Blocks blocks(c, n * c * h);
     ForEach(parallel_, blocks.count, [&](int64_t i) {
       const Range channels = blocks.At(i);
-      bool accumulate = false;
-      for (int q = 0; q < 2; ++q) {
-        if (!used[q]) continue;
-        // dW0 = descriptors^T . d_hidden and dW1 = hidden^T . dz, over a block of channels.
-        dense_.product({channels.size(), h, n, descriptors + q * n * c + channels.begin, 1, c,
-                        d_hidden_[q], h, nullptr, accumulate, Activation::kNone,
-                        dw0 + channels.begin * h, h});
-        dense_.product({h, channels.size(), n, hidden_[q], 1, h, dz_channel_[q] + channels.begin, c,
-                        nullptr, accumulate, Activation::kNone, dw1 + channels.begin, c});
-        accumulate = true;
-      }
+      dense_.product({channels.size(), h, rows, descriptors + channels.begin, 1, c,
+                      d_hidden_[branch], rows, h, nullptr, Activation::kNone,
+                      dw0 + channels.begin * h, h});
+      dense_.product({h, channels.size(), rows, hidden_[branch], 1, h,
+                      dz_channel_[branch] + channels.begin, dz_rows, c, nullptr, Activation::kNone,
+                      dw1 + channels.begin, c});
+      // The bias of a logit is added once per branch.
+      SumRows(dz_channel_[branch], dz_rows, c, common ? 2.0 : 1.0, channels,
+              static_cast<A*>(args.db1));
     });
-    for (int64_t j = 0; j < h; ++j) {
-      double sum = 0;
-      for (int q = 0; q < 2; ++q) sum += used[q] ? sum_over_batch(d_hidden_[q] + j, h) : 0.0;
-      static_cast<A*>(args.db0)[j] = static_cast<A>(sum);
-    }
-    for (int64_t j = 0; j < c; ++j) {
-      double sum = 0;
-      for (int q = 0; q < 2; ++q) sum += used[q] ? sum_over_batch(dz_channel_[q] + j, c) : 0.0;
-      static_cast<A*>(args.db1)[j] = static_cast<A>(sum);
-    }
+    SumRows(d_hidden_[branch], rows, h, 1.0, {0, h}, static_cast<A*>(args.db0));
   }
 
   const Problem& problem_;
@@ -506,7 +501,7 @@ class BackwardPipeline {
   int64_t blocks_ = 1;
   const void* dy_ = nullptr;
 
-  // For the channel gate; [2] is for the mean and the maximum.
+  // For the channel gate; [2] is for the mean and the maximum, whose arrays follow each other.
   A* partial_ = nullptr;        // [wave, units, 2, C]
   A* channel_count_ = nullptr;  // [wave, C]
   A* hidden_[2] = {};           // [N, hidden]

@@ -41,21 +41,25 @@ CBAM_INLINE void ProductBlock(const Product<A>& p, Range inner, int64_t row, int
   };
   V sum[kRows][kVectors] = {};
   const A* a = p.a + row * p.a_row_stride + inner.begin * p.a_inner_stride;
-  const A* b = p.b + inner.begin * p.b_stride + column;
-  for (int64_t k = inner.begin; k < inner.end; ++k, a += p.a_inner_stride, b += p.b_stride) {
+  const int64_t b_row = inner.begin > 0 ? inner.begin % p.b_rows : 0;
+  const A* b = p.b + b_row * p.b_stride + column;
+  const A* const b_end = p.b + p.b_rows * p.b_stride + column;
+  for (int64_t k = inner.begin; k < inner.end; ++k, a += p.a_inner_stride) {
     V right[kVectors];
     for (int v = 0; v < kVectors; ++v) right[v] = load(b, v);
     for (int i = 0; i < kRows; ++i) {
       const V left = Splat<A>(a[i * p.a_row_stride]);
       for (int v = 0; v < kVectors; ++v) sum[i][v] = Fma(left, right[v], sum[i][v]);
     }
+    b += p.b_stride;
+    if (b == b_end) b = p.b + column;
   }
   const bool first = inner.begin == 0, last = inner.end == p.inner;
   for (int i = 0; i < kRows; ++i) {
     A* out = p.out + (row + i) * p.out_stride + column;
     for (int v = 0; v < kVectors; ++v) {
       V value = sum[i][v];
-      if (!first || p.accumulate) value += load(out, v);
+      if (!first) value += load(out, v);
       if (first && p.bias != nullptr) value += load(p.bias + column, v);
       if (last && p.activation == Activation::kRelu) value = Max(V{}, value);
       if (kTail && v == kVectors - 1) {
@@ -75,6 +79,7 @@ CBAM_INLINE void ProductColumns(const Product<A>& p, int64_t column, int64_t n) 
     int64_t row = 0;
     for (; row + kProductRows <= p.rows; row += kProductRows)
       ProductBlock<kProductRows, kVectors, kTail>(p, inner, row, column, n);
+    for (; row + 4 <= p.rows; row += 4) ProductBlock<4, kVectors, kTail>(p, inner, row, column, n);
     for (; row + 2 <= p.rows; row += 2) ProductBlock<2, kVectors, kTail>(p, inner, row, column, n);
     for (; row < p.rows; ++row) ProductBlock<1, kVectors, kTail>(p, inner, row, column, n);
     begin += kInnerBlock;
@@ -93,6 +98,10 @@ void Multiply(const Product<A>& p) {
   }
   if (column < p.columns) ProductColumns<1, true>(p, column, p.columns - column);
 }
+
+// Rows and columns whose dot products fill the registers beside what a step loads.
+constexpr int kDotRows = 4;
+constexpr int kDotColumns = CBAM_VECTOR_BYTES == 64 ? 4 : 3;
 
 template <int kRows, int kColumns, typename A>
 CBAM_INLINE void DotBlock(const Product<A>& p, int64_t row, int64_t column) {
@@ -113,28 +122,30 @@ CBAM_INLINE void DotBlock(const Product<A>& p, int64_t row, int64_t column) {
   for (; k + kLanes <= p.inner; k += kLanes) step(k, [](const A* from) { return Load(from); });
   const int64_t n = p.inner - k;
   if (n > 0) step(k, [n](const A* from) { return LoadFirst(from, n); });
+  A* out = p.out + row * p.out_stride + column;
+#if defined(CBAM_LEVEL_AVX512)
+  if constexpr (kRows == 4 && kColumns == 4 && kLanes == 16) {
+    SumLanes4x4(sum, out, p.out_stride);
+    return;
+  }
+#endif
   for (int i = 0; i < kRows; ++i) {
-    for (int j = 0; j < kColumns; ++j) {
-      A* out = p.out + (row + i) * p.out_stride + column + j;
-      const A before =
-          (p.accumulate ? *out : A{0}) + (p.bias != nullptr ? p.bias[column + j] : A{0});
-      const A value = SumLanes(sum[i][j]) + before;
-      *out = p.activation == Activation::kRelu && value < 0 ? A{0} : value;
-    }
+    for (int j = 0; j < kColumns; ++j) out[i * p.out_stride + j] = SumLanes(sum[i][j]);
   }
 }
 
 template <int kColumns, typename A>
 CBAM_INLINE void DotColumns(const Product<A>& p, int64_t column) {
   int64_t row = 0;
-  for (; row + 4 <= p.rows; row += 4) DotBlock<4, kColumns>(p, row, column);
+  for (; row + kDotRows <= p.rows; row += kDotRows) DotBlock<kDotRows, kColumns>(p, row, column);
   for (; row < p.rows; ++row) DotBlock<1, kColumns>(p, row, column);
 }
 
 template <typename A>
 void MultiplyTransposed(const Product<A>& p) {
   int64_t column = 0;
-  for (; column + 3 <= p.columns; column += 3) DotColumns<3>(p, column);
+  for (; column + kDotColumns <= p.columns; column += kDotColumns)
+    DotColumns<kDotColumns>(p, column);
   for (; column < p.columns; ++column) DotColumns<1>(p, column);
 }
 

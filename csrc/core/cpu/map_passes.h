@@ -500,7 +500,7 @@ struct BackwardPositionsBody {
     if constexpr (kHasDy) *dot = Fma(LoadSome<kTail>(row.dy + column, n), u, *dot);
     auto tie = (kMaximumOfX ? x_value : u) == maximum.template At<kTail>(row.maximum, column, n);
     if constexpr (kTail) tie &= FirstLanes<A>(n);
-    *count += Where(tie, Splat<A>(1));
+    *count = AddWhere(*count, tie, Splat<A>(1));
   }
 };
 
@@ -589,8 +589,9 @@ struct BackwardBody {
   CBAM_INLINE V FromDescriptors(const Row& row, V source, int64_t column, int64_t n) const {
     const auto tie =
         source == ByPosition{position.maximum}.template At<kTail>(row.position_maximum, column, n);
-    return ByPosition{position.d_mean}.template At<kTail>(row.position_mean, column, n) +
-           Where(tie, ByPosition{position.d_max}.template At<kTail>(row.position_max, column, n));
+    return AddWhere(ByPosition{position.d_mean}.template At<kTail>(row.position_mean, column, n),
+                    tie,
+                    ByPosition{position.d_max}.template At<kTail>(row.position_max, column, n));
   }
   template <bool kTail>
   CBAM_INLINE V PositionGate(const Row& row, int64_t column, int64_t n) const {
@@ -625,7 +626,7 @@ struct BackwardBody {
     auto tie =
         x_value == ByChannel{channel.maximum}.template At<kTail>(row.channel_maximum, column, n);
     if constexpr (kTail) tie &= FirstLanes<A>(n);
-    *count += Where(tie, Splat<A>(1));
+    *count = AddWhere(*count, tie, Splat<A>(1));
   }
 };
 
@@ -666,9 +667,9 @@ struct BackwardMapBody : BackwardBody<T, kChannelsAreColumns, kKind> {
     if constexpr (Base::kHasChannel) {
       const auto tie = x_value == ByChannel{this->channel.maximum}.template At<kTail>(
                                       row.channel_maximum, column, n);
-      dx +=
-          ByChannel{this->channel.d_mean}.template At<kTail>(row.channel_mean, column, n) +
-          Where(tie, ByChannel{this->channel.d_max}.template At<kTail>(row.channel_max, column, n));
+      dx += AddWhere(
+          ByChannel{this->channel.d_mean}.template At<kTail>(row.channel_mean, column, n), tie,
+          ByChannel{this->channel.d_max}.template At<kTail>(row.channel_max, column, n));
     }
     return dx;
   }

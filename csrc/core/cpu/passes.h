@@ -100,16 +100,15 @@ struct MapPasses {
   void (*to_compute_type)(const void* in, int64_t stride, int64_t count, A* out);
 };
 
-// A dense product, all row-major: out[i, j] = sum_k a[i, k] * b[k, j].
+// A dense product, all row-major: out[i, j] = sum_k a[i, k] * b[k mod b_rows, j].
 template <typename A>
 struct Product {
   int64_t rows, columns, inner;
   const A* a;
   int64_t a_row_stride, a_inner_stride;
   const A* b;
-  int64_t b_stride;  // between rows of b
-  const A* bias;     // [columns] or null, added once
-  bool accumulate;   // add to what `out` holds
+  int64_t b_rows, b_stride;
+  const A* bias;  // [columns] or null, added once
   Activation activation;
   A* out;
   int64_t out_stride;
@@ -128,7 +127,8 @@ struct DensePasses {
                   // row stays inside
 
   void (*product)(const Product<A>&);
-  // As product with b transposed: out[i, j] = sum_k a[i, k] * b[j, k]; a_inner_stride must be 1.
+  // As product with b transposed: out[i, j] = sum_k a[i, k] * b[j, k]. b_rows is not read,
+  // a_inner_stride must be 1, and there is no bias and no activation.
   void (*product_transposed)(const Product<A>&);
   void (*sigmoid)(const A* in, int64_t count, A* out);
 

@@ -98,6 +98,12 @@ class Arena {
     bytes_ += (static_cast<size_t>(count) * sizeof(T) + kAlignment - 1) / kAlignment * kAlignment;
     return p;
   }
+  // Two arrays of `count`, the second right behind the first.
+  template <typename T>
+  void TakePair(int64_t count, T* pair[2]) {
+    pair[0] = Take<T>(2 * count);
+    pair[1] = pair[0] == nullptr ? nullptr : pair[0] + count;
+  }
   size_t bytes() const { return bytes_; }
 
  private:
@@ -118,7 +124,10 @@ struct Geometry {
         sample{problem.layout, positions, channels},
         sample_bytes(positions * channels * ElementSize(problem.dtype)) {
     const int64_t bytes = std::max<int64_t>(1, maps * sample_bytes);
-    wave = std::clamp<int64_t>(kWaveBytes / bytes, 1, std::max<int64_t>(1, batch));
+    const int64_t most_samples =
+        std::clamp<int64_t>(kWaveBytes / bytes, 1, std::max<int64_t>(1, batch));
+    // Waves of the same size: the last of them is no remainder too small for the MLP's products.
+    wave = std::max<int64_t>(1, CeilDiv(batch, CeilDiv(std::max<int64_t>(1, batch), most_samples)));
 
     if (width > kUnitPositions) {
       unit_rows = 1;
@@ -200,7 +209,7 @@ struct Geometry {
   // the noise of these or slower (benchmarks/NOTES.md).
   static constexpr int64_t kWaveBytes = int64_t{8} << 20;
   static constexpr int64_t kUnitPositions = 256;
-  static constexpr int64_t kRunBytes = 1024;
+  static constexpr int64_t kRunBytes = 4096;
   static constexpr int64_t kStepBytes = int64_t{128} << 10;
 };
 
@@ -270,6 +279,22 @@ void AddRows(const A* from, int64_t rows, int64_t stride, Range columns, A* to) 
   }
 }
 
+// out[j] = scale * the sum of from[r, j] over rows r, in double and in order, for a range of
+// columns; rows are `stride` apart.
+template <typename A>
+void SumRows(const A* from, int64_t rows, int64_t stride, double scale, Range columns, A* out) {
+  constexpr int64_t kColumns = 32;  // row by row in the order of memory, so some at a time
+  for (int64_t begin = columns.begin; begin < columns.end; begin += kColumns) {
+    const int64_t count = std::min(kColumns, columns.end - begin);
+    double sums[kColumns] = {};
+    for (int64_t r = 0; r < rows; ++r) {
+      for (int64_t i = 0; i < count; ++i)
+        sums[i] += static_cast<double>(from[r * stride + begin + i]);
+    }
+    for (int64_t i = 0; i < count; ++i) out[begin + i] = static_cast<A>(scale * sums[i]);
+  }
+}
+
 // Cuts `size` columns of work into blocks of whole cache lines; one block where there is little to
 // do.
 struct Blocks {
@@ -304,8 +329,8 @@ struct Mlp {
     const int64_t h = problem.hidden, c = problem.channels;
     for (int q = 0; q < 2; ++q) {
       if (!IsUsed(q)) continue;
-      dense.product({samples, columns.size(), c, descriptors[q], c, 1, w0 + columns.begin, h,
-                     b0 == nullptr ? nullptr : b0 + columns.begin, false, Activation::kRelu,
+      dense.product({samples, columns.size(), c, descriptors[q], c, 1, w0 + columns.begin, c, h,
+                     b0 == nullptr ? nullptr : b0 + columns.begin, Activation::kRelu,
                      hidden[q] + columns.begin, h});
     }
   }
@@ -313,9 +338,9 @@ struct Mlp {
   void OutputBlock(const A* hidden, int64_t samples, Range columns, Activation activation,
                    A* out) const {
     dense.product({samples, columns.size(), problem.hidden, hidden, problem.hidden, 1,
-                   w1 + columns.begin, problem.channels,
-                   b1 == nullptr ? nullptr : b1 + columns.begin, false, activation,
-                   out + columns.begin, problem.channels});
+                   w1 + columns.begin, problem.hidden, problem.channels,
+                   b1 == nullptr ? nullptr : b1 + columns.begin, activation, out + columns.begin,
+                   problem.channels});
   }
   Blocks HiddenBlocks(int64_t samples) const {
     return {problem.hidden, samples * problem.channels * problem.hidden};
