@@ -375,6 +375,22 @@ def test_larger_than_the_caches(dtype: str, layout: str) -> None:
         assert np.isfinite(value.astype(np.float64)).all(), name
 
 
+@pytest.mark.parametrize("mlp_activation", [None, "relu"])
+@pytest.mark.parametrize("pooling", ["avg+max", "avg", "max"])
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_batch_larger_than_a_sum(
+    instruction_set: str, dtype: str, pooling: str, mlp_activation: str | None
+) -> None:
+    """Gradients of weights add up samples in pieces; the two branches may have rows in common.
+    Fails: a piece starts at the wrong sample, or a branch is left out or counted twice.
+    """
+    case = Case(
+        (150, 2, 2, 21), dtype, pooling=pooling, mlp_activation=mlp_activation, hidden=9,
+        kernel_size=3, gate_gradients=True,
+    )  # fmt: skip
+    check(case, threads=2)
+
+
 # --- the same whatever the threads, the run, the place in memory ---------------------------------
 
 
