@@ -167,20 +167,22 @@ def _setup_tensorflow(
     chain = chain_length(case)
 
     def chained(function: Callable[..., Any], calls: Sequence[Sequence[Any]]) -> Any:
-        """One after the other, as the modules of a network run; returns nothing of note.
+        """One after the other, as the modules of a network run; returns what the last one does.
 
-        Results are only waited for. Ops that read them would go to other threads, whose search for
-        more work afterwards takes processors from the module's.
+        Results of the others are only waited for. Ops that read them would go to other threads,
+        whose search for more work afterwards takes processors from the module's.
         """
-        done: list[Any] = []
+        results: Any = None
         for arguments in calls:
+            done = []
+            if results is not None:  # nothing else keeps a call whose results nobody reads
+                values = tf.nest.flatten(results)
+                done = [tf.raw_ops.Assert(condition=True, data=values)]
             with tf.control_dependencies(done):
                 # The chain must hold for whatever in the function does not wait for its inputs.
                 arguments = [tf.identity(a) for a in arguments]
-            results = tf.nest.flatten(function(*arguments))
-            done = [tf.raw_ops.Assert(condition=True, data=results)]
-        with tf.control_dependencies(done):
-            return tf.constant(0)
+            results = function(*arguments)
+        return results
 
     def timed(function: Any, pick: Callable[[int], list[Any]]) -> Callable[[int], Any]:
         if chain == 1:
