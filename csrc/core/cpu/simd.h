@@ -209,8 +209,8 @@ template <>
 CBAM_INLINE float MaxLanes<VF>(VF v) {
   return _mm512_reduce_max_ps(v);
 }
-// out[i * stride + j] = the sum of the lanes of v[i][j], in the order of SumLanes with a third of its
-// instructions, which are as many as those of the products themselves where rows are short.
+// out[i * stride + j] = the sum of the lanes of v[i][j], in the order of SumLanes with a third of
+// its instructions, which are as many as those of the products themselves where rows are short.
 CBAM_INLINE void SumLanes4x4(const VF (&v)[4][4], float* out, int64_t stride) {
   __m512 column[4];  // [j]: four partial sums per row i, in the quarter i
   for (int j = 0; j < 4; ++j) {
