@@ -110,9 +110,7 @@ def test_the_backward_pass_that_is_timed_is_that_of_the_step(name):
     assert last > 0
     gradients = prepared.run["backward"](0)[: 1 + len(providers.WEIGHTS)]
     found = [float(value.numpy().reshape(-1)[0]) for value in gradients]
-    turned = {
-        key: maps[last:] + maps[:last] for key, maps in (("x", inputs.x), ("dy", inputs.dy))
-    }
+    turned = {key: maps[last:] + maps[:last] for key, maps in (("x", inputs.x), ("dy", inputs.dy))}
     inputs = dataclasses.replace(inputs, **turned, _made={})
     truth = providers.PROVIDERS[name].setup(case, inputs).results()
     expected = [truth[f"d{weight}"].reshape(-1)[0] for weight in ("x", *providers.WEIGHTS)]
