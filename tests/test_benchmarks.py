@@ -64,7 +64,7 @@ def test_no_two_cases_write_the_same_row():
 
 
 def test_filters():
-    """A filter that takes too much costs twenty minutes; one that takes nothing says so."""
+    """A filter that takes too much costs forty minutes; one that takes nothing says so."""
     everything = cases.all_cases()
     chosen = cases.select(everything, ["resnet50/16x+bfloat16", "unfriendly+1x1"], ["xla"])
     assert chosen and len(chosen) < len(everything)

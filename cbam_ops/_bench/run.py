@@ -24,7 +24,7 @@ from cbam_ops._cli.common import CommandError, import_tensorflow, say
 
 AnyCase = Case | NetworkCase
 
-FULL_MINUTES, QUICK_MINUTES = 20.0, 1.5
+FULL_MINUTES, QUICK_MINUTES = 40.0, 1.8
 # Seconds of timing per provider and mode.
 _LEAST_SECONDS, _MOST_SECONDS = 0.1, 1.5
 _CASE_TIMEOUT = 900.0
