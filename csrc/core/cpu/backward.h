@@ -324,9 +324,8 @@ class BackwardPipeline {
         // Without the second activation both branches share the product.
         const bool shared = q == 1 && !relu && mlp.IsUsed(0);
         if (!shared) {
-          dense_.product_transposed({samples, columns.size(), c, dz[q], c, 1,
-                                     mlp.w1 + columns.begin * c, h, c, nullptr, Activation::kNone,
-                                     d_hidden + columns.begin, h});
+          dense_.dot_products({samples, columns.size(), c, dz[q], c, mlp.w1 + columns.begin * c, c,
+                               d_hidden + columns.begin, h});
         }
       }
       for (int64_t s = first; s < first + samples; ++s) {
@@ -347,9 +346,8 @@ class BackwardPipeline {
       const Range columns = channel_blocks.At(i);
       for (int q = 0; q < 2; ++q) {
         if (mlp.IsUsed(q)) {
-          dense_.product_transposed({samples, columns.size(), h, d_hidden_[q] + first * h, h, 1,
-                                     mlp.w0 + columns.begin * h, c, h, nullptr, Activation::kNone,
-                                     d_channel_[q] + columns.begin, c});
+          dense_.dot_products({samples, columns.size(), h, d_hidden_[q] + first * h, h,
+                               mlp.w0 + columns.begin * h, h, d_channel_[q] + columns.begin, c});
         }
       }
       for (int64_t s = 0; s < samples; ++s) {
@@ -448,18 +446,12 @@ class BackwardPipeline {
   }
 
   void WeightGradients(const BackwardArgs& args) {
-    const auto sum_over_batch = [this](const auto* values, int64_t stride) {
-      double sum = 0;
-      for (int64_t n = 0; n < g_.batch; ++n) sum += values[n * stride];
-      return sum;
-    };
     if (HasSpatialGate(problem_)) {
       const int64_t k2 = 2 * problem_.kernel_size * problem_.kernel_size;
-      for (int64_t i = 0; i < k2; ++i)
-        static_cast<A*>(args.dkernel)[i] = static_cast<A>(sum_over_batch(dkernel_ + i, k2));
-      *static_cast<A*>(args.dbias) = static_cast<A>(sum_over_batch(dbias_, 1));
+      SumRows(dkernel_, g_.batch, k2, 1.0, {0, k2}, static_cast<A*>(args.dkernel));
+      SumRows(dbias_, g_.batch, 1, 1.0, {0, 1}, static_cast<A*>(args.dbias));
       if (problem_.batch_norm)
-        *static_cast<A*>(args.dgamma) = static_cast<A>(sum_over_batch(dgamma_, 1));
+        SumRows(dgamma_, g_.batch, 1, 1.0, {0, 1}, static_cast<A*>(args.dgamma));
     }
     if (!HasChannelGate(problem_)) return;
 

@@ -104,15 +104,15 @@ constexpr int kDotRows = 4;
 constexpr int kDotColumns = CBAM_VECTOR_BYTES == 64 ? 4 : 3;
 
 template <int kRows, int kColumns, typename A>
-CBAM_INLINE void DotBlock(const Product<A>& p, int64_t row, int64_t column) {
+CBAM_INLINE void DotBlock(const DotProducts<A>& p, int64_t row, int64_t column) {
   using V = typename Simd<A>::V;
   constexpr int64_t kLanes = Simd<A>::kLanes;
   V sum[kRows][kColumns] = {};
-  const A* a = p.a + row * p.a_row_stride;
+  const A* a = p.a + row * p.a_stride;
   const A* b = p.b + column * p.b_stride;
   const auto step = [&](int64_t k, auto load) {
     V left[kRows];
-    for (int i = 0; i < kRows; ++i) left[i] = load(a + i * p.a_row_stride + k);
+    for (int i = 0; i < kRows; ++i) left[i] = load(a + i * p.a_stride + k);
     for (int j = 0; j < kColumns; ++j) {
       const V right = load(b + j * p.b_stride + k);
       for (int i = 0; i < kRows; ++i) sum[i][j] = Fma(left[i], right, sum[i][j]);
@@ -122,27 +122,18 @@ CBAM_INLINE void DotBlock(const Product<A>& p, int64_t row, int64_t column) {
   for (; k + kLanes <= p.inner; k += kLanes) step(k, [](const A* from) { return Load(from); });
   const int64_t n = p.inner - k;
   if (n > 0) step(k, [n](const A* from) { return LoadFirst(from, n); });
-  A* out = p.out + row * p.out_stride + column;
-#if defined(CBAM_LEVEL_AVX512)
-  if constexpr (kRows == 4 && kColumns == 4 && kLanes == 16) {
-    SumLanes4x4(sum, out, p.out_stride);
-    return;
-  }
-#endif
-  for (int i = 0; i < kRows; ++i) {
-    for (int j = 0; j < kColumns; ++j) out[i * p.out_stride + j] = SumLanes(sum[i][j]);
-  }
+  SumLanesOfEach(sum, p.out + row * p.out_stride + column, p.out_stride);
 }
 
 template <int kColumns, typename A>
-CBAM_INLINE void DotColumns(const Product<A>& p, int64_t column) {
+CBAM_INLINE void DotColumns(const DotProducts<A>& p, int64_t column) {
   int64_t row = 0;
   for (; row + kDotRows <= p.rows; row += kDotRows) DotBlock<kDotRows, kColumns>(p, row, column);
   for (; row < p.rows; ++row) DotBlock<1, kColumns>(p, row, column);
 }
 
 template <typename A>
-void MultiplyTransposed(const Product<A>& p) {
+void DotProductsOf(const DotProducts<A>& p) {
   int64_t column = 0;
   for (; column + kDotColumns <= p.columns; column += kDotColumns)
     DotColumns<kDotColumns>(p, column);

@@ -48,7 +48,7 @@ const MapPasses<ComputeType> CBAM_MAP_TABLE = {
 #endif
 extern const DensePasses<ComputeType> CBAM_DENSE_TABLE;
 const DensePasses<ComputeType> CBAM_DENSE_TABLE = {
-    Simd<ComputeType>::kLanes,   Multiply<ComputeType>,    MultiplyTransposed<ComputeType>,
+    Simd<ComputeType>::kLanes,   Multiply<ComputeType>,    DotProductsOf<ComputeType>,
     Sigmoid<ComputeType>,        ConvolveRow<ComputeType>, ConvolveRowTransposed<ComputeType>,
     KernelGradient<ComputeType>,
 };

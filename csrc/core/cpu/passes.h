@@ -114,6 +114,18 @@ struct Product {
   int64_t out_stride;
 };
 
+// The product with the transpose of b: out[i, j] = sum_k a[i, k] * b[j, k].
+template <typename A>
+struct DotProducts {
+  int64_t rows, columns, inner;
+  const A* a;
+  int64_t a_stride;
+  const A* b;
+  int64_t b_stride;
+  A* out;
+  int64_t out_stride;
+};
+
 // A plane of `rows` x `width` with `pad` zeros around it; rows are `stride` elements apart.
 template <typename A>
 struct Plane {
@@ -127,9 +139,7 @@ struct DensePasses {
                   // row stays inside
 
   void (*product)(const Product<A>&);
-  // As product with b transposed: out[i, j] = sum_k a[i, k] * b[j, k]. b_rows is not read,
-  // a_inner_stride must be 1, and there is no bias and no activation.
-  void (*product_transposed)(const Product<A>&);
+  void (*dot_products)(const DotProducts<A>&);
   void (*sigmoid)(const A* in, int64_t count, A* out);
 
   // out[w] = bias + sum over planes q, taps (i, j) of kernel[(i * k + j) * 2 + q] * plane_q[row + i

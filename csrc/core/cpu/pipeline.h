@@ -124,10 +124,10 @@ struct Geometry {
         sample{problem.layout, positions, channels},
         sample_bytes(positions * channels * ElementSize(problem.dtype)) {
     const int64_t bytes = std::max<int64_t>(1, maps * sample_bytes);
-    const int64_t most_samples =
-        std::clamp<int64_t>(kWaveBytes / bytes, 1, std::max<int64_t>(1, batch));
     // Waves of the same size: the last of them is no remainder too small for the MLP's products.
-    wave = std::max<int64_t>(1, CeilDiv(batch, CeilDiv(std::max<int64_t>(1, batch), most_samples)));
+    const int64_t samples = std::max<int64_t>(1, batch);
+    const int64_t waves = CeilDiv(samples, std::clamp<int64_t>(kWaveBytes / bytes, 1, samples));
+    wave = CeilDiv(samples, waves);
 
     if (width > kUnitPositions) {
       unit_rows = 1;
@@ -281,8 +281,8 @@ void AddRows(const A* from, int64_t rows, int64_t stride, Range columns, A* to) 
 
 // out[j] = scale * the sum of from[r, j] over rows r, in double and in order, for a range of
 // columns; rows are `stride` apart.
-template <typename A>
-void SumRows(const A* from, int64_t rows, int64_t stride, double scale, Range columns, A* out) {
+template <typename From, typename To>
+void SumRows(const From* from, int64_t rows, int64_t stride, double scale, Range columns, To* out) {
   constexpr int64_t kColumns = 32;  // row by row in the order of memory, so some at a time
   for (int64_t begin = columns.begin; begin < columns.end; begin += kColumns) {
     const int64_t count = std::min(kColumns, columns.end - begin);
@@ -291,7 +291,7 @@ void SumRows(const A* from, int64_t rows, int64_t stride, double scale, Range co
       for (int64_t i = 0; i < count; ++i)
         sums[i] += static_cast<double>(from[r * stride + begin + i]);
     }
-    for (int64_t i = 0; i < count; ++i) out[begin + i] = static_cast<A>(scale * sums[i]);
+    for (int64_t i = 0; i < count; ++i) out[begin + i] = static_cast<To>(scale * sums[i]);
   }
 }
 

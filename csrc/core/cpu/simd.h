@@ -209,9 +209,20 @@ template <>
 CBAM_INLINE float MaxLanes<VF>(VF v) {
   return _mm512_reduce_max_ps(v);
 }
-// out[i * stride + j] = the sum of the lanes of v[i][j], in the order of SumLanes with a third of
-// its instructions, which are as many as those of the products themselves where rows are short.
-CBAM_INLINE void SumLanes4x4(const VF (&v)[4][4], float* out, int64_t stride) {
+#endif
+#endif
+
+// out[i * stride + j] = SumLanes(v[i][j]).
+template <int kRows, int kColumns, typename V, typename A>
+CBAM_INLINE void SumLanesOfEach(const V (&v)[kRows][kColumns], A* out, int64_t stride) {
+  for (int i = 0; i < kRows; ++i) {
+    for (int j = 0; j < kColumns; ++j) out[i * stride + j] = SumLanes(v[i][j]);
+  }
+}
+#if defined(CBAM_LEVEL_AVX512)
+// The same sums with a third of the instructions, which would be as many as those of the dot
+// products themselves where these are short.
+CBAM_INLINE void SumLanesOfEach(const VF (&v)[4][4], float* out, int64_t stride) {
   __m512 column[4];  // [j]: four partial sums per row i, in the quarter i
   for (int j = 0; j < 4; ++j) {
     const auto halves = [](__m512 a, __m512 b) {
@@ -233,7 +244,6 @@ CBAM_INLINE void SumLanes4x4(const VF (&v)[4][4], float* out, int64_t stride) {
   _mm_storeu_ps(out + 2 * stride, _mm512_extractf32x4_ps(sums, 2));
   _mm_storeu_ps(out + 3 * stride, _mm512_extractf32x4_ps(sums, 3));
 }
-#endif
 #endif
 
 // --- Loads and stores ---
