@@ -25,6 +25,9 @@ WEIGHTS = ("w0", "b0", "w1", "b1", "kernel", "bias")
 # until they touch this many bytes of x.
 _CHAIN_BYTES = 100 * 2**20
 _CHAIN_LIMIT = 32
+# Forward passes of PyTorch that wait for their backward pass to be timed: at most so many, and not
+# more than this many bytes of x, each with all that it keeps.
+_RECORDED_LIMIT, _RECORDED_BYTES = 8, 400 * 2**20
 
 
 @dataclasses.dataclass
@@ -420,7 +423,7 @@ def _torch(case: Case, inputs: Inputs, compiled: bool, channels_last: bool) -> P
 
     def backward(i: int) -> Any:
         if not recorded:
-            for j in range(min(sets, max(1, _CHAIN_BYTES * 4 // case.map_bytes), 8)):
+            for j in range(min(sets, max(1, _RECORDED_BYTES // case.map_bytes), _RECORDED_LIMIT)):
                 recorded.append((forward(x[j], residual[j : j + 1], *weights), j))
         y, j = recorded[i % len(recorded)]
         return torch.autograd.grad(y, sources(j), dy[j], retain_graph=True)
