@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import numpy_oracle
 import pytest
+import tensorflow as tf
 import tolerances
 
 from cbam_ops import __main__ as command
@@ -117,6 +118,27 @@ def test_the_backward_pass_that_is_timed_is_that_of_the_step(name):
     tolerances.assert_close(
         np.sort(found), np.sort(expected), tolerances.FLOAT32, "first values of the gradients"
     )
+
+
+def test_every_call_of_a_chain_runs():
+    """TensorFlow drops a call whose results nobody reads: its time would be that of nothing."""
+    case = Case("tiny", 2, 6, 5, 32, modes=("forward",))
+    inputs = providers.draw_inputs(case, CACHE)
+    seen = []
+
+    def forward(x, residual, weights):
+        def count(x):
+            seen.append(float(x.reshape(-1)[0]))
+            return x
+
+        # Stateless, as the module is: TensorFlow may leave it out.
+        return tf.ensure_shape(tf.numpy_function(count, [x], x.dtype, stateful=False), x.shape)
+
+    prepared = providers._setup_tensorflow(case, inputs, forward, [])
+    calls = prepared.calls["forward"]
+    assert calls > 1
+    prepared.run["forward"](0)
+    assert seen == [float(x.reshape(-1)[0]) for x in inputs.x[:calls]]
 
 
 @pytest.mark.parametrize("layout", ["NHWC", "NCHW"])

@@ -554,6 +554,24 @@ def test_not_a_number_and_infinity(
             assert same.all(), f"{name} of {value}: {int((~same).sum())} of {same.size} differ"
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_every_nan_stays_one(instruction_set: str, dtype: str, layout: str) -> None:
+    """Fails: rounding a NaN to a half type carries into its exponent or its sign."""
+    c = 40
+    for bits in (0x7FFFFFFF, 0xFFFFFFFF, 0x7FC00001, 0x7FBFFFFF):
+        b1 = np.full(c, bits, np.uint32).view(np.float32)
+        outputs = _core.forward(
+            oracle.from_nhwc(np.ones((1, 3, 3, c)), layout).astype(type_of(dtype), order="C"),
+            w0=np.zeros((c, 1), np.float32),
+            w1=np.zeros((1, c), np.float32),
+            b1=b1,
+            layout=layout,
+            gates="channel_only",
+        )
+        assert np.isnan(outputs["y"].astype(np.float32)).all(), hex(bits)
+
+
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_sigmoid_is_exact(instruction_set: str, dtype: str) -> None:
     """The gate over its whole range, to a few roundings of its own size. Fails: the sigmoid is an
