@@ -4,16 +4,15 @@
 // do here:
 //
 //   blocks         run one after the other (the blocks of a cluster together), in an order drawn
-//   from a seed threads        are fibers on the calling thread, scheduled in an order drawn from
-//   the same seed; a thread runs until it
-//                  waits, so what a missing barrier lets another thread see depends on the seed
-//                  only: failures repeat
+//                  from a seed
+//   threads        are fibers on the calling thread, scheduled in an order drawn from the same
+//                  seed; a thread runs until it waits, so what a missing barrier lets another
+//                  thread see depends on the seed only: failures repeat
 //   shared memory  is a heap block of exactly the requested size, filled with NaN before each block
-//   barriers, shuffles, cluster barriers, memory barriers with transaction counts and bulk copies
-//   are exact: a thread that
-//                  leaves while others wait for it is reported (kernel name, what they wait for),
-//                  not hung on. A bulk copy happens as late as it may: when a thread first waits
-//                  for it
+//   barriers       shuffles, cluster barriers, memory barriers with transaction counts and bulk
+//                  copies are exact: a thread that leaves while others wait for it is reported
+//                  (kernel name, what they wait for), not hung on. A bulk copy happens as late as
+//                  it may: when a thread first waits for it
 //
 // Under AddressSanitizer and ThreadSanitizer fibers are announced to the sanitizer. Switching
 // fibers does not synchronise them for ThreadSanitizer, only the barriers do; so it sees a missing

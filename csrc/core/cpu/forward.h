@@ -1,12 +1,12 @@
 // The forward pipeline on CPUs.
 //
-//   pass 1  channel descriptors of a wave                       reads x from memory
-//           the MLP of the wave, as small matrix products       (weights are read once per wave,
-//           not per sample)
-//   pass 2  spatial descriptors of a few rows                   reads x from the last-level cache
-//           convolution and sigmoid, k/2 rows behind
-//   pass 3  y for the same rows, k/2 rows behind                reads x from the second-level
-//   cache, writes y
+//           reads                          computes
+//   pass 1  x from memory                  channel descriptors of a wave
+//           weights, once per wave         the MLP of the wave, as small matrix products
+//   pass 2  x from the last-level cache    spatial descriptors of a few rows
+//           k/2 rows behind                convolution and sigmoid
+//   pass 3  x from the second-level        y for the same rows
+//           cache, k/2 rows behind
 //
 // so x comes from memory once and y goes there once. With batch norm the statistics need every
 // sample's convolution before any gate, so pass 3 starts over and x is read from memory twice.

@@ -1,9 +1,9 @@
 // The cluster path (compute capability 9.0 on): one read and one write of the map.
 //
-// A cluster of blocks holds one sample in its blocks' shared memory: block r has the rows [r R/K,
-// (r+1) R/K) of the sample's matrix (NHWC: positions, NCHW: channels), loaded once with bulk copies
-// in kStages pieces, so that the first reduction starts when the first piece is there. Everything
-// after reads shared memory:
+// A cluster of blocks holds one sample in its blocks' shared memory: block r has the rows
+// [r R/K, (r+1) R/K) of the sample's matrix (NHWC: positions, NCHW: channels), loaded once with
+// bulk copies in kStages pieces, so that the first reduction starts when the first piece is there.
+// Everything after reads shared memory:
 //
 //   a reduction along the rows (NHWC: over channels) is local to the block that has the row;
 //   a reduction across them is done per block, then block r adds up the K partial results of its
@@ -14,12 +14,14 @@
 // and the spatial gate of its positions from a window of the planes that it gathers from their
 // owners. What belongs to columns is then written to every block.
 //
-//   forward    x in; pool | MLP | pool | convolution; y out                bytes per element: 1
-//   read, 1 write backward   x and dy in; A | transposed convolution, dK | B | MLP backward; dx out
-//   2 reads, 1 write
-//              (with a ReLU also y in and d_residual out). dK, dbias and the MLP's weights'
-//              gradients are summed over samples by SumKernel and OuterKernel, as on the portable
-//              path.
+//                                                                        bytes per element
+//   forward   x in; pool | MLP | pool | convolution; y out               1 read, 1 write
+//   backward  x and dy in; A | transposed convolution, dK | B |          2 reads, 1 write
+//             MLP backward; dx out
+//             (with a ReLU also y in and d_residual out)
+//
+// dK, dbias and the MLP's weights' gradients are summed over samples by SumKernel and OuterKernel,
+// as on the portable path.
 //
 // Shared memory per block, float, NHWC 56 x 56 x 256 over 16 blocks: 196 positions x 256 channels =
 // 200,704 bytes of x, 6 KB of column values, 5.5 KB of window. Smaller maps get 8, 4, 2 or 1

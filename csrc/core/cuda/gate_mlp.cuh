@@ -1,13 +1,14 @@
-// The channel gate's shared MLP, forward and backward, over whole batches of samples.
+// The channel gate's shared MLP, forward and backward, over whole batches of samples; t is the mean
+// and the max:
 //
-//   forward     hidden_t = relu(t W0 + b0)             HiddenKernel    t = mean, max
-//               g_c = sigmoid(sum_t f(hidden_t W1 + b1))  GateKernel
-//   backward    dl_t = (dg_c + d_channel_gate) g_c (1 - g_c) f'(...)   GateKernel again (recomputes
-//   the logits if f is a ReLU)
-//               dh_t = (dl_t W1^T) (hidden_t > 0)      HiddenGradKernel
-//               dt   = dh_t W0^T                       DescriptorGradKernel, which writes the
-//               channels' sides of pass C dW1 = sum hidden_t^T dl_t, db1 = sum dl_t, dW0 = sum t^T
-//               dh_t, db0 = sum dh_t   OuterKernel
+//   forward   HiddenKernel          hidden_t = relu(t W0 + b0)
+//             GateKernel            g_c = sigmoid(sum_t f(hidden_t W1 + b1))
+//   backward  GateKernel            dl_t = (dg_c + d_channel_gate) g_c (1 - g_c) f'(...); computes
+//                                   the logits again if f is a ReLU
+//             HiddenGradKernel      dh_t = (dl_t W1^T) (hidden_t > 0)
+//             DescriptorGradKernel  dt = dh_t W0^T; writes the channels' sides of pass C
+//             OuterKernel           dW1 = sum hidden_t^T dl_t, db1 = sum dl_t,
+//                                   dW0 = sum t^T dh_t, db0 = sum dh_t
 //
 // The maps are not touched here; what costs is reading W0 and W1 (2 C hidden values, at 7 x 7 x
 // 2048 five times a sample's map) and the latency of short sums. So kSamples samples share each

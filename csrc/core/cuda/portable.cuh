@@ -3,9 +3,10 @@
 // its own (float32.cu, ...).
 //
 //   forward    channel pool | (combine) | hidden | gate | spatial pool | apply
-//   backward   A | spatial grad | B | (combine) | hidden | gate grad | hidden grad | descriptor
-//   grad | C       per chunk of samples,
-//              then the sums over all samples: dK and dbias, dW1, dW0
+//   backward   A | spatial grad | B | (combine) | hidden | gate grad | hidden grad |
+//              descriptor grad | C
+//
+// per chunk of samples; backward ends with the sums over all samples: dK and dbias, dW1, dW0.
 //
 // Batch norm needs the whole batch before any gate is known: forward then runs up to the
 // convolution chunk by chunk and applies afterwards, backward runs A for all samples first.

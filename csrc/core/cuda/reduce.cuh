@@ -5,19 +5,21 @@
 // other way round. Every pass reduces over channels (a value per position) or over positions (a
 // value per channel), that is along the rows or across them:
 //
-//   pass                reads        gives
-//   kChannelPool        x            per channel: sum and maximum of x over positions
-//   kSpatialPool        x            per position: sum and maximum of s over channels, s = x g_c (x
-//   in the parallel order) kSpatialGrad  (A)   x, dy (, y)  per position: t = sum dy x g_c, and how
-//   many channels attain the maximum of s kChannelGrad  (B)   x, dy (, y)  per channel: sum du x,
-//   and how many positions attain the maximum of x GradKernel    (C)   x, dy (, y)  dx (and
-//   d_residual), nothing reduced
+//   pass              reads        gives
+//   kChannelPool      x            per channel: sum and maximum of x over positions
+//   kSpatialPool      x            per position: sum and maximum of s over channels,
+//                                  s = x g_c (x in the parallel order)
+//   kSpatialGrad (A)  x, dy (, y)  per position: t = sum dy x g_c, and how many channels attain
+//                                  the maximum of s
+//   kChannelGrad (B)  x, dy (, y)  per channel: sum du x, and how many positions attain the maximum
+//                                  of x
+//   GradKernel   (C)  x, dy (, y)  dx (and d_residual), nothing reduced
 //
 // with dy masked by y > 0 where the module ends in a ReLU, and
 //
-//   du = dy g_s + da_s / C + (s == max s) dm_s / count        (parallel: dy g_s)
-//   dx = du g_c + da / P + (x == max x) dm / count            (parallel: du g_c + the spatial terms
-//   + the channel terms)
+//   du = dy g_s + da_s / C + (s == max s) dm_s / count    (parallel: dy g_s)
+//   dx = du g_c + da / P + (x == max x) dm / count        (parallel: du g_c + the spatial terms +
+//                                                          the channel terms)
 //
 // Bytes: each pass reads every element of the maps it names once, in 16-byte vectors, and writes 2
 // values per row or column: 2/C or 2/P of a map. A (A, B) pass reads the two or four values per row

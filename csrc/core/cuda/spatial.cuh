@@ -2,11 +2,14 @@
 // multiplication of the map, and back.
 //
 //   ApplyKernel        y = act(x g_c g_s + residual); g_s = sigmoid(conv(planes) + bias) is
-//   computed here, for a tile of positions ConvolutionKernel  with batch norm: z = conv(planes) and
-//   each tile's sum and squares about its mean (then StatisticsKernel) NormGradKernel     backward
-//   with batch norm: dz, normalised z, and each tile's sums of dz and dz * normalised z
+//                      computed here, for a tile of positions
+//   ConvolutionKernel  with batch norm: z = conv(planes) and each tile's sum and squares about its
+//                      mean (then StatisticsKernel)
+//   NormGradKernel     backward with batch norm: dz, normalised z, and each tile's sums of dz and
+//                      dz * normalised z
 //   SpatialGradKernel  dz -> the transposed convolution, as the positions' sides of passes B and C;
-//   and dK, dbias per tile SumKernel          the tiles' partial results, in order
+//                      and dK, dbias per tile
+//   SumKernel          the tiles' partial results, in order
 //
 // A tile is a range of neighbouring positions of one sample: in both layouts the piece of the map
 // that goes with it is then made of long runs (NHWC: one run of positions x C; NCHW: C runs of the
