@@ -1,15 +1,15 @@
 // The backward pipeline on CPUs: the gradient of forward.h's module, from x, dy and the small saved
 // tensors.
 //
-//           reads                          computes
-//   pass A  x, dy from memory              t[p] = sum_c dy * u, how many channels attain the maximum
-//           k/2 rows behind                the gate's gradient, the transposed convolution
-//   pass B  x, dy from a cache,            dg_c partial sums, how many positions attain the maximum
+//           reads                        computes
+//   pass A  x, dy from memory            t[p] = sum_c dy * u, how many channels attain the maximum
+//           k/2 rows behind              the gate's gradient, the transposed convolution
+//   pass B  x, dy from a cache,          dg_c partial sums, how many positions attain the maximum
 //           k/2 rows behind
-//                                          the MLP's gradient of the wave; the convolution kernel's
-//   pass C  x, dy from the last-level      dx
+//                                        the MLP's gradient of the wave; the convolution kernel's
+//   pass C  x, dy from the last-level    dx
 //           cache
-//   last                                   the gradients of the weights, over the whole batch
+//   last                                 the gradients of the weights, over the whole batch
 //
 // so x and dy come from memory once each and dx goes there once. With batch norm every sample's
 // pass A must precede any pass B, and x and dy are read from memory twice.
