@@ -22,7 +22,7 @@ if TYPE_CHECKING:
         spatial_attention,
         spatial_pool,
     )
-    from .options import NativeUnavailableError, build_info, use_implementation
+    from .options import NativeUnavailableError, build_info, set_implementation, use_implementation
 
 __version__ = "0.1.0"
 
@@ -41,6 +41,7 @@ __all__ = [
     "models",
     "ops",
     "reference",
+    "set_implementation",
     "spatial_attention",
     "spatial_pool",
     "use_implementation",
@@ -60,6 +61,7 @@ _HOME = {
     "spatial_pool": "ops",
     "NativeUnavailableError": "options",
     "build_info": "options",
+    "set_implementation": "options",
     "use_implementation": "options",
 }
 

@@ -12,8 +12,9 @@ import sys
 import threading
 import warnings
 from collections.abc import Callable
+from contextvars import ContextVar
 from importlib import metadata
-from types import ModuleType, TracebackType
+from types import ModuleType
 from typing import Any, Literal, get_args
 
 from . import _gpu, _loader
@@ -35,15 +36,9 @@ class NativeUnavailableError(RuntimeError):
         self.cause = cause
 
 
-class _Local(threading.local):
-    def __init__(self) -> None:
-        self.overrides: list[str] = []
-
-
 _lock = threading.Lock()
-_default: str | None = None  # None until first used: then the environment variable decides
-_generation = 0  # counts changes of _default
-_local = _Local()
+_process: str | None = None  # None until first used: then the environment variable decides
+_blocks: ContextVar[tuple[use_implementation, ...]] = ContextVar("cbam_ops_blocks", default=())
 _warned: set[str] = set()
 
 
@@ -54,37 +49,24 @@ def _check(name: object, source: str) -> str:
     return str(name)
 
 
-def _read_default() -> str:
-    """The process-wide choice; call with the lock held."""
-    global _default
-    if _default is None:
-        value = os.environ.get(ENVIRONMENT_VARIABLE, "").strip()
-        _default = _check(value or "auto", f"the environment variable {ENVIRONMENT_VARIABLE}")
-    return _default
-
-
 def implementation() -> str:
-    """The choice in force in this thread: "auto", "native" or "reference".
+    """The choice in force here: "auto", "native" or "reference".
 
     Raises:
       ValueError: the environment variable CBAM_OPS_IMPLEMENTATION holds something else.
     """
-    if _local.overrides:
-        return _local.overrides[-1]
-    with _lock:
-        return _read_default()
+    global _process
+    blocks = _blocks.get()
+    if blocks:
+        return blocks[0].name
+    if _process is None:
+        value = os.environ.get(ENVIRONMENT_VARIABLE, "").strip()
+        _process = _check(value or "auto", f"the environment variable {ENVIRONMENT_VARIABLE}")
+    return _process
 
 
-class use_implementation:
-    """Chooses who computes: "auto", "native" or "reference".
-
-    Called on its own, it sets the choice for the whole process. In a `with` statement it holds for
-    the calling thread until the end of the block, whatever other threads choose.
-
-        cbam_ops.use_implementation("reference")
-
-        with cbam_ops.use_implementation("native"):
-            y = cbam_ops.cbam(x, w0, b0, w1, b1, kernel)
+def set_implementation(name: Implementation) -> None:
+    """Chooses who computes in the whole process, wherever no `use_implementation` block holds.
 
     The choice is made where a function is called or traced: a `tf.function` keeps the one it was
     traced with. The initial choice is the environment variable CBAM_OPS_IMPLEMENTATION, read at
@@ -98,32 +80,39 @@ class use_implementation:
     Raises:
       ValueError: `name` is something else.
     """
+    global _process
+    _process = _check(name, "set_implementation: `name`")
+
+
+class use_implementation:
+    """Chooses who computes inside a `with` block, whatever the rest of the process does.
+
+        with cbam_ops.use_implementation("native"):
+            y = cbam_ops.cbam(x, w0, b0, w1, b1, kernel)
+
+    It holds for the thread or the asyncio task that runs the block, and for the tasks that it
+    starts there. Threads that it starts have the process's choice: those of Python, and those that
+    TensorFlow makes for `tf.py_function` and for the replicas of a `tf.distribute` strategy.
+
+    Args:
+      name: see `set_implementation`.
+
+    Raises:
+      ValueError: `name` is something else.
+    """
 
     def __init__(self, name: Implementation) -> None:
-        global _default, _generation
-        self._name = _check(name, "use_implementation: `name`")
-        with _lock:
-            self._previous = _default
-            _default = self._name
-            _generation += 1
-            self._generation = _generation
+        self.name = _check(name, "use_implementation: `name`")
 
-    def __enter__(self) -> use_implementation:
-        global _default
-        with _lock:
-            # It is a block, so the process keeps what it had (unless somebody set that since).
-            if _generation == self._generation:
-                _default = self._previous
-        _local.overrides.append(self._name)
-        return self
+    def __enter__(self) -> None:
+        _blocks.set((self, *_blocks.get()))
 
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        _local.overrides.pop()
+    def __exit__(self, *exception: object) -> None:
+        # Blocks that generators hold open end in any order: this takes away its own.
+        blocks = list(_blocks.get())
+        if self in blocks:
+            blocks.remove(self)
+        _blocks.set(tuple(blocks))
 
 
 def _level_of_the_caller() -> int:

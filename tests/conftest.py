@@ -102,7 +102,5 @@ def fresh_options(monkeypatch: pytest.MonkeyPatch) -> None:
     from cbam_ops import options
 
     monkeypatch.delenv(options.ENVIRONMENT_VARIABLE, raising=False)
-    monkeypatch.setattr(options, "_default", None)
-    monkeypatch.setattr(options, "_generation", 0)
-    monkeypatch.setattr(options, "_local", options._Local())
+    monkeypatch.setattr(options, "_process", None)
     monkeypatch.setattr(options, "_warned", set())

@@ -83,7 +83,7 @@ import tensorflow as tf
 from cbam_ops import _loader
 _loader.load_from = lambda directory: tf.load_op_library(sys.argv[1])
 import cbam_ops
-cbam_ops.use_implementation("native")
+cbam_ops.set_implementation("native")
 """
     done = subprocess.run(
         [sys.executable, "-c", head + code, str(library)],

@@ -137,7 +137,7 @@ DIGEST = """
     import cbam_ops
     from cbam_ops import ops
     from ops_cases import LARGE, OPTIONS, SIZES
-    cbam_ops.use_implementation("native")
+    cbam_ops.set_implementation("native")
     digest = hashlib.sha256()
     for i, case in enumerate(OPTIONS + SIZES + LARGE):
         dtype = ("float32", "bfloat16", "float64", "float16")[i % 4]

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import threading
 import warnings
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import pytest
 
 import cbam_ops
@@ -25,73 +29,124 @@ def test_auto_is_the_initial_choice():
     assert options.implementation() == "auto"
 
 
-def test_called_it_sets_the_choice_of_every_thread():
-    seen = []
-    cbam_ops.use_implementation("reference")
-    thread = threading.Thread(target=lambda: seen.append(options.implementation()))
-    thread.start()
-    thread.join()
-    assert (options.implementation(), seen) == ("reference", ["reference"])
+def in_a_thread(function: Callable[[], object]) -> object:
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(function).result(60)
+
+
+def test_the_process_s_choice_is_every_thread_s():
+    cbam_ops.set_implementation("reference")
+    assert options.implementation() == in_a_thread(options.implementation) == "reference"
+
+
+def test_a_block_is_its_thread_s_alone():
+    with cbam_ops.use_implementation("reference"):
+        assert options.implementation() == "reference"
+        assert in_a_thread(options.implementation) == "auto"
+
+
+def test_a_block_that_is_not_entered_changes_nothing():
+    """Fails where making one sets the choice, and two made ahead leave it to the process."""
+    blocks = [cbam_ops.use_implementation(name) for name in ("reference", "native")]
+    assert options.implementation() == "auto"
+    with blocks[0], blocks[1]:
+        assert options.implementation() == "native"
+    assert options.implementation() == "auto"
 
 
 def test_a_block_restores_the_choice_also_after_an_error():
-    cbam_ops.use_implementation("native")
+    cbam_ops.set_implementation("native")
     with pytest.raises(KeyError), cbam_ops.use_implementation("reference"):
         assert options.implementation() == "reference"
         raise KeyError
     assert options.implementation() == "native"
 
 
-def test_blocks_nest():
-    with cbam_ops.use_implementation("reference"):
-        with cbam_ops.use_implementation("native"):
-            assert options.implementation() == "native"
-        assert options.implementation() == "reference"
-    assert options.implementation() == "auto"
-
-
-def test_one_object_can_be_entered_more_than_once():
+def test_blocks_nest_and_one_can_be_entered_again():
     reference = cbam_ops.use_implementation("reference")
     for _ in range(2):
         with reference:
+            with cbam_ops.use_implementation("native"), reference:
+                assert options.implementation() == "reference"
+            with cbam_ops.use_implementation("native"):
+                assert options.implementation() == "native"
             assert options.implementation() == "reference"
         assert options.implementation() == "auto"
 
 
-def test_a_choice_made_inside_a_block_for_the_process_survives_the_block():
+def test_the_process_s_choice_made_inside_a_block_holds_after_it():
     with cbam_ops.use_implementation("reference"):
-        cbam_ops.use_implementation("native")
-        assert options.implementation() == "reference"  # the block's, in this thread
+        cbam_ops.set_implementation("native")
+        assert options.implementation() == "reference"
     assert options.implementation() == "native"
 
 
-def test_blocks_of_two_threads_do_not_meet():
-    """Overlapping blocks that end in another order than they began must not leak a choice."""
-    both_inside = threading.Barrier(2, timeout=60)
-    first_has_left = threading.Event()
-    seen = {}
+def test_overlapping_blocks_of_many_threads_do_not_meet():
+    """Blocks that end in another order than they began must not leak a choice."""
+    count = 16
+    all_inside = threading.Barrier(count, timeout=60)
+    left = [threading.Event() for _ in range(count)]
 
-    def first() -> None:
+    def work(i: int) -> list[str]:
+        name = options.IMPLEMENTATIONS[i % 3]
+        with cbam_ops.use_implementation(name):
+            all_inside.wait()
+            seen = [options.implementation()]
+            with cbam_ops.use_implementation("native"):
+                all_inside.wait()
+            # The first to come are the first to go.
+            assert i == 0 or left[i - 1].wait(60)
+            seen.append(options.implementation())
+        left[i].set()
+        return [*seen, options.implementation()]
+
+    with ThreadPoolExecutor(count) as pool:
+        seen = list(pool.map(work, range(count)))
+    names = [options.IMPLEMENTATIONS[i % 3] for i in range(count)]
+    assert seen == [[name, name, "auto"] for name in names]
+    assert options.implementation() == "auto"
+
+
+def test_overlapping_blocks_of_asyncio_tasks_do_not_meet():
+    """Fails where a block is its thread's: tasks of one thread take turns inside their blocks."""
+
+    async def work(name: str, pauses: int) -> list[str]:
+        seen = []
+        with cbam_ops.use_implementation(name):
+            for _ in range(pauses):
+                await asyncio.sleep(0)
+                seen.append(options.implementation())
+            seen.append(await asyncio.create_task(inherited()))
+        return [*seen, options.implementation()]
+
+    async def inherited() -> str:
+        return options.implementation()
+
+    async def both() -> list[list[str]]:
+        return await asyncio.gather(work("reference", 2), work("native", 4), work("auto", 3))
+
+    assert asyncio.run(both()) == [
+        [*["reference"] * 3, "auto"],
+        [*["native"] * 5, "auto"],
+        [*["auto"] * 4, "auto"],
+    ]
+    assert options.implementation() == "auto"
+
+
+def test_blocks_that_generators_hold_open_end_in_any_order():
+    def generator() -> Iterator[str]:
         with cbam_ops.use_implementation("reference"):
-            both_inside.wait()
-            seen["first"] = options.implementation()
-            both_inside.wait()
-        first_has_left.set()
+            yield options.implementation()
 
-    def second() -> None:
-        with cbam_ops.use_implementation("native"):
-            both_inside.wait()
-            seen["second"] = options.implementation()
-            both_inside.wait()
-            first_has_left.wait(60)
-            seen["second, first gone"] = options.implementation()
-
-    threads = [threading.Thread(target=work) for work in (first, second)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert seen == {"first": "reference", "second": "native", "second, first gone": "native"}
+    held = generator()
+    assert next(held) == "reference"
+    with cbam_ops.use_implementation("native"):
+        held.close()
+        assert options.implementation() == "native"
+    assert options.implementation() == "auto"
+    held = generator()
+    in_a_thread(lambda: next(held))
+    held.close()  # in another thread than it was entered in
     assert options.implementation() == "auto"
 
 
@@ -99,6 +154,8 @@ def test_blocks_of_two_threads_do_not_meet():
 def test_an_unknown_name_is_refused_with_the_known_ones(name):
     with pytest.raises(ValueError, match='`name` must be one of "auto", "native", "ref'):
         cbam_ops.use_implementation(name)
+    with pytest.raises(ValueError, match='`name` must be one of "auto", "native", "ref'):
+        cbam_ops.set_implementation(name)
     assert options.implementation() == "auto"
 
 
@@ -111,8 +168,11 @@ def test_the_environment_variable_is_the_initial_choice(monkeypatch):
 
 def test_an_unknown_word_in_the_environment_variable_is_an_error_that_names_it(monkeypatch):
     monkeypatch.setenv("CBAM_OPS_IMPLEMENTATION", "fast")
-    with pytest.raises(ValueError, match="CBAM_OPS_IMPLEMENTATION must be one of .* got 'fast'"):
-        options.native_ops()
+    for _ in range(2):
+        with pytest.raises(ValueError, match="CBAM_OPS_IMPLEMENTATION must be one of .* 'fast'"):
+            cbam_ops.spatial_pool(np.zeros((1, 1, 1, 1)))
+    cbam_ops.set_implementation("reference")
+    assert options.implementation() == "reference"
 
 
 def test_reference_does_not_even_look_for_the_library(monkeypatch):

@@ -286,7 +286,7 @@ AUTO_CLUSTERING = """
     import cbam_ops
     from cbam_ops import ops
     from ops_cases import Case, digest, options
-    cbam_ops.use_implementation("native")
+    cbam_ops.set_implementation("native")
     case = Case(size=(2, 20, 20, 13), residual=True, options=options(activation="relu"))
     tensors = case.draw("float32", "NHWC")
 
@@ -393,7 +393,7 @@ def test_mirrored_on_two_processors():
         tf.config.set_logical_device_configuration(
             tf.config.list_physical_devices("CPU")[0], [tf.config.LogicalDeviceConfiguration()] * 2)
         import cbam_ops
-        cbam_ops.use_implementation("native")
+        cbam_ops.set_implementation("native")
         strategy = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
         x = tf.random.stateless_normal((4, 6, 5, 16), (1, 2))
         with strategy.scope():
@@ -436,7 +436,7 @@ def test_determinism():
         import cbam_ops
         from cbam_ops import ops
         from ops_cases import Case, digest
-        cbam_ops.use_implementation("native")
+        cbam_ops.set_implementation("native")
         case = Case(size=(4, 20, 20, 13))
         tensors = case.draw("float32", "NHWC")
         function = lambda t: [case.call(ops, t, "NHWC"), case.gradients(ops, t, "NHWC")]
@@ -464,7 +464,7 @@ def test_calls_from_many_threads_of_a_small_pool(threads):
         import cbam_ops
         from cbam_ops import ops
         from ops_cases import LARGE, digest
-        cbam_ops.use_implementation("native")
+        cbam_ops.set_implementation("native")
         case = LARGE[1]
         tensors = case.draw("float32", "NHWC")
         function = lambda t: [case.call(ops, t, "NHWC"), case.gradients(ops, t, "NHWC")]
