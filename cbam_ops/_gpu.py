@@ -19,7 +19,7 @@ def why_not(capability: int = 0) -> str | None:
         about the current device.
     """
     try:
-        from . import _core
+        _core = _loader.load_core()
     except ImportError as error:
         return f"The compiled module does not load: {error}."
     if not _core.cuda.built:
@@ -51,7 +51,7 @@ def _release(version: int) -> str | None:
 def report() -> dict[str, Any]:
     """For `build_info()`: plain values."""
     try:
-        from . import _core
+        _core = _loader.load_core()
     except ImportError:
         return {"built": False, "why_not": why_not()}
     cuda = _core.cuda

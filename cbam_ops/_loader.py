@@ -15,11 +15,12 @@ that the build writes beside the library.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import importlib.metadata
 import importlib.util
 import json
 import re
-import struct
+import sys
 import threading
 from pathlib import Path
 from types import ModuleType
@@ -80,20 +81,37 @@ def compiled_directory() -> Path | None:
     return Path(spec.origin).resolve().parent
 
 
-def read_build_record(directory: Path | None) -> dict[str, Any]:
-    """The build record in `directory`; empty where there is none or it cannot be read."""
-    if directory is None:
-        return {}
+def read_build_record(directory: Path) -> dict[str, Any]:
+    """The build record in `directory`.
+
+    Raises:
+      ValueError: There is none, or it is not what a build writes; the text says which.
+    """
+    path = directory / BUILD_RECORD
     try:
-        record = json.loads((directory / BUILD_RECORD).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return record if isinstance(record, dict) else {}
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path} cannot be read ({error})") from error
+    parts = ("compiler", "cpu", "cuda", "libraries", "tensorflow")
+    if (
+        not isinstance(record, dict)
+        or not all(isinstance(record.get(part), dict) for part in parts)
+        or not isinstance(record["tensorflow"].get("version"), str)
+    ):
+        raise ValueError(f"{path} is not what a build of cbam_ops writes")
+    return record
 
 
 def build_record() -> dict[str, Any]:
-    """What the build wrote about itself: versions, compiler, flags, CUDA. Empty if not built."""
-    return read_build_record(compiled_directory())
+    """What the build wrote about itself: versions, compiler, flags, CUDA, checksums.
+
+    Empty where nothing was built, or where the record cannot be used.
+    """
+    directory = compiled_directory()
+    try:
+        return {} if directory is None else read_build_record(directory)
+    except ValueError:
+        return {}
 
 
 def tensorflow_requirement() -> str:
@@ -110,20 +128,44 @@ def _minor(version: str) -> str:
     return ".".join(version.split(".")[:2])
 
 
-def _damage(library: Path) -> str | None:
-    """What is visibly wrong with an ELF file; loading a cut-off one can end the process."""
-    size = library.stat().st_size
-    with library.open("rb") as file:
-        header = file.read(64)
-    if len(header) < 64 or header[:4] != b"\x7fELF":
-        return "is not a shared library"
-    if header[4] != 2 or header[5] != 1:  # not 64 bit, little endian: leave it to the loader
+def _damage(library: Path, record: dict[str, Any]) -> str | None:
+    """Why a compiled file must not be loaded: it is not the one that was built.
+
+    A library that is cut off or has a wrong byte can end the process when it is loaded, or compute
+    something else. The checksums of all compiled files take 20 ms.
+    """
+    expected = record["libraries"].get(library.name)
+    found = hashlib.sha256(library.read_bytes()).hexdigest()
+    if found == expected:
         return None
-    (sections_at,) = struct.unpack_from("<Q", header, 0x28)
-    section_size, sections = struct.unpack_from("<HH", header, 0x3A)
-    if size < sections_at + section_size * sections:
-        return f"is cut off after {size} bytes"
-    return None
+    return f"is not the file that was built (SHA-256 {found}, in the build record {expected})"
+
+
+def _corrupt(reason: str) -> Cause:
+    return Cause(
+        "corrupt",
+        f"The compiled ops are damaged: {reason}.",
+        f"Install them again: {_rebuild_command(_PACKAGE)}",
+    )
+
+
+def load_core() -> ModuleType:
+    """The kernels on numpy arrays, `cbam_ops._core`.
+
+    Raises:
+      ImportError: It is missing, damaged or does not load; the text says why.
+    """
+    directory = compiled_directory()
+    if directory is not None and "cbam_ops._core" not in sys.modules:
+        try:
+            record = read_build_record(directory)
+        except ValueError as error:
+            raise ImportError(str(error)) from error
+        for library in (*directory.glob("_core.*.so"), directory / CORE_LIBRARY):
+            damage = _damage(library, record) if library.is_file() else None
+            if damage is not None:
+                raise ImportError(f"{library} {damage}")
+    return importlib.import_module("cbam_ops._core")
 
 
 def find_cause(directory: Path | None, tensorflow_version: str) -> Cause | None:
@@ -145,9 +187,13 @@ def find_cause(directory: Path | None, tensorflow_version: str) -> Cause | None:
                 f"The compiled ops are missing: there is no {library}.",
                 f"Build and install them: {_rebuild_command(_PACKAGE)}",
             )
-    record = read_build_record(directory)
-    built_for = str(record.get("tensorflow", {}).get("version", ""))
-    if built_for and _minor(built_for) != _minor(tensorflow_version):
+    assert directory is not None
+    try:
+        record = read_build_record(directory)
+    except ValueError as error:
+        return _corrupt(str(error))
+    built_for = record["tensorflow"]["version"]
+    if _minor(built_for) != _minor(tensorflow_version):
         return Cause(
             "other_tensorflow",
             f"The compiled ops were built for TensorFlow {_minor(built_for)} ({built_for}), but "
@@ -156,13 +202,9 @@ def find_cause(directory: Path | None, tensorflow_version: str) -> Cause | None:
             f"'tensorflow=={_minor(built_for)}.*'",
         )
     for library in libraries:
-        damage = _damage(library)
+        damage = _damage(library, record)
         if damage is not None:
-            return Cause(
-                "corrupt",
-                f"The compiled ops are damaged: {library} {damage}.",
-                f"Install them again: {_rebuild_command(_PACKAGE)}",
-            )
+            return _corrupt(f"{library} {damage}")
     return None
 
 
@@ -206,7 +248,7 @@ def load_xla_from(directory: Path) -> Cause | None:
 
     if not library.is_file():
         return cause("not_built", f"there is no {library}")
-    damage = _damage(library)
+    damage = _damage(library, read_build_record(directory))
     if damage is not None:
         return cause("corrupt", f"{library} {damage}")
     try:

@@ -185,7 +185,7 @@ def _devices() -> list[str]:
 
 def _instruction_sets() -> dict[str, Any]:
     try:
-        from . import _core
+        _core = _loader.load_core()
     except ImportError as error:
         return {"active": None, "available": [], "error": str(error)}
     return {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 import subprocess
@@ -15,6 +16,7 @@ import pytest
 import cbam_ops
 from cbam_ops import _loader
 
+LIBRARIES = [_loader.LIBRARY, _loader.CORE_LIBRARY]
 OPS = [
     "Cbam",
     "CbamGrad",
@@ -60,7 +62,7 @@ def installed() -> Path:
 @pytest.fixture
 def copy(tmp_path: Path, installed: Path) -> Path:
     """A directory with copies of the libraries and the build record, to damage."""
-    for name in (_loader.LIBRARY, _loader.CORE_LIBRARY, _loader.BUILD_RECORD):
+    for name in (*LIBRARIES, _loader.BUILD_RECORD):
         shutil.copy(installed / name, tmp_path / name)
     return tmp_path
 
@@ -183,9 +185,6 @@ def expect_cause(loaded: object, kind: str, *texts: str) -> None:
         assert text in str(loaded)
 
 
-LIBRARIES = [_loader.LIBRARY, _loader.CORE_LIBRARY]
-
-
 @pytest.mark.parametrize("name", LIBRARIES)
 def test_a_missing_library_is_explained(copy, name):
     (copy / name).unlink()
@@ -212,22 +211,60 @@ def test_another_patch_release_is_none_of_our_business(copy):
     assert _loader.find_cause(copy, "2.21.7") is None
 
 
+def spoil(library: Path, how: str) -> None:
+    """Damages a library; the first three leave its length as it was."""
+    content = bytearray(library.read_bytes())
+    middle = len(content) // 2
+    if how == "one bit":
+        content[middle] ^= 1
+    elif how == "a block of zeros":
+        content[middle : middle + 512] = bytes(512)
+    elif how == "the header":
+        content[16:64] = bytes(48)
+    elif how == "another valid library":
+        content = bytearray(Path(sys.modules["_ctypes"].__file__).read_bytes())
+    elif how == "text":
+        content = bytearray(b"Not found\n" * 100)
+    else:
+        del content[int(how) :]
+    library.write_bytes(content)
+
+
+DAMAGES = ["one bit", "a block of zeros", "the header", "another valid library", "text"]
+DAMAGES += ["0", "10", "5000"]
+
+
 @pytest.mark.parametrize("name", LIBRARIES)
-@pytest.mark.parametrize("keep", [0, 10, 5000])
-def test_a_cut_off_library_is_explained_and_not_loaded(copy, keep, name, monkeypatch):
-    """The dynamic loader maps what the header promises; touching what is missing is fatal."""
+@pytest.mark.parametrize("how", DAMAGES)
+def test_a_damaged_library_is_explained_and_not_loaded(copy, how, name, monkeypatch):
+    """Loading one ends the process, or works and computes something else."""
     import tensorflow as tf
 
-    library = copy / name
-    library.write_bytes(library.read_bytes()[:keep])
+    spoil(copy / name, how)
     monkeypatch.setattr(tf, "load_op_library", lambda path: pytest.fail("loaded it"))
-    expect_cause(_loader.load_from(copy), "corrupt", str(library))
+    expect_cause(_loader.load_from(copy), "corrupt", str(copy / name), "not the file that was")
 
 
-@pytest.mark.parametrize("name", LIBRARIES)
-def test_a_file_that_is_no_library_is_explained(copy, name):
-    (copy / name).write_text("Not found\n" * 100)
-    expect_cause(_loader.load_from(copy), "corrupt", "is not a shared library")
+@pytest.mark.parametrize("how", DAMAGES)
+def test_a_damaged_library_for_xla_is_explained_and_not_loaded(copy, how, installed, monkeypatch):
+    import tensorflow as tf
+
+    library = copy / _loader.XLA_LIBRARY
+    shutil.copy(installed / library.name, library)
+    spoil(library, how)
+    monkeypatch.setattr(tf, "load_library", lambda path: pytest.fail("loaded it"))
+    expect_cause(_loader.load_xla_from(copy), "corrupt", str(library), "not the file that was")
+
+
+@pytest.mark.parametrize("name", ["_core", _loader.CORE_LIBRARY])
+def test_a_damaged_module_of_numpy_kernels_is_not_loaded(copy, installed, name, monkeypatch):
+    for path in installed.glob("_core.*.so"):
+        shutil.copy(path, copy)
+    spoil(next(copy.glob(f"{name}*")), "one bit")
+    monkeypatch.setattr(_loader, "compiled_directory", lambda: copy)
+    monkeypatch.delitem(sys.modules, "cbam_ops._core", raising=False)
+    with pytest.raises(ImportError, match=f"{name}.* is not the file that was built"):
+        _loader.load_core()
 
 
 def test_a_library_that_does_not_load_is_explained_in_the_loader_s_words(copy):
@@ -235,17 +272,38 @@ def test_a_library_that_does_not_load_is_explained_in_the_loader_s_words(copy):
     library.write_bytes(
         elf_with(library, b"libtensorflow_framework.so.2\0", b"libtensorflow_framework.so.9\0")
     )
+    record = json.loads((copy / _loader.BUILD_RECORD).read_text())
+    record["libraries"][library.name] = hashlib.sha256(library.read_bytes()).hexdigest()
+    (copy / _loader.BUILD_RECORD).write_text(json.dumps(record))
     expect_cause(_loader.load_from(copy), "load_failed", "libtensorflow_framework.so.9")
 
 
-def test_a_missing_or_broken_build_record_does_not_keep_the_library_from_loading(copy):
-    for content in (None, "{", "[]"):
-        if content is None:
-            (copy / _loader.BUILD_RECORD).unlink()
-        else:
-            (copy / _loader.BUILD_RECORD).write_text(content)
-        assert _loader.read_build_record(copy) == {}
-        assert _loader.find_cause(copy, "2.21.0") is None
+BROKEN_RECORDS = {
+    "missing": None,
+    "empty": "",
+    "cut off": "{",
+    "another type": "[]",
+    "nested too deep": "[" * 100_000,
+    "no text": b"\xff\xfe",
+    "a text for a table": {"tensorflow": "2.21.0"},
+    "a number for a version": {"tensorflow": {"version": 2.21}},
+    "no checksums": {"libraries": None},
+}
+
+
+@pytest.mark.parametrize("content", BROKEN_RECORDS.values(), ids=BROKEN_RECORDS.keys())
+def test_a_missing_or_broken_build_record_is_explained(copy, content, monkeypatch):
+    """Without it nobody knows what the libraries are."""
+    path = copy / _loader.BUILD_RECORD
+    if content is None:
+        path.unlink()
+    elif isinstance(content, dict):
+        path.write_text(json.dumps({**json.loads(path.read_text()), **content}))
+    else:
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    expect_cause(_loader.load_from(copy), "corrupt", str(path))
+    monkeypatch.setattr(_loader, "compiled_directory", lambda: copy)
+    assert _loader.build_record() == {}
 
 
 @pytest.mark.slow

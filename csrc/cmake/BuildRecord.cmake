@@ -62,3 +62,23 @@ endif()
 
 file(GENERATE OUTPUT "${PROJECT_BINARY_DIR}/_build_record.json" CONTENT "${record}\n")
 install(FILES "${PROJECT_BINARY_DIR}/_build_record.json" DESTINATION cbam_ops)
+
+# The loader compares the checksums of the compiled files before it loads them. They are taken of
+# the files as installed: installing strips them. Whoever changes them later (a tool that repairs
+# wheels, say) has to write the record anew.
+set(names "")
+foreach(target IN ITEMS cbam_core cbam_ops_tf cbam_ops_xla _core)
+  if(TARGET ${target})
+    string(APPEND names " $<TARGET_FILE_NAME:${target}>")
+  endif()
+endforeach()
+install(CODE "
+  set(installed \"\$ENV{DESTDIR}\${CMAKE_INSTALL_PREFIX}/cbam_ops\")
+  file(READ \"\${installed}/_build_record.json\" record)
+  string(JSON record SET \"\${record}\" libraries \"{}\")
+  foreach(name IN ITEMS${names})
+    file(SHA256 \"\${installed}/\${name}\" checksum)
+    string(JSON record SET \"\${record}\" libraries \"\${name}\" \"\\\"\${checksum}\\\"\")
+  endforeach()
+  file(WRITE \"\${installed}/_build_record.json\" \"\${record}\\n\")
+")
