@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from . import _keras_registration
 
 if TYPE_CHECKING:
-    from . import layers, models, ops, reference
+    from . import layers, models, ops, reference, testing
     from .layers import CBAM, ChannelAttention, SpatialAttention
     from .ops import (
         cbam,
@@ -44,10 +44,11 @@ __all__ = [
     "set_implementation",
     "spatial_attention",
     "spatial_pool",
+    "testing",
     "use_implementation",
 ]
 
-_SUBMODULES = ("layers", "models", "ops", "reference")
+_SUBMODULES = ("layers", "models", "ops", "reference", "testing")
 
 _HOME = {
     "CBAM": "layers",

@@ -7,10 +7,10 @@ import re
 import numpy as np
 import pytest
 import tensorflow as tf
-from ops_cases import OPTIONS, Case, options
 
 import cbam_ops
 from cbam_ops import _loader, ops, reference
+from cbam_ops.testing import OPTIONS, Case, options
 
 
 @pytest.fixture

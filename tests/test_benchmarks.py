@@ -12,9 +12,9 @@ import numpy as np
 import numpy_oracle
 import pytest
 import tensorflow as tf
-import tolerances
 
 from cbam_ops import __main__ as command
+from cbam_ops import testing
 from cbam_ops._bench import cases, compare, measure, providers, report, results, run
 from cbam_ops._bench.cases import Case, NetworkCase
 from cbam_ops._cli.common import CommandError
@@ -95,9 +95,9 @@ def test_every_provider_agrees(case):
     assert all(not providers.installed(name) for name in outcome.absent), outcome.absent
     errors = {(row["provider"], row["mode"]): row["error"] for row in outcome.rows}
     for mode in case.modes:
-        floor = tolerances.FLOOR_ROUNDINGS * tolerances.EPSILON[case.dtype]
+        floor = testing.FLOOR_ROUNDINGS * testing.EPSILON[case.dtype]
         stock = errors["tf-graph", mode]
-        assert errors["ours", mode] <= tolerances.STOCK_FACTOR * stock + floor, mode
+        assert errors["ours", mode] <= testing.STOCK_FACTOR * stock + floor, mode
 
 
 @pytest.mark.parametrize("name", ["ours", "tf-graph", "keras"])
@@ -115,8 +115,8 @@ def test_the_backward_pass_that_is_timed_is_that_of_the_step(name):
     inputs = dataclasses.replace(inputs, **turned, _made={})
     truth = providers.PROVIDERS[name].setup(case, inputs).results()
     expected = [truth[f"d{weight}"].reshape(-1)[0] for weight in ("x", *providers.WEIGHTS)]
-    tolerances.assert_close(
-        np.sort(found), np.sort(expected), tolerances.FLOAT32, "first values of the gradients"
+    testing.assert_close(
+        np.sort(found), np.sort(expected), testing.FLOAT32, "first values of the gradients"
     )
 
 
@@ -153,7 +153,7 @@ def test_the_truth_is_the_definition(layout):
     expected = {"y": numpy_oracle.forward(**tensors, **options)["y"]}
     expected |= numpy_oracle.backward(dy=inputs.dy[0], **tensors, **options)
     for name, value in truth.items():
-        tolerances.assert_close(value, expected[name], tolerances.MODEL_FORWARD, name)
+        testing.assert_close(value, expected[name], testing.MODEL_FORWARD, name)
 
 
 def test_a_wrong_result_is_not_timed(monkeypatch):

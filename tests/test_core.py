@@ -17,10 +17,9 @@ from typing import Any
 import numpy as np
 import numpy_oracle as oracle
 import pytest
-import tolerances
-from tolerances import assert_accurate, assert_same_bits
 
-from cbam_ops import _core
+from cbam_ops import _core, testing
+from cbam_ops.testing import assert_accurate, assert_same_bits
 
 ml_dtypes = pytest.importorskip("ml_dtypes", reason="numpy itself has no bfloat16")
 
@@ -68,11 +67,11 @@ class Case:
 
     @property
     def compute(self) -> str:
-        return tolerances.compute_type(self.dtype)
+        return testing.compute_type(self.dtype)
 
     @property
     def exact(self) -> str:
-        return tolerances.truth_type(self.dtype)
+        return testing.truth_type(self.dtype)
 
     @property
     def options(self) -> dict[str, Any]:
@@ -366,7 +365,7 @@ def test_larger_than_the_caches(dtype: str, layout: str) -> None:
         grads = run_backward(one, dy, outputs, case.options)
         for name, value in (outputs | grads).items():
             if name in ("y", "dx", "d_residual", "channel_gate", "spatial_gate"):
-                expected = value.astype(tolerances.truth_type(dtype))
+                expected = value.astype(testing.truth_type(dtype))
                 narrow = expected.astype(case.compute)
                 assert_accurate(
                     whole[name][i : i + 1], expected, narrow, f"{name} of sample {i}", magnitude=4.0
@@ -589,7 +588,7 @@ def test_sigmoid_is_exact(instruction_set: str, dtype: str) -> None:
         gates="channel_only",
         pooling="avg",
     )["channel_gate"][0]
-    truth = oracle.sigmoid(logits.astype(dtype).astype(tolerances.truth_type(dtype)))
+    truth = oracle.sigmoid(logits.astype(dtype).astype(testing.truth_type(dtype)))
     assert_accurate(
         out, truth, truth.astype(dtype), "sigmoid", smallest=float(np.finfo(dtype).tiny)
     )
@@ -646,14 +645,14 @@ def test_mean_of_millions(instruction_set: str, dtype: str, layout: str) -> None
         truth = oracle.channel_pool(x, layout)
         spatial = _core.spatial_pool(x, layout=layout, threads=2, poison=True)["descriptors"]
         true_spatial = oracle.spatial_pool(x, layout)["descriptors"]
-        epsilon = tolerances.EPSILON[tolerances.compute_type(dtype)]
+        epsilon = testing.EPSILON[testing.compute_type(dtype)]
         for name, actual, expected in (
             ("mean", pools["mean"], truth["mean"]),
             ("maximum", pools["maximum"], truth["maximum"]),
             ("descriptors", spatial, true_spatial),
         ):
             # An exact evaluation: the bound is a few roundings, whatever the length of the sum.
-            narrow = expected.astype(tolerances.compute_type(dtype))
+            narrow = expected.astype(testing.compute_type(dtype))
             assert epsilon * 1000 < 1
             assert_accurate(actual, expected, narrow, f"{name} of {shape}")
 

@@ -13,11 +13,20 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 import tensorflow as tf
-from ops_cases import OPTIONS, SIZES, Case, cast, gradient_magnitudes, magnitude, truth_and_stock
-from tolerances import assert_accurate, assert_same_bits
+from numpy_oracle import gradient_magnitudes
 
 import cbam_ops
 from cbam_ops import _core, ops
+from cbam_ops.testing import (
+    OPTIONS,
+    SIZES,
+    Case,
+    assert_accurate,
+    assert_same_bits,
+    cast,
+    magnitude,
+    truth_and_stock,
+)
 
 DEVICE = os.environ.get("CBAM_OPS_TEST_DEVICE", "GPU")
 REPEATS = 50 if DEVICE == "GPU" else 2

@@ -5,30 +5,28 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import tensorflow as tf
-from ops_cases import (
+from numpy_oracle import gradient_magnitudes
+
+import cbam_ops
+from cbam_ops import ops, reference
+from cbam_ops.testing import (
+    DOT_PRODUCT_TOLERANCE,
+    FINITE_DIFFERENCE_STEP,
+    FINITE_DIFFERENCE_TOLERANCE,
     MAPS,
     OPTIONS,
+    SECOND_ORDER_TOLERANCE,
     SIZES,
     STATISTICS,
     Case,
+    assert_accurate,
+    assert_close,
+    assert_same_bits,
     cast,
-    gradient_magnitudes,
     magnitude,
     options,
     truth_and_stock,
 )
-from tolerances import (
-    DOT_PRODUCT_TOLERANCE,
-    FINITE_DIFFERENCE_STEP,
-    FINITE_DIFFERENCE_TOLERANCE,
-    SECOND_ORDER_TOLERANCE,
-    assert_accurate,
-    assert_close,
-    assert_same_bits,
-)
-
-import cbam_ops
-from cbam_ops import ops, reference
 
 
 @pytest.fixture(autouse=True)

@@ -11,11 +11,10 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-import tolerances
-from keras.src import testing
+from keras.src import testing as keras_testing
 
 import cbam_ops
-from cbam_ops import reference
+from cbam_ops import reference, testing
 
 LAYERS = (cbam_ops.CBAM, cbam_ops.ChannelAttention, cbam_ops.SpatialAttention)
 ORDERS = ("channel_first", "spatial_first", "parallel")
@@ -68,7 +67,7 @@ KERAS_CASES = [
 @pytest.mark.parametrize(("layer_class", "arguments", "trainable", "fixed"), KERAS_CASES)
 def test_keras_layer_checks(layer_class, arguments, trainable, fixed):
     """Keras's suite: configuration, build, symbolic, eager, a training step, mixed precision."""
-    testing.TestCase().run_layer_test(
+    keras_testing.TestCase().run_layer_test(
         layer_class,
         init_kwargs=arguments,
         input_shape=SHAPE if "data_format" not in arguments else (2, 8, 5, 6),
@@ -141,8 +140,8 @@ def test_cbam_computes_the_reference(order, options, implementation):
     )
     actual = layer(x, residual=residual, return_gates=True)
     for a, e in zip(actual, expected, strict=True):
-        tolerances.assert_close(a, e, tolerances.FLOAT32, order)
-    tolerances.assert_same_bits(
+        testing.assert_close(a, e, testing.FLOAT32, order)
+    testing.assert_same_bits(
         layer(x, residual=residual).numpy(), actual[0].numpy(), "without gates"
     )
 
@@ -154,7 +153,7 @@ def test_channel_attention_computes_the_reference(pooling, implementation):
     weights = (layer.w0, layer.b0, layer.w1, layer.b1)
     expected = reference.channel_attention(x, *weights, pooling=pooling, return_gates=True)
     for a, e in zip(layer(x, return_gates=True), expected, strict=True):
-        tolerances.assert_close(a, e, tolerances.FLOAT32, pooling)
+        testing.assert_close(a, e, testing.FLOAT32, pooling)
 
 
 def test_spatial_attention_computes_the_reference(implementation):
@@ -163,7 +162,7 @@ def test_spatial_attention_computes_the_reference(implementation):
     weights = (layer.spatial_kernel, layer.spatial_bias)
     expected = reference.spatial_attention(x, *weights, return_gates=True)
     for a, e in zip(layer(x, return_gates=True), expected, strict=True):
-        tolerances.assert_close(a, e, tolerances.FLOAT32, "spatial")
+        testing.assert_close(a, e, testing.FLOAT32, "spatial")
 
 
 @pytest.mark.parametrize("layer_class", LAYERS)
@@ -181,7 +180,7 @@ def test_channels_first_on_the_cpu(layer_class, implementation):
         results.append((y, tape.gradient(y, t)))
     for a, e in zip(results[1], results[0], strict=True):
         transposed = tf.transpose(a, (0, 2, 3, 1))
-        tolerances.assert_close(transposed, e, 10 * tolerances.FLOAT32, "channels first")
+        testing.assert_close(transposed, e, 10 * testing.FLOAT32, "channels first")
 
 
 def test_the_default_layout_is_that_of_keras():
@@ -203,7 +202,7 @@ def test_sizes_may_differ_from_call_to_call(implementation):
     for shape in [(1, 1, 1, 8), (3, 9, 4, 8), (2, 16, 16, 8), (0, 4, 4, 8)]:
         x = feature_map(7, shape)
         assert call(x).shape == shape
-        tolerances.assert_close(call(x), model.layers[-1](x), tolerances.FLOAT32, str(shape))
+        testing.assert_close(call(x), model.layers[-1](x), testing.FLOAT32, str(shape))
 
 
 def test_the_residual_may_be_a_symbolic_tensor(implementation):
@@ -214,10 +213,10 @@ def test_the_residual_may_be_a_symbolic_tensor(implementation):
     x, r = feature_map(8), feature_map(9)
     y, g_c, g_s = layer(x, return_gates=True)
     expected = np.maximum(x * g_c[:, None, None, :] * g_s[..., None] + r, 0)
-    tolerances.assert_close(model([x, r]), expected, tolerances.FLOAT32, "residual")
+    testing.assert_close(model([x, r]), expected, testing.FLOAT32, "residual")
     clone = keras.models.clone_model(model)
     clone.set_weights(model.get_weights())
-    tolerances.assert_same_bits(clone([x, r]).numpy(), model([x, r]).numpy(), "clone")
+    testing.assert_same_bits(clone([x, r]).numpy(), model([x, r]).numpy(), "clone")
     with pytest.raises(ValueError, match="`residual` must have the shape of `inputs`"):
         layer(keras.Input((4, 4, 8)), residual=keras.Input((4, 4, 7)))
 
@@ -232,7 +231,7 @@ def test_gates_are_outputs_of_a_functional_model(implementation):
     y, g_c, g_s = model(feature_map(10))
     assert (g_c.shape, g_s.shape) == ((2, 8), (2, 5, 6))
     product = feature_map(10) * g_c[:, None, None, :] * g_s[..., None]
-    tolerances.assert_close(y, product, tolerances.FLOAT32, "gates")
+    testing.assert_close(y, product, testing.FLOAT32, "gates")
 
 
 def test_a_shared_layer_has_one_set_of_weights(implementation):
@@ -242,7 +241,7 @@ def test_a_shared_layer_has_one_set_of_weights(implementation):
     assert len(model.trainable_weights) == 6
     x = feature_map(11, (2, 4, 4, 8))
     one, two = model([x, x])
-    tolerances.assert_same_bits(one.numpy(), two.numpy(), "both uses")
+    testing.assert_same_bits(one.numpy(), two.numpy(), "both uses")
 
 
 # --- weights --------------------------------------------------------------------------------------
@@ -301,7 +300,7 @@ def test_regularizers_add_losses_and_constraints_are_kept():
         + np.sum(np.abs(w["spatial_bias"]))
     )
     assert len(layer.losses) == 6
-    tolerances.assert_close(sum(layer.losses), expected, tolerances.FLOAT32, "losses")
+    testing.assert_close(sum(layer.losses), expected, testing.FLOAT32, "losses")
     model = functional(layer)
     model.compile("sgd", "mse")
     model.fit(feature_map(), feature_map(1), verbose=0)
@@ -370,13 +369,13 @@ def test_batch_norm_in_training_equals_keras(order, implementation):
     expected = tape.gradient(
         expected_y, [x, *common, norm.gamma.value, norm.beta.value], output_gradients=upstream
     )
-    tolerances.assert_close(y, expected_y, tolerances.MODEL_FORWARD, "y")
+    testing.assert_close(y, expected_y, testing.MODEL_FORWARD, "y")
     names = ["x", *(w.name for w in layer.trainable_weights)]
     for name, a, e in zip(names, actual, expected, strict=True):
-        tolerances.assert_close(a, e, tolerances.MODEL_FORWARD, f"gradient of {name}")
+        testing.assert_close(a, e, testing.MODEL_FORWARD, f"gradient of {name}")
     for name in ("moving_mean", "moving_variance"):
         a, e = getattr(layer, name), getattr(norm, name)
-        tolerances.assert_close(a.numpy(), e.numpy(), tolerances.MODEL_FORWARD, name)
+        testing.assert_close(a.numpy(), e.numpy(), testing.MODEL_FORWARD, name)
 
 
 @pytest.mark.parametrize("order", ORDERS)
@@ -386,9 +385,9 @@ def test_batch_norm_is_folded_at_inference(order, implementation):
     before = [w.numpy() for w in layer.weights]
     expected = unfused_cbam(layer, unfused(layer), x, False)
     for y in (layer(x), layer(x, training=False)):
-        tolerances.assert_close(y, expected, tolerances.MODEL_FORWARD, "y")
+        testing.assert_close(y, expected, testing.MODEL_FORWARD, "y")
     for weight, value in zip(layer.weights, before, strict=True):
-        tolerances.assert_same_bits(weight.numpy(), value, weight.name)
+        testing.assert_same_bits(weight.numpy(), value, weight.name)
 
 
 def test_spatial_attention_with_batch_norm(implementation):
@@ -400,10 +399,10 @@ def test_spatial_attention_with_batch_norm(implementation):
         expected = x * tf.sigmoid(norm(z, training=training))
         y, gate = layer(x, training=training, return_gates=True)
         # The ops' epsilon has 24 bits.
-        tolerances.assert_close(y, expected, 10 * tolerances.MODEL_FORWARD, "y")
+        testing.assert_close(y, expected, 10 * testing.MODEL_FORWARD, "y")
         assert gate.shape == (2, 5, 6)
     moving, expected = layer.moving_variance.numpy(), norm.moving_variance.numpy()
-    tolerances.assert_close(moving, expected, tolerances.FLOAT64, "variance")
+    testing.assert_close(moving, expected, testing.FLOAT64, "variance")
 
 
 def test_a_frozen_layer_uses_and_keeps_its_moving_statistics(implementation):
@@ -414,9 +413,9 @@ def test_a_frozen_layer_uses_and_keeps_its_moving_statistics(implementation):
     before = [w.numpy() for w in layer.weights]
     x = feature_map(16)
     y = model(x, training=True)
-    tolerances.assert_same_bits(y.numpy(), model(x, training=False).numpy(), "y")
+    testing.assert_same_bits(y.numpy(), model(x, training=False).numpy(), "y")
     for weight, value in zip(layer.weights, before, strict=True):
-        tolerances.assert_same_bits(weight.numpy(), value, weight.name)
+        testing.assert_same_bits(weight.numpy(), value, weight.name)
     assert not model.trainable_weights
     assert len(model.non_trainable_weights) == 9
     layer.trainable = True
@@ -429,7 +428,7 @@ def test_an_empty_batch_leaves_the_moving_statistics(implementation):
     before = [layer.moving_mean.numpy(), layer.moving_variance.numpy()]
     assert layer(feature_map(shape=(0, 4, 4, 8)), training=True).shape == (0, 4, 4, 8)
     for moving, value in zip((layer.moving_mean, layer.moving_variance), before, strict=True):
-        tolerances.assert_same_bits(moving.numpy(), value, moving.name)
+        testing.assert_same_bits(moving.numpy(), value, moving.name)
 
 
 def test_gamma_zero_starts_every_spatial_gate_at_a_half():
@@ -479,8 +478,8 @@ def test_mixed_precision_is_near_float32(policy, implementation):
     x = feature_map(19)
     exact, mixed = make(), make(dtype=policy)
     y = mixed(x)
-    error = 8 * tolerances.EPSILON[policy.removeprefix("mixed_")]
-    tolerances.assert_close(tf.cast(y, tf.float32), exact(x), error, policy)
+    error = 8 * testing.EPSILON[policy.removeprefix("mixed_")]
+    testing.assert_close(tf.cast(y, tf.float32), exact(x), error, policy)
 
 
 SAVED = """
@@ -552,7 +551,7 @@ def test_weights_alone_are_saved_and_loaded(tmp_path):
     other = functional(cbam_ops.CBAM(ratio=4, spatial_batch_norm=True))
     other.load_weights(tmp_path / "model.weights.h5")
     x = feature_map(23)
-    tolerances.assert_same_bits(other(x).numpy(), model(x).numpy(), "y")
+    testing.assert_same_bits(other(x).numpy(), model(x).numpy(), "y")
 
 
 # --- masks, XLA, distribution ---------------------------------------------------------------------
@@ -568,7 +567,7 @@ def test_a_mask_is_passed_on(layer_class):
     x._keras_mask = mask
     y = layer(x)
     assert y._keras_mask is mask
-    tolerances.assert_same_bits(y.numpy(), expected, "y")
+    testing.assert_same_bits(y.numpy(), expected, "y")
 
 
 def test_jit_compile_of_the_reference():
@@ -580,7 +579,7 @@ def test_jit_compile_of_the_reference():
         model.compile("sgd", "mse", jit_compile=True)
         y = model.predict(x, verbose=0)
         assert np.isfinite(model.fit(x, x, verbose=0).history["loss"][0])
-    tolerances.assert_close(y, expected, tolerances.FLOAT32, "predict")
+    testing.assert_close(y, expected, testing.FLOAT32, "predict")
 
 
 def test_stateless_calls_return_the_new_statistics(implementation):
@@ -591,8 +590,8 @@ def test_stateless_calls_return_the_new_statistics(implementation):
     y, updated = layer.stateless_call(trainable, fixed, x, training=True)
     for new, old, weight in zip(updated, fixed, layer.non_trainable_variables, strict=True):
         assert not np.array_equal(new, old)
-        tolerances.assert_same_bits(weight.numpy(), old.numpy(), weight.name)
-    tolerances.assert_close(y, layer(x, training=True), tolerances.FLOAT32, "y")
+        testing.assert_same_bits(weight.numpy(), old.numpy(), weight.name)
+    testing.assert_close(y, layer(x, training=True), testing.FLOAT32, "y")
 
 
 # --- bad input ------------------------------------------------------------------------------------

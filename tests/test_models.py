@@ -8,12 +8,11 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-import tolerances
-from tolerances import assert_close
 
 import cbam_ops
-from cbam_ops import models
+from cbam_ops import models, testing
 from cbam_ops.layers import CBAM
+from cbam_ops.testing import assert_close
 
 SMALL = (32, 32, 3)
 # Trainable parameters, and multiply-adds in G as far as they are published: with the stride where
@@ -223,8 +222,8 @@ def test_released_network_is_the_composition(depth):
             lambda x: composition(x, blocks, bottleneck=depth == 50)
         )
         actual, actual_gradient = output_and_gradient(lambda x: model(x, training=training))
-        assert_close(actual, expected, tolerances.MODEL_FORWARD, "output")
-        assert_close(actual_gradient, expected_gradient, tolerances.MODEL_GRADIENT, "gradient")
+        assert_close(actual, expected, testing.MODEL_FORWARD, "output")
+        assert_close(actual_gradient, expected_gradient, testing.MODEL_GRADIENT, "gradient")
 
     check(training=False)
     check(training=True)
@@ -310,7 +309,7 @@ def test_seed_network_is_the_seeds_code():
     images = rng.normal(size=(3, *shape))
     for training in (False, True):
         expected = literal(images, training=training)
-        assert_close(model(images, training=training), expected, tolerances.MODEL_FORWARD, "output")
+        assert_close(model(images, training=training), expected, testing.MODEL_FORWARD, "output")
 
 
 @pytest.mark.parametrize(("network", "depth"), [("released", 18), ("seed", 50)])
@@ -330,7 +329,7 @@ def test_stock_form_is_the_same_function(network, depth):
     images = rng.normal(size=(2, *shape))
     for training in (False, True):
         expected = stock(images, training=training)
-        assert_close(fused(images, training=training), expected, tolerances.MODEL_FORWARD, "output")
+        assert_close(fused(images, training=training), expected, testing.MODEL_FORWARD, "output")
 
 
 def _copy_weights(source: keras.Model, model: keras.Model, parts, suffix: str = "") -> None:
@@ -364,7 +363,7 @@ def test_initial_weights_follow_the_release():
     model = models.CBAMResNet18(input_shape=SMALL)
 
     def spread(kernel, expected):
-        assert_close(np.std(kernel), expected, tolerances.STANDARD_DEVIATION, "spread")
+        assert_close(np.std(kernel), expected, testing.STANDARD_DEVIATION, "spread")
 
     def uniform(kernel, limit):
         spread(kernel, limit / np.sqrt(3))
@@ -407,7 +406,7 @@ def test_without_the_top():
         pooled = models.CBAMResNet18(include_top=False, pooling=pooling)
         assert pooled.output_shape == (None, 512)
         pooled.set_weights(model.get_weights())
-        assert_close(pooled(images), pool(expected, axis=(1, 2)), tolerances.FLOAT32, pooling)
+        assert_close(pooled(images), pool(expected, axis=(1, 2)), testing.FLOAT32, pooling)
 
 
 def test_top_options():
@@ -565,8 +564,8 @@ def test_mixed_precision(policy):
     assert {weight.dtype for weight in mixed.weights} == {"float32"}
     actual = mixed(images)
     assert actual.dtype == tf.float32
-    assert_close(actual, expected, tolerances.MIXED_MODEL[policy], "probabilities")
-    assert_close(np.sum(actual, axis=1), np.ones(2), tolerances.FLOAT32, "sum of probabilities")
+    assert_close(actual, expected, testing.MIXED_MODEL[policy], "probabilities")
+    assert_close(np.sum(actual, axis=1), np.ones(2), testing.FLOAT32, "sum of probabilities")
 
 
 def test_channels_first_builds_the_same_network():
@@ -598,9 +597,7 @@ def test_channels_first_computes_the_same():
     first.set_weights(last.get_weights())
     with cbam_ops.use_implementation("reference"):
         compiled = tf.function(first, jit_compile=True)
-        assert_close(
-            compiled(np.moveaxis(images, 3, 1)), last(images), tolerances.FLOAT32, "output"
-        )
+        assert_close(compiled(np.moveaxis(images, 3, 1)), last(images), testing.FLOAT32, "output")
 
 
 # --- images in, names out -------------------------------------------------------------------------
@@ -625,7 +622,7 @@ def test_preprocess_input(kind, data_format):
     for index in (slice(None), 0):  # a batch and one image
         actual = models.preprocess_input(images[index], data_format=data_format)
         assert actual.dtype == ("float64" if kind == "float64" else "float32")
-        assert_close(actual, expected[index], tolerances.FLOAT32, "images")
+        assert_close(actual, expected[index], testing.FLOAT32, "images")
     np.testing.assert_array_equal(images, untouched)
 
 

@@ -11,11 +11,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tensorflow as tf
-from ops_cases import OPTIONS, SIZES, Case, magnitude, options, truth_and_stock
-from tolerances import FLOAT32, assert_accurate, assert_close, assert_same_bits
 
 import cbam_ops
 from cbam_ops import _gpu, ops, reference
+from cbam_ops.testing import (
+    FLOAT32,
+    OPTIONS,
+    SIZES,
+    Case,
+    assert_accurate,
+    assert_close,
+    assert_same_bits,
+    magnitude,
+    options,
+    truth_and_stock,
+)
 
 pytestmark = pytest.mark.usefixtures("native")
 
@@ -136,7 +146,7 @@ DIGEST = """
     tf.config.threading.set_intra_op_parallelism_threads(int(sys.argv[1]))
     import cbam_ops
     from cbam_ops import ops
-    from ops_cases import LARGE, OPTIONS, SIZES
+    from cbam_ops.testing import LARGE, OPTIONS, SIZES
     cbam_ops.set_implementation("native")
     digest = hashlib.sha256()
     for i, case in enumerate(OPTIONS + SIZES + LARGE):

@@ -15,9 +15,8 @@ import numpy as np
 import numpy_oracle
 import pytest
 import tensorflow as tf
-import tolerances
 
-from cbam_ops import reference
+from cbam_ops import reference, testing
 
 N, H, W, C, HIDDEN, K = 2, 4, 3, 6, 2, 3
 ORDERS = ("channel_first", "spatial_first", "parallel")
@@ -152,7 +151,7 @@ def test_cbam_is_the_definition(order, options, k, data_format):
     names = ("y", "channel gate", "spatial gate")
     for name, a, e in zip(names, actual, expected, strict=True):
         e = layout(e, data_format) if name == "y" else e
-        tolerances.assert_close(a, e, tolerances.FLOAT64, name)
+        testing.assert_close(a, e, testing.FLOAT64, name)
 
 
 @pytest.mark.parametrize("mlp_activation", [None, "relu"])
@@ -168,9 +167,9 @@ def test_channel_attention_is_the_definition(pooling, mlp_activation, data_forma
         data_format=data_format,
         return_gates=True,
     )
-    tolerances.assert_close(actual, gate, tolerances.FLOAT64, "channel gate")
+    testing.assert_close(actual, gate, testing.FLOAT64, "channel gate")
     expected = layout(v["x"] * gate[:, None, None, :], data_format)
-    tolerances.assert_close(y, expected, tolerances.FLOAT64, "y")
+    testing.assert_close(y, expected, testing.FLOAT64, "y")
 
 
 def test_spatial_attention_is_the_definition(data_format):
@@ -183,19 +182,19 @@ def test_spatial_attention_is_the_definition(data_format):
         data_format=data_format,
         return_gates=True,
     )
-    tolerances.assert_close(actual, gate, tolerances.FLOAT64, "spatial gate")
+    testing.assert_close(actual, gate, testing.FLOAT64, "spatial gate")
     expected = layout(v["x"] * gate[..., None], data_format)
-    tolerances.assert_close(y, expected, tolerances.FLOAT64, "y")
+    testing.assert_close(y, expected, testing.FLOAT64, "y")
 
 
 def test_pools_are_the_definition(data_format):
     x = arguments(3)["x"]
     mean, maximum = reference.channel_pool(layout(x, data_format), data_format=data_format)
-    tolerances.assert_close(mean, x.mean((1, 2)), tolerances.FLOAT64, "mean")
-    tolerances.assert_same_bits(maximum.numpy(), x.max((1, 2)), "maximum")
+    testing.assert_close(mean, x.mean((1, 2)), testing.FLOAT64, "mean")
+    testing.assert_same_bits(maximum.numpy(), x.max((1, 2)), "maximum")
     pooled = reference.spatial_pool(layout(x, data_format), data_format=data_format)
     expected = layout(np.stack([x.mean(3), x.max(3)], 3), data_format)
-    tolerances.assert_close(pooled, expected, tolerances.FLOAT64, "descriptors")
+    testing.assert_close(pooled, expected, testing.FLOAT64, "descriptors")
 
 
 def test_absent_biases_are_zero_biases(data_format):
@@ -204,7 +203,7 @@ def test_absent_biases_are_zero_biases(data_format):
     without = reference.cbam(x, v["w0"], None, v["w1"], None, v["kernel"], data_format=data_format)
     b0, b1, bias = np.zeros(HIDDEN), np.zeros(C), np.zeros(1)
     zero = reference.cbam(x, v["w0"], b0, v["w1"], b1, v["kernel"], bias, data_format=data_format)
-    tolerances.assert_same_bits(without.numpy(), zero.numpy(), "y")
+    testing.assert_same_bits(without.numpy(), zero.numpy(), "y")
 
 
 # --- stock Keras layers ---------------------------------------------------------------------------
@@ -266,9 +265,9 @@ def test_cbam_equals_the_stock_keras_layers(spatial_batch_norm):
     else:
         function = reference.cbam
     actual_y, actual = gradients(function, v["x"], *(v[name] for name in names), upstream=upstream)
-    tolerances.assert_close(actual_y, y, 10 * tolerances.FLOAT64, "y")
+    testing.assert_close(actual_y, y, 10 * testing.FLOAT64, "y")
     for name, a, e in zip(("x", *names), actual, expected, strict=True):
-        tolerances.assert_close(a, e, 100 * tolerances.FLOAT64, f"gradient of {name}")
+        testing.assert_close(a, e, 100 * testing.FLOAT64, f"gradient of {name}")
 
 
 # --- gradients ------------------------------------------------------------------------------------
@@ -317,10 +316,10 @@ def test_gradients_by_finite_differences(name, options, data_format):
         out = tf.concat([tf.reshape(t, [-1]) for t in out], 0)
         return tf.reduce_sum(out * upstream[: len(out)])
 
-    step = tolerances.FINITE_DIFFERENCE_STEP
+    step = testing.FINITE_DIFFERENCE_STEP
     theoretical, numerical = tf.test.compute_gradient(function, values, delta=step)
     for n, t, e in zip(names, theoretical, numerical, strict=True):
-        tolerances.assert_close(t, e, tolerances.FINITE_DIFFERENCE_TOLERANCE, n)
+        testing.assert_close(t, e, testing.FINITE_DIFFERENCE_TOLERANCE, n)
 
 
 @pytest.mark.parametrize("batch_norm", [False, True])
@@ -347,19 +346,19 @@ def test_gradients_at_ties_equal_the_chain_rule(order, batch_norm, data_format):
     norm = {"gamma": v["gamma"], "bias": v["beta"]} if batch_norm else {"bias": v["bias"]}
     expected_y = numpy_oracle.forward(x, **shared, **norm, **options)["y"]
     expected = numpy_oracle.backward(x, upstream, **shared, **norm, **options)
-    tolerances.assert_close(y, expected_y, tolerances.FLOAT64, "y")
+    testing.assert_close(y, expected_y, testing.FLOAT64, "y")
     keys = ["dx", *(f"d{n}" for n in names)]
     for key, a in zip(keys, actual, strict=True):
         e = expected["dbias" if key == "dbeta" else key]
-        tolerances.assert_close(a, e, 100 * tolerances.FLOAT64, key)
+        testing.assert_close(a, e, 100 * testing.FLOAT64, key)
 
 
 def test_equal_maxima_share_their_gradient_evenly():
     x = np.zeros((1, 2, 2, 3))
     _, (dx,) = gradients(lambda t: reference.channel_pool(t)[1], x)
-    tolerances.assert_same_bits(dx, np.full(x.shape, 1 / 4), "over positions")
+    testing.assert_same_bits(dx, np.full(x.shape, 1 / 4), "over positions")
     _, (dx,) = gradients(lambda t: reference.spatial_pool(t)[..., 1], x)
-    tolerances.assert_close(dx, np.full(x.shape, 1 / 3), tolerances.FLOAT64, "over channels")
+    testing.assert_close(dx, np.full(x.shape, 1 / 3), testing.FLOAT64, "over channels")
 
 
 def test_batch_statistics_have_no_gradient():
@@ -387,11 +386,11 @@ def test_second_order_by_finite_differences(data_format):
             y = reference.cbam(x, *weights, data_format=data_format)
         return tape.gradient(y, x, output_gradients=upstream)
 
-    step = tolerances.FINITE_DIFFERENCE_STEP
+    step = testing.FINITE_DIFFERENCE_STEP
     x = layout(v["x"], data_format)
     (theoretical,), (numerical,) = tf.test.compute_gradient(gradient, [x], delta=step)
-    tolerances.assert_close(
-        theoretical, numerical, 10 * tolerances.FINITE_DIFFERENCE_TOLERANCE, "second order"
+    testing.assert_close(
+        theoretical, numerical, 10 * testing.FINITE_DIFFERENCE_TOLERANCE, "second order"
     )
 
 
@@ -418,13 +417,11 @@ def test_batch_statistics_are_those_of_the_convolution(order, data_format):
     )
     assert mean.shape == variance.shape == [1]
     statistics = np.concatenate([mean, variance])
-    tolerances.assert_close(
-        statistics, expected["batch_statistics"], tolerances.FLOAT64, "statistics"
-    )
+    testing.assert_close(statistics, expected["batch_statistics"], testing.FLOAT64, "statistics")
     expected_y = layout(expected["y"], data_format)
-    tolerances.assert_close(y, expected_y, tolerances.FLOAT64, "y")
-    tolerances.assert_close(g_c, expected["channel_gate"], tolerances.FLOAT64, "channel gate")
-    tolerances.assert_close(g_s, expected["spatial_gate"], tolerances.FLOAT64, "spatial gate")
+    testing.assert_close(y, expected_y, testing.FLOAT64, "y")
+    testing.assert_close(g_c, expected["channel_gate"], testing.FLOAT64, "channel gate")
+    testing.assert_close(g_s, expected["spatial_gate"], testing.FLOAT64, "spatial gate")
 
 
 # --- special values and sizes ---------------------------------------------------------------------
@@ -439,12 +436,12 @@ def test_special_values_stay_in_their_sample(value, data_format):
     weights = [v[n] for n in (*MLP, "kernel", "bias")]
     clean = reference.cbam(layout(v["x"], data_format), *weights, data_format=data_format)
     y = reference.cbam(layout(spoilt, data_format), *weights, data_format=data_format).numpy()
-    tolerances.assert_same_bits(y[1], clean[1].numpy(), "the other sample")
+    testing.assert_same_bits(y[1], clean[1].numpy(), "the other sample")
     with np.errstate(invalid="ignore"):
         expected = numpy_oracle.forward(layout(spoilt, data_format), *weights, layout=data_format)[
             "y"
         ]
-    tolerances.assert_close(y, expected, tolerances.FLOAT64, "y")
+    testing.assert_close(y, expected, testing.FLOAT64, "y")
     assert np.isnan(y[0]).any()
 
 
@@ -456,7 +453,7 @@ def test_small_maps(size, data_format):
     weights = [v[name] for name in (*MLP, "kernel", "bias")]
     expected, *_ = loops(v, "channel_first", None, None, False)
     y = reference.cbam(layout(v["x"], data_format), *weights, data_format=data_format)
-    tolerances.assert_close(y, layout(expected, data_format), tolerances.FLOAT64, "y")
+    testing.assert_close(y, layout(expected, data_format), testing.FLOAT64, "y")
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
@@ -484,8 +481,8 @@ def test_layouts_agree_in_every_type(dtype):
     nhwc = reference.cbam(v["x"], *weights).numpy()
     x = tf.transpose(v["x"], (0, 3, 1, 2))
     nchw = tf.transpose(reference.cbam(x, *weights, data_format="NCHW"), (0, 2, 3, 1)).numpy()
-    tolerances.assert_close(
-        nchw, nhwc, 64 * tolerances.EPSILON[dtype], "NCHW against NHWC, a few roundings"
+    testing.assert_close(
+        nchw, nhwc, 64 * testing.EPSILON[dtype], "NCHW against NHWC, a few roundings"
     )
 
 
@@ -506,7 +503,7 @@ def test_types_of_results_and_gradients(dtype, weights, data_format):
         tape.watch(tensors)
         y, g_c, g_s = reference.cbam(*tensors, data_format=data_format, return_gates=True)
     assert y.dtype == dtype
-    assert g_c.dtype == g_s.dtype == tolerances.compute_type(dtype)
+    assert g_c.dtype == g_s.dtype == testing.compute_type(dtype)
     for tensor, gradient in zip(tensors, tape.gradient(y, tensors), strict=True):
         assert gradient.dtype == tensor.dtype
         assert gradient.shape == tensor.shape
@@ -515,8 +512,8 @@ def test_types_of_results_and_gradients(dtype, weights, data_format):
         *(t.numpy().astype("float64") for t in tensors[1:]),
         layout=data_format,
     )
-    error = 64 * tolerances.EPSILON[dtype]
-    tolerances.assert_close(y.numpy().astype("float64"), exact["y"], error, "y")
+    error = 64 * testing.EPSILON[dtype]
+    testing.assert_close(y.numpy().astype("float64"), exact["y"], error, "y")
 
 
 @pytest.mark.parametrize(
@@ -541,7 +538,7 @@ def test_compiles_by_xla(order, data_format):
     expected = step(*tensors)
     actual = tf.function(step, jit_compile=True)(*tensors)
     for i, (a, e) in enumerate(zip(actual, expected, strict=True)):
-        tolerances.assert_close(a, e, 10 * tolerances.FLOAT32, f"result {i}")
+        testing.assert_close(a, e, 10 * testing.FLOAT32, f"result {i}")
 
 
 @pytest.mark.parametrize("shape", [None, [None] * 4])
@@ -560,7 +557,7 @@ def test_unknown_sizes_in_a_graph(name, shape, data_format):
 
     expected = getattr(reference, name)(*values, data_format=data_format, return_gates=True)
     for a, e in zip(function(*values), expected, strict=True):
-        tolerances.assert_close(a, e, tolerances.FLOAT32, name)
+        testing.assert_close(a, e, testing.FLOAT32, name)
 
 
 def test_the_graph_is_stock_tensorflow():
@@ -588,7 +585,7 @@ def test_the_whole_is_the_composition_of_its_parts(order):
     first, second = parts if order == "channel_first" else reversed(parts)
     weights = [v[n] for n in (*MLP, "kernel", "bias")]
     whole = reference.cbam(v["x"], *weights, order=order).numpy()
-    tolerances.assert_same_bits(whole, second(first(v["x"])).numpy(), order)
+    testing.assert_same_bits(whole, second(first(v["x"])).numpy(), order)
 
 
 # --- bad input ------------------------------------------------------------------------------------

@@ -6,9 +6,9 @@ import itertools
 
 import pytest
 import tensorflow as tf
-from ops_cases import ARGUMENTS
 
 from cbam_ops import _loader
+from cbam_ops.testing import ARGUMENTS
 
 N, H, W, C, HIDDEN, K = 2, 5, 7, 13, 3, 3
 

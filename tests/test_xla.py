@@ -17,12 +17,22 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from ops_cases import LARGE, OPTIONS, SIZES, Case, digest, options
-from tolerances import FLOAT32, SECOND_ORDER_TOLERANCE, assert_close, assert_same_bits
 
 import cbam_ops
 from cbam_ops import _loader, ops
 from cbam_ops import options as choices
+from cbam_ops.testing import (
+    FLOAT32,
+    LARGE,
+    OPTIONS,
+    SECOND_ORDER_TOLERANCE,
+    SIZES,
+    Case,
+    assert_close,
+    assert_same_bits,
+    digest,
+    options,
+)
 
 pytestmark = pytest.mark.usefixtures("native")
 
@@ -285,7 +295,7 @@ AUTO_CLUSTERING = """
         tf.config.optimizer.set_jit("autoclustering")
     import cbam_ops
     from cbam_ops import ops
-    from ops_cases import Case, digest, options
+    from cbam_ops.testing import Case, digest, options
     cbam_ops.set_implementation("native")
     case = Case(size=(2, 20, 20, 13), residual=True, options=options(activation="relu"))
     tensors = case.draw("float32", "NHWC")
@@ -389,7 +399,7 @@ def test_mirrored_on_two_processors():
     lines = run_python(
         """
         import tensorflow as tf
-        from tolerances import FLOAT32, assert_close
+        from cbam_ops.testing import FLOAT32, assert_close
         tf.config.set_logical_device_configuration(
             tf.config.list_physical_devices("CPU")[0], [tf.config.LogicalDeviceConfiguration()] * 2)
         import cbam_ops
@@ -435,7 +445,7 @@ def test_determinism():
         tf.config.experimental.enable_op_determinism()
         import cbam_ops
         from cbam_ops import ops
-        from ops_cases import Case, digest
+        from cbam_ops.testing import Case, digest
         cbam_ops.set_implementation("native")
         case = Case(size=(4, 20, 20, 13))
         tensors = case.draw("float32", "NHWC")
@@ -463,7 +473,7 @@ def test_calls_from_many_threads_of_a_small_pool(threads):
         tf.config.threading.set_inter_op_parallelism_threads(1)
         import cbam_ops
         from cbam_ops import ops
-        from ops_cases import LARGE, digest
+        from cbam_ops.testing import LARGE, digest
         cbam_ops.set_implementation("native")
         case = LARGE[1]
         tensors = case.draw("float32", "NHWC")
@@ -522,7 +532,7 @@ COMPARE = """
         import sys, warnings
         from pathlib import Path
         import tensorflow as tf
-        from ops_cases import Case, digest
+        from cbam_ops.testing import Case, digest
         case = Case()
         tensors = case.draw("float32", "NHWC")
 
@@ -674,7 +684,7 @@ def test_a_saved_function_is_compiled_in_a_fresh_process(tmp_path):
         import sys
         import tensorflow as tf
         import cbam_ops
-        from ops_cases import Case, digest
+        from cbam_ops.testing import Case, digest
         cbam_ops.ops.load_library()
         values = list(Case(residual=True).draw("float32", "NHWC").values())
         function = tf.saved_model.load(sys.argv[1]).function
