@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from cbam_ops import __version__
-from cbam_ops._cli.common import CommandError
+from cbam_ops._console import CommandError
 
 _DESCRIPTION = "Fused CBAM attention for TensorFlow and Keras."
 _EPILOG = """\

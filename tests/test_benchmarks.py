@@ -17,7 +17,7 @@ from cbam_ops import __main__ as command
 from cbam_ops import testing
 from cbam_ops._bench import cases, compare, measure, providers, report, results, run
 from cbam_ops._bench.cases import Case, NetworkCase
-from cbam_ops._cli.common import CommandError
+from cbam_ops._console import CommandError
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"

@@ -17,7 +17,8 @@ import pytest
 
 from cbam_ops import __main__ as command
 from cbam_ops import __version__
-from cbam_ops._cli import check, common, demo
+from cbam_ops import _console as console
+from cbam_ops._cli import check, demo
 from cbam_ops._loader import tensorflow_requirement
 
 # Hides modules from a program: the argument list's first entry names them.
@@ -486,5 +487,5 @@ def test_interrupt_gives_130(monkeypatch, capsys):
 
 def test_table_aligns():
     """Fails when columns no longer line up."""
-    text = common.table([["a", "number"], ["long name", "1"]], "<>", indent="")
+    text = console.table([["a", "number"], ["long name", "1"]], "<>", indent="")
     assert text.splitlines() == ["a          number", "---------  ------", "long name       1"]

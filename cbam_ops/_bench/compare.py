@@ -11,7 +11,7 @@ from pathlib import Path
 from cbam_ops._bench import results
 from cbam_ops._bench.cases import OURS
 from cbam_ops._bench.results import Row
-from cbam_ops._cli.common import CommandError, say, table
+from cbam_ops._console import CommandError, say, table
 
 # A median must be higher by more than this, however steady both runs were ...
 _LEAST_SLACK = 0.05

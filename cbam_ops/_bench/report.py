@@ -12,7 +12,7 @@ from typing import Any
 from cbam_ops._bench import results
 from cbam_ops._bench.cases import NETWORKS, OURS, OURS_XLA, RESNET50
 from cbam_ops._bench.results import Row
-from cbam_ops._cli.common import CommandError, require, say, table
+from cbam_ops._console import CommandError, require, say, table
 
 BEGIN, END = "<!-- benchmarks: begin -->", "<!-- benchmarks: end -->"
 

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from cbam_ops._cli.common import CommandError
+from cbam_ops._console import CommandError
 
 Row = dict[str, Any]
 

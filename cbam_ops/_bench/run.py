@@ -20,7 +20,7 @@ from cbam_ops._bench import machine, report, results
 from cbam_ops._bench.cases import NETWORKS, Case, NetworkCase
 from cbam_ops._bench.providers import PROVIDERS
 from cbam_ops._bench.results import Row
-from cbam_ops._cli.common import CommandError, import_tensorflow, say
+from cbam_ops._console import CommandError, import_tensorflow, say
 
 AnyCase = Case | NetworkCase
 

@@ -24,7 +24,7 @@ def _as_case(values: dict[str, Any]) -> Case | NetworkCase:
 
 
 def _serve(jobs: TextIO, answers: TextIO, threads: int) -> None:
-    from cbam_ops._cli.common import import_tensorflow
+    from cbam_ops._console import import_tensorflow
 
     os.environ.setdefault("OMP_NUM_THREADS", str(threads))
     import_tensorflow()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from cbam_ops._cli.common import say
+from cbam_ops._console import say
 
 
 def run(output: Path | None) -> int:

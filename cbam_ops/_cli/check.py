@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from cbam_ops._cli.common import import_tensorflow, say
+from cbam_ops._console import import_tensorflow, say
 
 # The floor, in roundings (machine epsilons) of the value's type: what two correct evaluations in
 # different orders may differ by even where stock TensorFlow happens to hit the truth.

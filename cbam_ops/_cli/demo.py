@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from cbam_ops._cli.common import CommandError, import_tensorflow, require, say, table
+from cbam_ops._console import CommandError, import_tensorflow, require, say, table
 
 ACCURACY = 0.97
 MODEL_FILE = "digits.keras"

@@ -8,7 +8,7 @@ import platform
 import warnings
 from typing import Any
 
-from cbam_ops._cli.common import CommandError, import_tensorflow, say
+from cbam_ops._console import CommandError, import_tensorflow, say
 
 
 def _processor() -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What the commands share: errors for the user, quiet imports, tables, progress."""
+"""What the commands and the benchmarks share: errors for the user, quiet imports, tables."""
 
 from __future__ import annotations
 
