@@ -1,0 +1,87 @@
+"""Files that earlier versions saved (saved/make.py): today's code loads them and computes the same.
+
+The other machine may have had other instruction sets, so results are compared by tolerance.
+"""
+
+from __future__ import annotations
+
+import tarfile
+import zipfile
+from pathlib import Path
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+import tolerances
+
+import cbam_ops
+from cbam_ops import models
+
+ARCHIVES = sorted((Path(__file__).parent / "saved").glob("*.tar.xz"))
+
+
+@pytest.fixture(scope="module", params=ARCHIVES, ids=lambda path: path.name)
+def saved(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of one version's files."""
+    folder = tmp_path_factory.mktemp("saved")
+    with tarfile.open(request.param) as archive:
+        archive.extractall(folder, filter="data")
+    return folder
+
+
+def assert_as_before(actual: tf.Tensor, expected: np.ndarray, name: str) -> None:
+    dtype = actual.dtype.name
+    half = dtype in ("float16", "bfloat16")
+    tolerance = 8 * tolerances.EPSILON[dtype] if half else tolerances.FLOAT32
+    tolerances.assert_close(tf.cast(actual, expected.dtype), expected, tolerance, name)
+
+
+def named(arrays: np.lib.npyio.NpzFile, group: str) -> dict[str, np.ndarray]:
+    """The arrays of a group, in the order in which they were saved."""
+    prefix = f"{group}/"
+    return {n.removeprefix(prefix): arrays[n] for n in arrays.files if n.startswith(prefix)}
+
+
+def test_layers_in_a_keras_file(saved, implementation):
+    """Weights under their old paths, in their old order; configurations; results."""
+    model = keras.models.load_model(saved / "layers.keras")
+    arrays = np.load(saved / "layers.npz")
+    for variables, group in ((model.weights, "weight"), (model.optimizer.variables, "optimizer")):
+        expected = named(arrays, group)
+        assert [v.path for v in variables] == list(expected)
+        for variable in variables:
+            tolerances.assert_same_bits(variable.numpy(), expected[variable.path], variable.path)
+    outputs = model(named(arrays, "input"))
+    expected = named(arrays, "output")
+    assert {name.partition("/")[0] for name in expected} == set(outputs)
+    for name, value in expected.items():
+        output, _, index = name.partition("/")
+        assert_as_before(tf.nest.flatten(outputs[output])[int(index)], value, name)
+
+
+def test_a_network_in_a_keras_file(saved, tmp_path):
+    """The file as a whole, and its weights alone in the network as it is built today."""
+    arrays = np.load(saved / "network.npz")
+    loaded = keras.models.load_model(saved / "network.keras")
+    with zipfile.ZipFile(saved / "network.keras") as archive:
+        weights = archive.extract("model.weights.h5", tmp_path)
+    built = models.CBAMResNet18(weights=weights, input_shape=(32, 32, 3), classes=5)
+    for model in (loaded, built):
+        assert_as_before(model(arrays["x"]), arrays["y"], "classes")
+
+
+def test_functions_in_a_saved_model(saved):
+    """A graph names ops, attributes and arguments, and leaves out attributes at their defaults."""
+    cbam_ops.ops.load_library()
+    cases = tf.saved_model.load(saved / "functions").cases
+    arrays = np.load(saved / "functions.npz")
+    assert {name.partition("/")[0] for name in arrays.files} == set(cases)
+    for name, case in cases.items():
+        signature = case.input_signature
+        values = named(arrays, f"{name}/input").values()
+        tensors = [tf.cast(v, s.dtype) for v, s in zip(values, signature, strict=True)]
+        for group, actual in zip(("result", "gradient"), case(*tensors), strict=True):
+            expected = named(arrays, f"{name}/{group}")
+            for (index, value), tensor in zip(expected.items(), actual, strict=True):
+                assert_as_before(tensor, value, f"{name}, {group} {index}")
