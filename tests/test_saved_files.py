@@ -13,10 +13,9 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-import tolerances
 
 import cbam_ops
-from cbam_ops import models
+from cbam_ops import models, testing
 
 ARCHIVES = sorted((Path(__file__).parent / "saved").glob("*.tar.xz"))
 
@@ -33,8 +32,8 @@ def saved(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 def assert_as_before(actual: tf.Tensor, expected: np.ndarray, name: str) -> None:
     dtype = actual.dtype.name
     half = dtype in ("float16", "bfloat16")
-    tolerance = 8 * tolerances.EPSILON[dtype] if half else tolerances.FLOAT32
-    tolerances.assert_close(tf.cast(actual, expected.dtype), expected, tolerance, name)
+    tolerance = 8 * testing.EPSILON[dtype] if half else testing.FLOAT32
+    testing.assert_close(tf.cast(actual, expected.dtype), expected, tolerance, name)
 
 
 def named(arrays: np.lib.npyio.NpzFile, group: str) -> dict[str, np.ndarray]:
@@ -51,7 +50,7 @@ def test_layers_in_a_keras_file(saved, implementation):
         expected = named(arrays, group)
         assert [v.path for v in variables] == list(expected)
         for variable in variables:
-            tolerances.assert_same_bits(variable.numpy(), expected[variable.path], variable.path)
+            testing.assert_same_bits(variable.numpy(), expected[variable.path], variable.path)
     outputs = model(named(arrays, "input"))
     expected = named(arrays, "output")
     assert {name.partition("/")[0] for name in expected} == set(outputs)
