@@ -10,38 +10,91 @@ TensorFlow backend.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import keras
 import tensorflow as tf
 
-from cbam_ops import _loader, ops, options
+from cbam_ops import _checks, _loader, ops, options
 
 __all__ = ["CBAM", "ChannelAttention", "SpatialAttention"]
 
 _DATA_FORMATS = {"channels_last": "NHWC", "channels_first": "NCHW"}
+# The constructors' arguments that the ops take too, and the words they may be.
+_WORDS: dict[str, tuple[str | None, ...]] = {
+    "order": _checks.ORDERS,
+    "pooling": _checks.POOLINGS,
+    "mlp_activation": _checks.ACTIVATIONS,
+    "activation": _checks.ACTIVATIONS,
+}
+# ... and those that describe a weight, by the end of their names.
+_DESCRIPTIONS = {
+    "initializer": keras.initializers,
+    "regularizer": keras.regularizers,
+    "constraint": keras.constraints,
+}
+
+
+class _Weight(NamedTuple):
+    """A weight of a layer."""
+
+    attribute: str  # of the layer, which holds it
+    name: str  # in saved files
+    shape: tuple[str | int, ...]
+    arguments: str | None  # `{arguments}_initializer` and so on describe it
+    condition: str | None = None  # the argument that says whether there is such a weight
+    initializer: str | None = None  # of a moving statistic, which no arguments describe
+
+
+# In the order of saved files.
+_MLP = (
+    _Weight("w0", "mlp_kernel_0", ("C", "hidden"), "mlp_kernel"),
+    _Weight("b0", "mlp_bias_0", ("hidden",), "mlp_bias", "use_bias"),
+    _Weight("w1", "mlp_kernel_1", ("hidden", "C"), "mlp_kernel"),
+    _Weight("b1", "mlp_bias_1", ("C",), "mlp_bias", "use_bias"),
+)
+_BATCH_NORM = "spatial_batch_norm"
+_SPATIAL = (
+    _Weight("spatial_kernel", "spatial_kernel", ("k", "k", 2, 1), "spatial_kernel"),
+    _Weight("spatial_bias", "spatial_bias", (1,), "spatial_bias", "spatial_use_bias"),
+    _Weight("batch_norm_gamma", "batch_norm_gamma", (1,), "batch_norm_gamma", _BATCH_NORM),
+    _Weight("batch_norm_beta", "batch_norm_beta", (1,), "batch_norm_beta", _BATCH_NORM),
+    _Weight("moving_mean", "moving_mean", (1,), None, _BATCH_NORM, "zeros"),
+    _Weight("moving_variance", "moving_variance", (1,), None, _BATCH_NORM, "ones"),
+)
 
 
 class _Attention(keras.layers.Layer):
-    """What the layers share: the map's layout, the end of the block, the weights of both gates.
+    """What the layers share.
 
-    A subclass calls `_set_mlp` and/or `_set_spatial` in its constructor, `_add_mlp` and/or
-    `_add_spatial` in `build`, and defines `_gated` (the result and the gates).
+    A subclass has a constructor, which passes its `locals()` on, and these four:
     """
 
-    def __init__(
-        self, activation: str | None = None, data_format: str | None = None, **kwargs: Any
-    ) -> None:
+    _table: tuple[_Weight, ...]  # its weights
+    _op: Callable[..., Any]
+    _op_with_batch_norm: Callable[..., Any]  # of the batch's own statistics
+    _gate_dimensions: tuple[str, ...]
+
+    spatial_batch_norm = False  # where it is no argument
+
+    def __init__(self, arguments: dict[str, Any]) -> None:
+        """Keeps every argument of a constructor as an attribute."""
         if keras.backend.backend() != "tensorflow":
             raise RuntimeError(
                 f"{type(self).__name__} needs the TensorFlow backend of Keras, but Keras runs on "
                 f"{keras.backend.backend()!r}: set KERAS_BACKEND=tensorflow before importing keras."
             )
-        super().__init__(**kwargs)
-        self.activation = self._option("activation", activation, (None, "relu"))
-        if data_format is None:
-            data_format = keras.config.image_data_format()
-        self.data_format = self._option("data_format", data_format, tuple(_DATA_FORMATS))
+        super().__init__(**arguments["kwargs"])
+        self._arguments = tuple(n for n in arguments if n not in ("self", "kwargs", "__class__"))
+        for name in self._arguments:
+            setattr(self, name, self._checked(name, arguments[name]))
+        if self.spatial_batch_norm and self.spatial_use_bias:
+            raise self._error(
+                "spatial_use_bias",
+                "None or False with spatial_batch_norm=True, whose beta is the bias",
+                self.spatial_use_bias,
+            )
         self.input_spec = keras.layers.InputSpec(ndim=4)
         self.supports_masking = True
 
@@ -50,92 +103,92 @@ class _Attention(keras.layers.Layer):
     def _error(self, name: str, expected: str, received: Any) -> ValueError:
         return ValueError(f"{type(self).__name__}: `{name}` must be {expected}, got {received!r}")
 
-    def _option(self, name: str, value: Any, allowed: tuple[Any, ...]) -> Any:
+    def _checked(self, name: str, value: Any) -> Any:
+        """An argument of the constructor as the layer keeps it."""
+        end = name.rpartition("_")[2]
+        if end in _DESCRIPTIONS:
+            return _DESCRIPTIONS[end].get(value)
+        if name in _WORDS:
+            return self._word(name, value, _WORDS[name])
+        match name:
+            case "data_format":
+                value = keras.config.image_data_format() if value is None else value
+                return self._word(name, value, tuple(_DATA_FORMATS))
+            case "hidden" if value is None:
+                return None
+            case "ratio" | "hidden":
+                return self._integer(name, value)
+            case "kernel_size":
+                return self._integer(name, value, odd=True)
+            case "use_bias" | "spatial_batch_norm":
+                return bool(value)
+            case "batch_norm_momentum" if not 0.0 <= value <= 1.0:
+                raise self._error(name, "between 0 and 1", value)
+            case "batch_norm_epsilon" if not value >= 0.0:
+                raise self._error(name, "a number of at least 0", value)
+            case "batch_norm_momentum" | "batch_norm_epsilon":
+                return float(value)
+        return value
+
+    def _word(self, name: str, value: Any, allowed: tuple[str | None, ...]) -> str | None:
         if (value is None or isinstance(value, str)) and value in allowed:
             return value
         raise self._error(name, " or ".join(repr(choice) for choice in allowed), value)
 
-    def _integer(self, name: str, value: Any, expected: str = "a positive integer") -> int:
+    def _integer(self, name: str, value: Any, odd: bool = False) -> int:
         try:
             number = int(value)
-            if number != value or number < 1 or isinstance(value, bool):
+            if (
+                number != value
+                or number < 1
+                or (odd and number % 2 == 0)
+                or isinstance(value, bool)
+            ):
                 raise ValueError
         except (TypeError, ValueError):
+            expected = "an odd positive integer" if odd else "a positive integer"
             raise self._error(name, expected, value) from None
         return number
 
-    def _set_weight(self, weight: str, initializer: Any, regularizer: Any, constraint: Any) -> None:
-        setattr(self, f"{weight}_initializer", keras.initializers.get(initializer))
-        setattr(self, f"{weight}_regularizer", keras.regularizers.get(regularizer))
-        setattr(self, f"{weight}_constraint", keras.constraints.get(constraint))
-
-    def _weights_config(self, *weights: str) -> dict[str, Any]:
-        config = {}
-        for weight in weights:
-            config[f"{weight}_initializer"] = keras.initializers.serialize(
-                getattr(self, f"{weight}_initializer")
-            )
-            config[f"{weight}_regularizer"] = keras.regularizers.serialize(
-                getattr(self, f"{weight}_regularizer")
-            )
-            config[f"{weight}_constraint"] = keras.constraints.serialize(
-                getattr(self, f"{weight}_constraint")
-            )
+    def get_config(self) -> dict[str, Any]:
+        """All arguments of the constructor."""
+        config = super().get_config()
+        for name in self._arguments:
+            value, end = getattr(self, name), name.rpartition("_")[2]
+            config[name] = _DESCRIPTIONS[end].serialize(value) if end in _DESCRIPTIONS else value
         return config
-
-    def _set_mlp(
-        self, ratio: int, hidden: int | None, mlp_activation: str | None, use_bias: bool
-    ) -> None:
-        self.ratio = self._integer("ratio", ratio)
-        self.hidden = None if hidden is None else self._integer("hidden", hidden)
-        self.mlp_activation = self._option("mlp_activation", mlp_activation, (None, "relu"))
-        self.use_bias = bool(use_bias)
-
-    def _set_spatial(
-        self,
-        kernel_size: int,
-        spatial_use_bias: bool | None,
-        spatial_batch_norm: bool,
-        batch_norm_momentum: float,
-        batch_norm_epsilon: float,
-    ) -> None:
-        expected = "an odd positive integer"
-        self.kernel_size = self._integer("kernel_size", kernel_size, expected)
-        if self.kernel_size % 2 == 0:
-            raise self._error("kernel_size", expected, kernel_size)
-        self.spatial_batch_norm = bool(spatial_batch_norm)
-        if self.spatial_batch_norm and spatial_use_bias:
-            raise self._error(
-                "spatial_use_bias",
-                "None or False with spatial_batch_norm=True, whose beta is the bias",
-                spatial_use_bias,
-            )
-        self.spatial_use_bias = spatial_use_bias
-        if not 0.0 <= batch_norm_momentum <= 1.0:
-            raise self._error("batch_norm_momentum", "between 0 and 1", batch_norm_momentum)
-        if not batch_norm_epsilon >= 0.0:
-            raise self._error("batch_norm_epsilon", "a number of at least 0", batch_norm_epsilon)
-        self.batch_norm_momentum = float(batch_norm_momentum)
-        self.batch_norm_epsilon = float(batch_norm_epsilon)
 
     # --- weights -----------------------------------------------------------------------------
 
-    def _add(self, weight: str, shape: tuple[int, ...], prefix: str) -> Any:
-        """A trainable weight, never autocast: the ops take float32 weights beside half types."""
-        initializer = getattr(self, f"{prefix}_initializer")
-        if isinstance(initializer, keras.initializers.Initializer):
-            # An initializer without a seed would draw the same numbers each time it is used.
-            initializer = initializer.clone()
-        return self.add_weight(
-            name=weight,
-            shape=shape,
-            initializer=initializer,
-            regularizer=getattr(self, f"{prefix}_regularizer"),
-            constraint=getattr(self, f"{prefix}_constraint"),
-            autocast=False,
-        )
+    def build(self, input_shape: Any) -> None:
+        """Creates the weights for a feature map of this shape."""
+        channels = self._channels(input_shape)
+        sizes: dict[str | int, Any] = {"C": channels, "k": getattr(self, "kernel_size", None)}
+        if "ratio" in self._arguments:
+            sizes["hidden"] = self._hidden_units(channels)
+        for weight in self._table:
+            shape = tuple(sizes.get(size, size) for size in weight.shape)
+            setattr(self, weight.attribute, self._add(weight, shape) if self._has(weight) else None)
 
-    def _add_mlp(self, channels: int) -> None:
+    def _has(self, weight: _Weight) -> bool:
+        if weight.condition is None:
+            return True
+        wanted = getattr(self, weight.condition)
+        # `spatial_use_bias=None` is a bias exactly without batch norm.
+        return not self.spatial_batch_norm if wanted is None else wanted
+
+    def _add(self, weight: _Weight, shape: tuple[int, ...]) -> Any:
+        """A weight that is never autocast: the ops take float32 weights beside half types."""
+        if weight.arguments is None:
+            options = {"initializer": weight.initializer, "trainable": False}
+        else:
+            options = {end: getattr(self, f"{weight.arguments}_{end}") for end in _DESCRIPTIONS}
+            if isinstance(options["initializer"], keras.initializers.Initializer):
+                # An initializer without a seed would draw the same numbers each time it is used.
+                options["initializer"] = options["initializer"].clone()
+        return self.add_weight(name=weight.name, shape=shape, autocast=False, **options)
+
+    def _hidden_units(self, channels: int) -> int:
         hidden = channels // self.ratio if self.hidden is None else self.hidden
         if hidden < 1:
             raise ValueError(
@@ -143,33 +196,14 @@ class _Attention(keras.layers.Layer):
                 f"C = {channels}, so that the hidden layer has C // ratio >= 1 units, got "
                 f"ratio={self.ratio}; give a smaller `ratio`, or the size itself as `hidden`."
             )
-        # Dense order: kernel, bias, kernel, bias.
-        self.b0 = self.b1 = None
-        self.w0 = self._add("mlp_kernel_0", (channels, hidden), "mlp_kernel")
-        if self.use_bias:
-            self.b0 = self._add("mlp_bias_0", (hidden,), "mlp_bias")
-        self.w1 = self._add("mlp_kernel_1", (hidden, channels), "mlp_kernel")
-        if self.use_bias:
-            self.b1 = self._add("mlp_bias_1", (channels,), "mlp_bias")
+        return hidden
 
-    def _add_spatial(self) -> None:
-        size = self.kernel_size
-        self.spatial_kernel = self._add("spatial_kernel", (size, size, 2, 1), "spatial_kernel")
-        self.spatial_bias = None
-        if self.spatial_batch_norm:
-            self.batch_norm_gamma = self._add("batch_norm_gamma", (1,), "batch_norm_gamma")
-            self.batch_norm_beta = self._add("batch_norm_beta", (1,), "batch_norm_beta")
-            self.moving_mean, self.moving_variance = (
-                self.add_weight(
-                    name=name, shape=(1,), initializer=initializer, trainable=False, autocast=False
-                )
-                for name, initializer in (("moving_mean", "zeros"), ("moving_variance", "ones"))
-            )
-        elif self.spatial_use_bias is None or self.spatial_use_bias:
-            self.spatial_bias = self._add("spatial_bias", (1,), "spatial_bias")
+    # --- batch norm --------------------------------------------------------------------------
 
-    def _folded_batch_norm(self) -> tuple[tf.Tensor, tf.Tensor]:
-        """Kernel and bias that include the batch norm with its moving statistics."""
+    def _kernel_and_bias(self) -> tuple[Any, Any]:
+        """Those of the spatial convolution, with the moving statistics folded in."""
+        if not self.spatial_batch_norm:
+            return self.spatial_kernel, self.spatial_bias
         dtype = tf.as_dtype(self.spatial_kernel.dtype)
         # A policy with half-type variables still folds in float32.
         wide = dtype if dtype.size > 2 else tf.float32
@@ -219,12 +253,6 @@ class _Attention(keras.layers.Layer):
         self.input_spec = keras.layers.InputSpec(ndim=4, axes={axis: channels})
         return channels
 
-    def _gated(self, inputs: Any, residual: Any, training: bool) -> tuple[Any, ...]:
-        raise NotImplementedError
-
-    def _gate_shapes(self, input_shape: tuple[int | None, ...]) -> list[tuple[int | None, ...]]:
-        raise NotImplementedError
-
     def call(
         self,
         inputs: Any,
@@ -233,8 +261,19 @@ class _Attention(keras.layers.Layer):
         return_gates: bool = False,
     ) -> Any:
         """See the class."""
+        keywords = {name: getattr(self, name) for name in self._arguments if name in _WORDS}
+        keywords.update(data_format=self._layout, residual=residual, return_gates=True)
+        arguments = [inputs, *(getattr(self, w.attribute) for w in self._table if w in _MLP)]
         # A frozen layer runs as at inference, as keras.layers.BatchNormalization does.
-        y, *gates = self._gated(inputs, residual, bool(training) and self.trainable)
+        if self.spatial_batch_norm and training and self.trainable:
+            arguments += [self.spatial_kernel, self.batch_norm_gamma, self.batch_norm_beta]
+            keywords["epsilon"] = self.batch_norm_epsilon
+            y, mean, variance, *gates = self._op_with_batch_norm(*arguments, **keywords)
+            self._update_moving(inputs, mean, variance)
+        else:
+            if "kernel_size" in self._arguments:
+                arguments += self._kernel_and_bias()
+            y, *gates = self._op(*arguments, **keywords)
         return (y, *gates) if return_gates else y
 
     def compute_output_shape(self, input_shape: Any) -> tuple[int | None, ...]:
@@ -261,7 +300,11 @@ class _Attention(keras.layers.Layer):
         if not return_gates:
             return y
         gate_type = "float64" if self.compute_dtype == "float64" else "float32"
-        gates = (keras.KerasTensor(s, dtype=gate_type) for s in self._gate_shapes(shape))
+        sizes = dict(zip(self._layout, shape, strict=True))
+        gates = (
+            keras.KerasTensor(tuple(sizes[d] for d in dimensions), dtype=gate_type)
+            for dimensions in self._gate_dimensions
+        )
         return (y, *gates)
 
     @property
@@ -282,33 +325,6 @@ class _Attention(keras.layers.Layer):
     @supports_jit.setter
     def supports_jit(self, value: bool) -> None:
         self._supports_jit = value
-
-    def get_config(self) -> dict[str, Any]:
-        """All arguments of the constructor."""
-        config = super().get_config()
-        config.update(activation=self.activation, data_format=self.data_format)
-        return config
-
-    def _mlp_config(self) -> dict[str, Any]:
-        return {
-            "ratio": self.ratio,
-            "hidden": self.hidden,
-            "mlp_activation": self.mlp_activation,
-            "use_bias": self.use_bias,
-            **self._weights_config("mlp_kernel", "mlp_bias"),
-        }
-
-    def _spatial_config(self) -> dict[str, Any]:
-        return {
-            "kernel_size": self.kernel_size,
-            "spatial_batch_norm": self.spatial_batch_norm,
-            "spatial_use_bias": self.spatial_use_bias,
-            "batch_norm_momentum": self.batch_norm_momentum,
-            "batch_norm_epsilon": self.batch_norm_epsilon,
-            **self._weights_config(
-                "spatial_kernel", "spatial_bias", "batch_norm_gamma", "batch_norm_beta"
-            ),
-        }
 
 
 def _native_runs() -> bool:
@@ -411,6 +427,11 @@ class CBAM(_Attention):
         - [Woo et al., 2018](https://arxiv.org/abs/1807.06521)
     """
 
+    _table = (*_MLP, *_SPATIAL)
+    _op = staticmethod(ops.cbam)
+    _op_with_batch_norm = staticmethod(ops.cbam_with_batch_norm)
+    _gate_dimensions = ("NC", "NHW")
+
     def __init__(
         self,
         ratio: int = 16,
@@ -446,88 +467,7 @@ class CBAM(_Attention):
         batch_norm_beta_constraint: Any = None,
         **kwargs: Any,
     ) -> None:
-        super().__init__(activation=activation, data_format=data_format, **kwargs)
-        self.order = self._option("order", order, ("channel_first", "spatial_first", "parallel"))
-        self._set_mlp(ratio, hidden, mlp_activation, use_bias)
-        self._set_spatial(
-            kernel_size,
-            spatial_use_bias,
-            spatial_batch_norm,
-            batch_norm_momentum,
-            batch_norm_epsilon,
-        )
-        self._set_weight(
-            "mlp_kernel", mlp_kernel_initializer, mlp_kernel_regularizer, mlp_kernel_constraint
-        )
-        self._set_weight(
-            "mlp_bias", mlp_bias_initializer, mlp_bias_regularizer, mlp_bias_constraint
-        )
-        self._set_weight(
-            "spatial_kernel",
-            spatial_kernel_initializer,
-            spatial_kernel_regularizer,
-            spatial_kernel_constraint,
-        )
-        self._set_weight(
-            "spatial_bias",
-            spatial_bias_initializer,
-            spatial_bias_regularizer,
-            spatial_bias_constraint,
-        )
-        self._set_weight(
-            "batch_norm_gamma",
-            batch_norm_gamma_initializer,
-            batch_norm_gamma_regularizer,
-            batch_norm_gamma_constraint,
-        )
-        self._set_weight(
-            "batch_norm_beta",
-            batch_norm_beta_initializer,
-            batch_norm_beta_regularizer,
-            batch_norm_beta_constraint,
-        )
-
-    def build(self, input_shape: Any) -> None:
-        """Creates the weights for a feature map of this shape."""
-        self._add_mlp(self._channels(input_shape))
-        self._add_spatial()
-
-    def _gated(self, inputs: Any, residual: Any, training: bool) -> tuple[Any, ...]:
-        mlp = (self.w0, self.b0, self.w1, self.b1)
-        arguments = {
-            "data_format": self._layout,
-            "mlp_activation": self.mlp_activation,
-            "residual": residual,
-            "activation": self.activation,
-            "order": self.order,
-            "return_gates": True,
-        }
-        if self.spatial_batch_norm and training:
-            y, mean, variance, *gates = ops.cbam_with_batch_norm(
-                inputs,
-                *mlp,
-                self.spatial_kernel,
-                self.batch_norm_gamma,
-                self.batch_norm_beta,
-                epsilon=self.batch_norm_epsilon,
-                **arguments,
-            )
-            self._update_moving(inputs, mean, variance)
-            return (y, *gates)
-        kernel, bias = self.spatial_kernel, self.spatial_bias
-        if self.spatial_batch_norm:
-            kernel, bias = self._folded_batch_norm()
-        return ops.cbam(inputs, *mlp, kernel, bias, **arguments)
-
-    def _gate_shapes(self, input_shape: tuple[int | None, ...]) -> list[tuple[int | None, ...]]:
-        sizes = dict(zip(self._layout, input_shape, strict=True))
-        return [(sizes["N"], sizes["C"]), (sizes["N"], sizes["H"], sizes["W"])]
-
-    def get_config(self) -> dict[str, Any]:
-        """All arguments of the constructor."""
-        config = super().get_config()
-        config.update(order=self.order, **self._mlp_config(), **self._spatial_config())
-        return config
+        super().__init__(locals())
 
 
 @keras.saving.register_keras_serializable(package="cbam_ops")
@@ -587,6 +527,10 @@ class ChannelAttention(_Attention):
         - [Hu et al., 2018](https://arxiv.org/abs/1709.01507), for `pooling="avg"`
     """
 
+    _table = _MLP
+    _op = staticmethod(ops.channel_attention)
+    _gate_dimensions = ("NC",)
+
     def __init__(
         self,
         ratio: int = 16,
@@ -605,43 +549,7 @@ class ChannelAttention(_Attention):
         mlp_bias_constraint: Any = None,
         **kwargs: Any,
     ) -> None:
-        super().__init__(activation=activation, data_format=data_format, **kwargs)
-        self.pooling = self._option("pooling", pooling, ("avg+max", "avg", "max"))
-        self._set_mlp(ratio, hidden, mlp_activation, use_bias)
-        self._set_weight(
-            "mlp_kernel", mlp_kernel_initializer, mlp_kernel_regularizer, mlp_kernel_constraint
-        )
-        self._set_weight(
-            "mlp_bias", mlp_bias_initializer, mlp_bias_regularizer, mlp_bias_constraint
-        )
-
-    def build(self, input_shape: Any) -> None:
-        """Creates the weights for a feature map of this shape."""
-        self._add_mlp(self._channels(input_shape))
-
-    def _gated(self, inputs: Any, residual: Any, training: bool) -> tuple[Any, ...]:
-        return ops.channel_attention(
-            inputs,
-            self.w0,
-            self.b0,
-            self.w1,
-            self.b1,
-            pooling=self.pooling,
-            data_format=self._layout,
-            mlp_activation=self.mlp_activation,
-            residual=residual,
-            activation=self.activation,
-            return_gates=True,
-        )
-
-    def _gate_shapes(self, input_shape: tuple[int | None, ...]) -> list[tuple[int | None, ...]]:
-        return [(input_shape[0], input_shape[self._layout.index("C")])]
-
-    def get_config(self) -> dict[str, Any]:
-        """All arguments of the constructor."""
-        config = super().get_config()
-        config.update(pooling=self.pooling, **self._mlp_config())
-        return config
+        super().__init__(locals())
 
 
 @keras.saving.register_keras_serializable(package="cbam_ops")
@@ -705,6 +613,11 @@ class SpatialAttention(_Attention):
         - [Woo et al., 2018](https://arxiv.org/abs/1807.06521)
     """
 
+    _table = _SPATIAL
+    _op = staticmethod(ops.spatial_attention)
+    _op_with_batch_norm = staticmethod(ops.spatial_attention_with_batch_norm)
+    _gate_dimensions = ("NHW",)
+
     def __init__(
         self,
         kernel_size: int = 7,
@@ -729,73 +642,4 @@ class SpatialAttention(_Attention):
         batch_norm_beta_constraint: Any = None,
         **kwargs: Any,
     ) -> None:
-        super().__init__(activation=activation, data_format=data_format, **kwargs)
-        self._set_spatial(
-            kernel_size,
-            spatial_use_bias,
-            spatial_batch_norm,
-            batch_norm_momentum,
-            batch_norm_epsilon,
-        )
-        self._set_weight(
-            "spatial_kernel",
-            spatial_kernel_initializer,
-            spatial_kernel_regularizer,
-            spatial_kernel_constraint,
-        )
-        self._set_weight(
-            "spatial_bias",
-            spatial_bias_initializer,
-            spatial_bias_regularizer,
-            spatial_bias_constraint,
-        )
-        self._set_weight(
-            "batch_norm_gamma",
-            batch_norm_gamma_initializer,
-            batch_norm_gamma_regularizer,
-            batch_norm_gamma_constraint,
-        )
-        self._set_weight(
-            "batch_norm_beta",
-            batch_norm_beta_initializer,
-            batch_norm_beta_regularizer,
-            batch_norm_beta_constraint,
-        )
-
-    def build(self, input_shape: Any) -> None:
-        """Creates the weights for a feature map of this shape."""
-        self._channels(input_shape)
-        self._add_spatial()
-
-    def _gated(self, inputs: Any, residual: Any, training: bool) -> tuple[Any, ...]:
-        arguments = {
-            "data_format": self._layout,
-            "residual": residual,
-            "activation": self.activation,
-            "return_gates": True,
-        }
-        if self.spatial_batch_norm and training:
-            y, mean, variance, gate = ops.spatial_attention_with_batch_norm(
-                inputs,
-                self.spatial_kernel,
-                self.batch_norm_gamma,
-                self.batch_norm_beta,
-                epsilon=self.batch_norm_epsilon,
-                **arguments,
-            )
-            self._update_moving(inputs, mean, variance)
-            return y, gate
-        kernel, bias = self.spatial_kernel, self.spatial_bias
-        if self.spatial_batch_norm:
-            kernel, bias = self._folded_batch_norm()
-        return ops.spatial_attention(inputs, kernel, bias, **arguments)
-
-    def _gate_shapes(self, input_shape: tuple[int | None, ...]) -> list[tuple[int | None, ...]]:
-        sizes = dict(zip(self._layout, input_shape, strict=True))
-        return [(sizes["N"], sizes["H"], sizes["W"])]
-
-    def get_config(self) -> dict[str, Any]:
-        """All arguments of the constructor."""
-        config = super().get_config()
-        config.update(self._spatial_config())
-        return config
+        super().__init__(locals())
