@@ -1,26 +1,27 @@
 """The command `cbam-ops`, which is also `python -m cbam_ops`.
 
-Exit codes: 0 success; 1 the command ran and its answer is no (an accuracy missed, a check failed);
-2 it could not run (wrong arguments, a missing package, an unwritable folder); 130 interrupted.
+The exit codes are in `_EPILOG`, which `--help` shows.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from cbam_ops import __version__
-from cbam_ops._console import CommandError
+from cbam_ops._console import CommandError, check_environment
 
 _DESCRIPTION = "Fused CBAM attention for TensorFlow and Keras."
 _EPILOG = """\
 exit codes:
   0  success
   1  the command ran, and its answer is no: accuracy missed, a check failed
-  2  the command could not run: wrong arguments, a missing package, an unwritable folder
+  2  the command could not run: wrong arguments, a missing package, fused ops that do not run,
+     an output that cannot be written
   130  interrupted (Ctrl-C)
 """
 
@@ -91,6 +92,11 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument(
         "--seed", type=_seed, default=0, metavar="N", help="random seed (default: %(default)s)"
     )
+    demo.add_argument(
+        "--allow-reference",
+        action="store_true",
+        help="where the fused ops do not run, run the reference in their place",
+    )
 
     info = commands.add_parser(
         "info",
@@ -139,6 +145,7 @@ def _run(arguments: argparse.Namespace) -> int:
             quick=arguments.quick,
             epochs=arguments.epochs,
             seed=arguments.seed,
+            allow_reference=arguments.allow_reference,
         )
     if arguments.command == "info":
         from cbam_ops._cli import info
@@ -153,8 +160,14 @@ def _run(arguments: argparse.Namespace) -> int:
     return check.run(quick=arguments.quick)
 
 
+def _complain(text: str) -> None:
+    """Says it on stderr, if that takes it."""
+    with contextlib.suppress(OSError):
+        print(text, file=sys.stderr, flush=True)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command and returns its exit code (see the module docstring).
+    """Runs one command and returns its exit code (see `_EPILOG`).
 
     Args:
       argv: the arguments after the program's name; None takes them from `sys.argv`.
@@ -162,33 +175,41 @@ def main(argv: Sequence[str] | None = None) -> int:
     Raises:
       SystemExit: from argparse, after --help (0) or wrong arguments (2).
     """
-    arguments = _parser().parse_args(argv)
-    program = f"cbam-ops {arguments.command}"
+    if sys.stderr is None:  # closed by the caller; libraries write to it unasked
+        sys.stderr = open(os.devnull, "w")
+    if sys.stdout is None:
+        _complain("cbam-ops: standard output is closed")
+        return 2
+    program, traceback = "cbam-ops", False
     try:
-        code = _run(arguments)
-        sys.stdout.flush()
-        return code
+        try:
+            arguments = _parser().parse_args(argv)
+            program, traceback = f"cbam-ops {arguments.command}", arguments.traceback
+            check_environment()
+            return _run(arguments)
+        finally:
+            sys.stdout.flush()
     except CommandError as error:
-        sys.stdout.flush()
-        print(f"{program}: {error}", file=sys.stderr)
-        return 2
+        _complain(f"{program}: {error}")
     except KeyboardInterrupt:
-        print(f"\n{program}: interrupted", file=sys.stderr)
+        _complain(f"\n{program}: interrupted")
         return 130
-    except BrokenPipeError:
-        # Whoever read our output has gone (`cbam-ops info | head`); nobody is left to tell.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
-    except Exception as error:
-        if arguments.traceback:
+    except OSError as error:
+        if traceback:
             raise
-        sys.stdout.flush()
-        print(
+        place = f" {error.filename}" if error.filename else ""
+        _complain(f"{program}: cannot read or write{place}: {error.strerror or error}")
+        # What stdout did not take would be tried once more when Python ends, and fail again.
+        with contextlib.suppress(OSError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except Exception as error:
+        if traceback:
+            raise
+        _complain(
             f"{program}: unexpected {type(error).__name__}: {error}\n"
-            f"{program}: this is a bug; `cbam-ops --traceback {arguments.command}` shows where.",
-            file=sys.stderr,
+            f"{program}: this is a bug; `cbam-ops --traceback ...` shows where."
         )
-        return 2
+    return 2
 
 
 if __name__ == "__main__":

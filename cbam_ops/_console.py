@@ -1,4 +1,4 @@
-"""What the commands and the benchmarks share: errors for the user, quiet imports, tables."""
+"""What the commands and the benchmarks share: errors for the user, quiet imports, files, tables."""
 
 from __future__ import annotations
 
@@ -8,13 +8,15 @@ import os
 import sys
 import tempfile
 import types
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 
+from cbam_ops import options
 from cbam_ops._loader import tensorflow_requirement
 
 
 class CommandError(Exception):
-    """The command cannot run and the user can mend it; the text is one clear sentence."""
+    """The command cannot run and the user can fix it; the text is one clear sentence."""
 
 
 # What `pip install` calls a module, where it is another name.
@@ -51,6 +53,76 @@ def require(modules: Iterable[str], purpose: str) -> None:
         raise CommandError(
             f"{purpose} needs {what} not installed; install with: pip install {' '.join(missing)}"
         )
+
+
+def check_environment() -> None:
+    """Looks for mistyped values in the package's environment variables.
+
+    Raises:
+      CommandError: with the variable, its words and what it holds.
+    """
+    try:
+        options.implementation()
+    except ValueError as error:
+        raise CommandError(str(error)) from error
+    try:
+        from cbam_ops import _core
+    except ImportError:  # the commands say so themselves
+        return
+    variable, known = "CBAM_OPS_INSTRUCTION_SET", _core.available_instruction_sets()
+    value = os.environ.get(variable, "")
+    if value and value not in known:
+        words = ", ".join(f'"{name}"' for name in known)
+        raise CommandError(
+            f"the environment variable {variable} must be one of those that run here, {words}, "
+            f"got {value!r}"
+        )
+
+
+def why_reference(allow_reference: bool) -> str | None:
+    """Why the reference computes in the place of the fused ops; None where the fused ops run.
+
+    Args:
+      allow_reference: whether the user lets it (`--allow-reference`).
+
+    Raises:
+      CommandError: the fused ops do not run, and the user did not ask for the reference.
+    """
+    import_tensorflow()
+    import tensorflow as tf
+
+    import cbam_ops
+
+    if options.implementation() == "reference":
+        return f"the reference was asked for ({options.ENVIRONMENT_VARIABLE})."
+    try:
+        with cbam_ops.use_implementation("native"):
+            cbam_ops.channel_pool(tf.zeros((1, 1, 1, 1)))
+    except cbam_ops.NativeUnavailableError as error:
+        if allow_reference:
+            return str(error.cause)
+        raise CommandError(
+            f"the fused ops do not run here: {error.cause} (--allow-reference runs the reference "
+            "in their place)"
+        ) from error
+    return None
+
+
+@contextlib.contextmanager
+def written(path: Path) -> Iterator[Path]:
+    """A path beside `path` for a block to write to; the file is moved to `path` once it is whole.
+
+    Raises:
+      CommandError: it cannot be written; what was at `path` before is still there.
+    """
+    part = path.with_name(f"{path.stem}.part{path.suffix}")
+    try:
+        yield part
+        os.replace(part, path)
+    except OSError as error:
+        raise CommandError(f"cannot write {path}: {error.strerror or error}") from error
+    finally:
+        part.unlink(missing_ok=True)
 
 
 class _QuietStderr:
@@ -100,6 +172,30 @@ def import_tensorflow() -> None:
     with contextlib.nullcontext() if wanted else _QuietStderr():
         require(["tensorflow"], "cbam_ops")
         require(["keras"], "cbam_ops")
+
+
+def print_table(rows: Sequence[Sequence[str]], align: str) -> None:
+    """Prints rows as aligned columns; the first row is the head.
+
+    Args:
+      rows: cells; those missing at the end of a row are empty.
+      align: one character per column, "<" or ">".
+    """
+    from rich import box
+    from rich.console import Console
+    from rich.table import Column, Table
+
+    table = Table(
+        *(
+            Column(title, justify="left" if side == "<" else "right", no_wrap=True)
+            for title, side in zip(rows[0], align, strict=True)
+        ),
+        box=box.SIMPLE,
+    )
+    for row in rows[1:]:
+        table.add_row(*row)
+    # A fixed width: where the output is no terminal, rich would cut at 80 columns.
+    Console(width=200, markup=False, highlight=False).print(table)
 
 
 def table(rows: Sequence[Sequence[str]], align: str, indent: str = "  ") -> str:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import re
+import resource
 import signal
 import subprocess
 import sys
@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from cbam_ops import __main__ as command
-from cbam_ops import __version__
+from cbam_ops import __version__, _loader, options
 from cbam_ops import _console as console
 from cbam_ops._cli import check, demo
 from cbam_ops._loader import tensorflow_requirement
@@ -36,7 +36,7 @@ sys.exit(main(sys.argv[2:]))
 
 def _environment() -> dict[str, str]:
     """That of a user: nothing set that the tests set for themselves."""
-    leave_out = ("TF_CPP_MIN_LOG_LEVEL", "CBAM_OPS_IMPLEMENTATION")
+    leave_out = ("TF_CPP_MIN_LOG_LEVEL", "CBAM_OPS_IMPLEMENTATION", "PYTHONUNBUFFERED")
     return {key: value for key, value in os.environ.items() if key not in leave_out}
 
 
@@ -73,11 +73,11 @@ def quick_demo(tmp_path_factory: pytest.TempPathFactory):
 
 @pytest.mark.slow
 def test_demo_succeeds_quietly(quick_demo):
-    """Fails when the demo breaks, or lets start-up chatter or a progress bar into a log."""
+    """Fails when the demo breaks, or lets start-up messages or a progress bar into a log."""
     result, _ = quick_demo
     assert result.returncode == 0, result.stdout + result.stderr
     assert result.stderr == ""
-    assert "\r" not in result.stdout
+    assert "\r" not in result.stdout and "\b" not in result.stdout
     assert "FAILED" not in result.stdout
     assert "native kernels" in result.stdout.splitlines()[0]
 
@@ -88,7 +88,7 @@ def test_demo_learns_and_says_so(quick_demo):
     text = quick_demo[0].stdout
     accuracy = float(re.search(r"test accuracy: ([\d.]+)%", text)[1])
     assert 80 < accuracy <= 100  # ten digits: chance is 10 %
-    assert len(re.findall(r"epoch +\d+/3: loss [\d.]+, accuracy", text)) == 3
+    assert len(re.findall(r"val_accuracy: [\d.]+", text)) == 3  # a line per epoch
     assert "450 held out" in text
 
 
@@ -159,7 +159,7 @@ def test_demo_in_an_unwritable_folder(tmp_path):
 
 @pytest.mark.parametrize(
     ("hidden", "distributions"),
-    [("sklearn", "scikit-learn"), ("matplotlib,tqdm", "matplotlib tqdm"), ("PIL", "pillow")],
+    [("sklearn", "scikit-learn"), ("matplotlib,PIL", "matplotlib pillow")],
 )
 def test_demo_without_an_optional_package(tmp_path, hidden, distributions):
     """Fails when a missing package is not named together with the command that installs it."""
@@ -197,22 +197,71 @@ def test_demo_is_interrupted_cleanly(tmp_path):
     assert errors.strip() == "cbam-ops demo: interrupted"
 
 
-def test_progress_bar_on_a_terminal(monkeypatch):
-    """Fails when a person at a terminal sees no progress bar."""
+@pytest.fixture
+def nothing_fused(monkeypatch):
+    """An installation whose compiled ops do not load."""
+    cause = _loader.Cause("not_built", "They are not built.", "Build them.")
+    monkeypatch.setattr(_loader, "load_ops", lambda: cause)
 
-    class Terminal(io.StringIO):
-        def isatty(self) -> bool:
-            return True
 
-    screen = Terminal()
-    monkeypatch.setattr(sys, "stderr", screen)
-    progress = demo._Progress("training", 3)
-    for _ in range(3):
-        time.sleep(0.12)  # the bar refreshes ten times a second
-        progress.step(", loss 0.5")
-    progress.close()
-    assert "training" in screen.getvalue() and "3/3 steps" in screen.getvalue()
-    assert "loss 0.5" in screen.getvalue()
+def test_demo_needs_the_fused_ops(nothing_fused, tmp_path, capsys):
+    """Fails when the demo calls a run of the reference a success of the fused ops."""
+    assert command.main(["demo", "--output", str(tmp_path)]) == 2
+    shown = capsys.readouterr()
+    (line,) = shown.err.splitlines()
+    assert "They are not built. Build them." in line and "--allow-reference" in line
+    assert shown.out == ""
+
+
+@pytest.mark.parametrize("asked_by", ["--allow-reference", "CBAM_OPS_IMPLEMENTATION"])
+def test_demo_with_the_reference(
+    nothing_fused, fresh_options, monkeypatch, tmp_path, capsys, asked_by
+):
+    """Fails when the reference cannot be asked for, or is called fused without a word."""
+    ran = []
+
+    def _run(*arguments) -> list[str]:
+        ran.append(options.implementation())
+        return []
+
+    monkeypatch.setattr(demo, "_run", _run)
+    flags = [asked_by]
+    if asked_by == "CBAM_OPS_IMPLEMENTATION":
+        monkeypatch.setenv(asked_by, "reference")
+        flags = []
+    assert command.main(["demo", "--output", str(tmp_path), *flags]) == 0
+    assert ran == ["reference"]
+    assert "do not run here" in capsys.readouterr().out
+
+
+def test_progress_bar_on_a_terminal_only(monkeypatch):
+    """Fails when a person at a terminal sees no progress bar, or a log is full of it."""
+    for terminal, verbose in ((True, 1), (False, 2)):
+        monkeypatch.setattr(sys.stdout, "isatty", lambda terminal=terminal: terminal)
+        assert demo._verbose() == verbose
+
+
+def test_full_disk_leaves_no_cut_file(tmp_path):
+    """Fails when a model or a picture that could not be written whole takes the place of one."""
+    import keras
+
+    path = tmp_path / "model.keras"
+    path.write_text("the model of an earlier run")
+    model = keras.Sequential([keras.Input((200,)), keras.layers.Dense(200)])
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))
+    try:
+        with pytest.raises(console.CommandError, match=re.escape(f"cannot write {path}: ")):
+            demo._save_and_reload(model, path, np.zeros((1, 200), "float32"))
+        with (
+            pytest.raises(console.CommandError),
+            console.written(tmp_path / "demo.png") as part,
+        ):
+            part.write_bytes(bytes(100_000))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert path.read_text() == "the model of an earlier run"
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_memory_is_counted_right():
@@ -485,7 +534,56 @@ def test_interrupt_gives_130(monkeypatch, capsys):
     assert "interrupted" in capsys.readouterr().err
 
 
-def test_table_aligns():
-    """Fails when columns no longer line up."""
-    text = console.table([["a", "number"], ["long name", "1"]], "<>", indent="")
-    assert text.splitlines() == ["a          number", "---------  ------", "long name       1"]
+@pytest.mark.parametrize(
+    ("variable", "value", "words"),
+    [
+        ("CBAM_OPS_IMPLEMENTATION", "natve", '"native"'),
+        ("CBAM_OPS_INSTRUCTION_SET", "avx9", '"baseline"'),
+    ],
+)
+def test_mistyped_environment_variable(fresh_options, monkeypatch, capsys, variable, value, words):
+    """Fails when a mistyped value is called a bug, or nobody says what may stand there."""
+    monkeypatch.setenv(variable, value)
+    for name in ("info", "check", "demo", "bench"):
+        assert command.main([name]) == 2
+        shown = capsys.readouterr()
+        (line,) = shown.err.splitlines()
+        assert all(text in line for text in (f"cbam-ops {name}:", variable, value, words))
+        assert shown.out == ""
+
+
+def _shell(command_line: str, cwd: Path) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        ["bash", "-c", f'"{sys.executable}" -m cbam_ops {command_line}'],
+        cwd=cwd, env=_environment(), capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("command_line", "words"),
+    [
+        ("info >&-", "standard output is closed"),
+        ("info >/dev/full", "No space left on device"),
+        ("--version >/dev/full", "No space left on device"),
+        # Nobody reads when the command writes.
+        ("--version | true; exit ${PIPESTATUS[0]}", "Broken pipe"),
+    ],
+)
+def test_output_that_cannot_be_written(tmp_path, command_line, words):
+    """Fails when an output that nobody takes shows a traceback, or passes for a success."""
+    _assert_one_sentence(_shell(command_line, tmp_path), "cbam-ops", words)
+
+
+def test_closed_input_and_error_output(tmp_path):
+    """Fails when the report needs an input, or somewhere to complain to."""
+    result = _shell("info <&- 2>&-", tmp_path)
+    assert result.returncode == 0
+    assert "native kernels" in result.stdout
+
+
+def test_table_aligns(capsys):
+    """Fails when columns no longer line up, or cells are cut or taken for markup."""
+    console.print_table([["a", "number"], ["[long] name" * 12, "1"], ["x"]], "<>")
+    lines = [line.rstrip() for line in capsys.readouterr().out.splitlines() if line.strip()]
+    assert len(lines[0]) == len(lines[2]) and lines[2].strip().startswith("[long] name[long]")
+    assert lines[2].endswith("1") and lines[3].strip() == "x"

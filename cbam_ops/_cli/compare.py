@@ -165,40 +165,39 @@ def compare_module(name: str, shape: tuple[int, int, int, int], repeats: int) ->
 def _compare(
     name: str, prepare: Callable[[], tuple[Traced, Any]], inputs: list[Any], repeats: int
 ) -> Comparison:
-    """Prepares, traces and runs under both implementations."""
+    """Prepares, traces and runs under the implementation in force and under the reference."""
     import cbam_ops
+    from cbam_ops import options
 
-    traced, outputs, gradients, kept = {}, {}, {}, {}
-    for implementation in ("auto", "reference"):
+    traced, outputs, gradients, kept = [], [], [], []
+    for implementation in (options.implementation(), "reference"):
         with cbam_ops.use_implementation(implementation):  # type: ignore[arg-type]
-            traced[implementation], outputs[implementation] = prepare()
-            _, gradients[implementation] = traced[implementation](*inputs)
-            kept[implementation] = traced[implementation].kept_bytes(*inputs)
-    seconds = _interleaved_medians(traced, inputs, repeats)
+            step, output = prepare()
+            traced.append(step)
+            outputs.append(output)
+            gradients.append(step(*inputs)[1])
+            kept.append(step.kept_bytes(*inputs))
+    fused_bytes, reference_bytes = kept
+    fused_seconds, reference_seconds = _interleaved_medians(traced, inputs, repeats)
     return Comparison(
         name,
-        seconds["auto"],
-        seconds["reference"],
-        kept["auto"],
-        kept["reference"],
-        _largest_difference(outputs["auto"], outputs["reference"]),
-        max(
-            _largest_difference(a, b)
-            for a, b in zip(gradients["auto"], gradients["reference"], strict=True)
-        ),
+        fused_seconds,
+        reference_seconds,
+        fused_bytes,
+        reference_bytes,
+        output_error=_largest_difference(*outputs),
+        gradient_error=max(_largest_difference(*pair) for pair in zip(*gradients, strict=True)),
     )
 
 
 def _interleaved_medians(
-    functions: dict[str, Traced], inputs: list[Any], repeats: int
-) -> dict[str, float]:
+    functions: Sequence[Traced], inputs: list[Any], repeats: int
+) -> list[float]:
     """Median seconds of each; they take turns, so that a busy moment hits them alike."""
-    times: dict[str, list[float]] = {name: [] for name in functions}
-    for round_ in range(repeats + 2):
-        for name, function in functions.items():
+    times = np.empty((repeats + 2, len(functions)))
+    for row in times:
+        for i, function in enumerate(functions):
             started = time.perf_counter()
-            value, _ = function(*inputs)
-            np.asarray(value)  # waits
-            if round_ >= 2:
-                times[name].append(time.perf_counter() - started)
-    return {name: float(np.median(values)) for name, values in times.items()}
+            np.asarray(function(*inputs)[0])  # waits
+            row[i] = time.perf_counter() - started
+    return list(np.median(times[2:], axis=0))

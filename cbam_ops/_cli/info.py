@@ -70,107 +70,64 @@ def collect() -> dict[str, Any]:
 
 
 def _text(value: Any) -> str:
-    if value is None or value == "":
-        return "-"
     if isinstance(value, bool):
         return "yes" if value else "no"
-    if isinstance(value, list | tuple):
-        return ", ".join(_text(item) for item in value) or "-"
-    return str(value)
+    if isinstance(value, list):
+        return ", ".join(map(str, value)) or "-"
+    return str(value) or "-"
 
 
-def _flat(record: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    rows: list[tuple[str, Any]] = []
+def _flat(record: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    rows: dict[str, Any] = {}
     for key, value in record.items():
         label = f"{prefix}{key}".replace("_", " ")
-        if isinstance(value, dict):
-            rows.extend(_flat(value, f"{label} "))
-        else:
-            rows.append((label, value))
+        rows |= _flat(value, f"{label} ") if isinstance(value, dict) else {label: value}
     return rows
 
 
-def _sections(report: dict[str, Any]) -> list[tuple[str, list[tuple[str, Any]]]]:
-    report = dict(report)
-
-    def take(key: str) -> Any:
-        return report.pop(key, None)
-
-    version, native = take("version"), take("native")
-    off_because, implementation = take("native_off_because"), take("implementation")
-    xla, xla_off_because = take("xla"), take("xla_off_because")
-    instructions = take("instruction_set") or {}
-    if not isinstance(instructions, dict):
-        instructions = {"active": instructions}
-    gpu = take("gpu") or {}
-    processor, build = take("processor"), take("build") or {}
-    environment = take("environment")
-    # `platform` is in `operating_system`.
-    take("platform")
-    sections = [
-        (
-            "cbam_ops",
-            [
-                ("version", version),
-                ("native kernels", "on" if native else "off"),
-                *([("why they are off", off_because)] if not native else []),
-                ("native kernels inside XLA", "on" if xla else "off"),
-                *([("why they are off there", xla_off_because)] if native and not xla else []),
-                ("implementation", implementation),
-                ("instruction set in use", instructions.get("active")),
-                ("instruction sets that run here", instructions.get("available")),
-                *([("_core", instructions["error"])] if instructions.get("error") else []),
-                ("Python files", take("package")),
-                ("compiled files", take("compiled")),
-            ],
-        ),
-        (
-            "versions",
-            [
-                ("TensorFlow", take("tensorflow")),
-                ("Keras", take("keras")),
-                ("numpy", take("numpy")),
-                ("Python", take("python")),
-                *(
-                    [("problem", take("tensorflow_problem"))]
-                    if "tensorflow_problem" in report
-                    else []
-                ),
-            ],
-        ),
-        (
-            "machine",
-            [
-                ("operating system", take("operating_system")),
-                ("processor", processor["name"]),
-                ("cores usable", processor["cores"]),
-                ("vector extensions", processor["extensions"]),
-                ("devices", take("devices")),
-            ],
-        ),
-        (
-            "GPU kernels",
-            [
-                ("built", gpu.get("built")),
-                *(
-                    [
-                        ("with CUDA", gpu.get("cuda")),
-                        ("for architectures", gpu.get("architectures")),
-                        ("CUDA of the driver", gpu.get("driver_cuda") or "no driver"),
-                    ]
-                    if gpu.get("built")
-                    else []
-                ),
-                *([("why they do not run", gpu["why_not"])] if gpu.get("why_not") else []),
-            ],
-        ),
-        ("build", _flat(build) if build else [("record", "none: the native parts are not built")]),
-    ]
-    if environment:
-        sections.append(("environment", list(environment.items())))
-    if report:  # whatever else build_info says
-        sections.append(("other", _flat(report)))
-    return sections
+def _sections(report: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The report by title and label; None where there is nothing to say."""
+    native, processor = report["native"], report["processor"]
+    instructions, gpu = report["instruction_set"], report["gpu"]
+    absent = "not installed"
+    return {
+        "cbam_ops": {
+            "version": report["version"],
+            "native kernels": "on" if native else "off",
+            "why they are off": report["native_off_because"],
+            "native kernels inside XLA": "on" if report["xla"] else "off",
+            "why they are off there": report["xla_off_because"] if native else None,
+            "implementation": report["implementation"],
+            "instruction set in use": instructions["active"] or "none",
+            "instruction sets that run here": instructions["available"],
+            "_core": instructions.get("error"),
+            "Python files": report["package"],
+            "compiled files": report["compiled"] or "none",
+        },
+        "versions": {
+            "TensorFlow": report["tensorflow"] or absent,
+            "Keras": report["keras"] or absent,
+            "numpy": report["numpy"] or absent,
+            "Python": report["python"],
+            "problem": report.get("tensorflow_problem"),
+        },
+        "machine": {
+            "operating system": report["operating_system"],
+            "processor": processor["name"],
+            "cores usable": processor["cores"],
+            "vector extensions": processor["extensions"],
+            "devices": report["devices"],
+        },
+        "GPU kernels": {
+            "built": gpu["built"],
+            "with CUDA": gpu.get("cuda"),
+            "for architectures": gpu.get("architectures"),
+            "CUDA of the driver": (gpu["driver_cuda"] or "no driver") if gpu["built"] else None,
+            "why they do not run": gpu["why_not"],
+        },
+        "build": _flat(report["build"]) or {"record": "none: the native parts are not built"},
+        "environment": report["environment"],
+    }
 
 
 def run(as_json: bool) -> int:
@@ -179,10 +136,15 @@ def run(as_json: bool) -> int:
     if as_json:
         say(json.dumps(report, indent=2, sort_keys=True, default=str))
         return 0
-    sections = _sections(report)
-    width = max(len(label) for _, rows in sections for label, _ in rows)
-    for index, (title, rows) in enumerate(sections):
-        say(("\n" if index else "") + title)
-        for label, value in rows:
-            say(f"  {label:<{width}}  {_text(value)}")
+    sections = [
+        (title, {label: value for label, value in rows.items() if value is not None})
+        for title, rows in _sections(report).items()
+    ]
+    width = max(len(label) for _, rows in sections for label in rows)
+    blocks = [
+        "\n".join([title, *(f"  {label:<{width}}  {_text(rows[label])}" for label in rows)])
+        for title, rows in sections
+        if rows
+    ]
+    say("\n\n".join(blocks))
     return 0

@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
+
+PATCH = 64
+PATCH_BATCH = 32
+OBJECTS = ("tower", "flower")
+_NEITHER = -1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,6 +42,72 @@ def load_digits() -> Digits:
     return Digits(train_x, train_y, test_x, test_y)
 
 
+@dataclasses.dataclass(frozen=True)
+class _Region:
+    """A box in a photograph (rows and columns of its pixels) and what it shows."""
+
+    photograph: str
+    top: int
+    left: int
+    bottom: int
+    right: int
+    label: int  # index into OBJECTS
+
+
+# Boxes drawn by hand in scikit-learn's two photographs (both 427 x 640 pixels).
+_REGIONS = (
+    _Region("china", 40, 95, 340, 330, 0),
+    _Region("china", 0, 360, 200, 580, _NEITHER),  # sky and lake
+    _Region("china", 310, 350, 427, 640, _NEITHER),  # trees
+    _Region("flower", 100, 200, 330, 450, 1),
+    _Region("flower", 0, 0, 427, 160, _NEITHER),  # leaves
+    _Region("flower", 0, 490, 427, 640, _NEITHER),  # leaves
+)
+
+
+def load_photographs() -> dict[str, np.ndarray]:
+    """scikit-learn's "china" and "flower", each `[427, 640, 3]` in [0, 1].
+
+    By danielbuechele and by vultilion on Flickr, CC BY 2.0.
+    """
+    from sklearn.datasets import load_sample_image
+
+    return {
+        name: np.asarray(load_sample_image(f"{name}.jpg"), "float32") / 255
+        for name in ("china", "flower")
+    }
+
+
+def draw_patches(
+    photographs: dict[str, np.ndarray], seed: int
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Batches without end of square patches, with a target per object: 1 where a patch shows it.
+
+    Half of the patches show an object. Brightness and left-right vary.
+
+    Yields:
+      `[PATCH_BATCH, PATCH, PATCH, 3]` images and `[PATCH_BATCH, objects]` targets.
+    """
+    random = np.random.default_rng(seed)
+    with_object = [region for region in _REGIONS if region.label != _NEITHER]
+    without = [region for region in _REGIONS if region.label == _NEITHER]
+    while True:
+        images = np.empty((PATCH_BATCH, PATCH, PATCH, 3), "float32")
+        targets = np.zeros((PATCH_BATCH, len(OBJECTS)), "float32")
+        for i in range(PATCH_BATCH):
+            choice = with_object if i % 2 else without
+            region = choice[random.integers(len(choice))]
+            top = random.integers(region.top, region.bottom - PATCH + 1)
+            left = random.integers(region.left, region.right - PATCH + 1)
+            patch = photographs[region.photograph][top : top + PATCH, left : left + PATCH]
+            if random.integers(2):
+                patch = patch[:, ::-1]
+            images[i] = patch * random.uniform(0.75, 1.25) + random.uniform(-0.1, 0.1)
+            if region.label != _NEITHER:
+                targets[i, region.label] = 1
+        yield images, targets
+
+
 def _convolution(x: Any, filters: int, size: int, stride: int = 1) -> Any:
     from keras import layers
 
@@ -43,10 +115,11 @@ def _convolution(x: Any, filters: int, size: int, stride: int = 1) -> Any:
     return layers.BatchNormalization(momentum=0.9)(x)
 
 
-def _block(x: Any, filters: int, stride: int, gates: dict[str, Any], **options: Any) -> Any:
+def _block(x: Any, filters: int, stride: int, name: str, **options: Any) -> tuple[Any, Any]:
     """A basic residual block; the CBAM gates the branch, adds the shortcut and takes the ReLU.
 
-    Adds the module's spatial gate to `gates`, for a model that shows the gates.
+    Returns:
+      The block's output, and the spatial gate of its CBAM.
     """
     from keras import layers
 
@@ -57,120 +130,42 @@ def _block(x: Any, filters: int, stride: int, gates: dict[str, Any], **options: 
         shortcut = _convolution(x, filters, 1, stride)
     y = layers.ReLU()(_convolution(x, filters, 3, stride))
     y = _convolution(y, filters, 3)
-    name = f"cbam_{len(gates) + 1}"
     module = cbam_ops.CBAM(ratio=8, activation="relu", name=name, **options)
-    y, _, gates[name] = module(y, residual=shortcut, return_gates=True)
-    return y
+    y, _, spatial_gate = module(y, residual=shortcut, return_gates=True)
+    return y, spatial_gate
+
+
+def _network(
+    name: str, shape: tuple[Any, ...], filters: int, stride: int, logits: int, **options: Any
+) -> tuple[Any, Any]:
+    """Stem and two residual blocks with CBAM.
+
+    Returns:
+      The model, and another on the same layers that maps images to the spatial gates by name.
+    """
+    import keras
+    from keras import layers
+
+    gates = {}
+    image = keras.Input(shape, name="image")
+    x = layers.ReLU()(_convolution(image, filters, 3, stride))
+    x, gates["cbam_1"] = _block(x, filters, 1, "cbam_1", **options)
+    x, gates["cbam_2"] = _block(x, 2 * filters, 2, "cbam_2", **options)
+    x = layers.Dense(logits, name="logits")(layers.GlobalAveragePooling2D()(x))
+    return keras.Model(image, x, name=name), keras.Model(image, gates, name=f"{name}_gates")
 
 
 def digits_network() -> tuple[Any, Any]:
-    """Stem and two residual blocks with CBAM, for logits of the ten digits.
-
-    Returns:
-      The model, and another on the same layers that maps images to the spatial gates by name.
-    """
-    import keras
-    from keras import layers
-
-    gates: dict[str, Any] = {}
-    image = keras.Input((8, 8, 1), name="image")
-    x = layers.ReLU()(_convolution(image, 32, 3))
-    x = _block(x, 32, 1, gates, kernel_size=3)
-    x = _block(x, 64, 2, gates, kernel_size=3)
-    x = layers.GlobalAveragePooling2D()(x)
-    model = keras.Model(image, layers.Dense(10, name="logits")(x), name="cbam_digits")
-    return model, keras.Model(image, gates, name="digits_gates")
-
-
-# --- Photographs ---------------------------------------------------------------------------------
-
-PATCH = 64
-OBJECTS = ("tower", "flower")
-_NEITHER = -1
-
-
-@dataclasses.dataclass(frozen=True)
-class Region:
-    """A box in a photograph (rows and columns of its pixels) and what it shows."""
-
-    photograph: int
-    top: int
-    left: int
-    bottom: int
-    right: int
-    label: int  # index into OBJECTS
-
-
-# Boxes drawn by hand in scikit-learn's two photographs (both 427 x 640 pixels).
-_REGIONS = (
-    Region(0, 40, 95, 340, 330, 0),
-    Region(0, 0, 360, 200, 580, _NEITHER),  # sky and lake
-    Region(0, 310, 350, 427, 640, _NEITHER),  # trees
-    Region(1, 100, 200, 330, 450, 1),
-    Region(1, 0, 0, 427, 160, _NEITHER),  # leaves
-    Region(1, 0, 490, 427, 640, _NEITHER),  # leaves
-)
-
-
-def load_photographs() -> list[np.ndarray]:
-    """scikit-learn's "china" and "flower", each `[427, 640, 3]` in [0, 1].
-
-    Both by danielbuechele resp. vultilion on Flickr, CC BY 2.0.
-    """
-    from sklearn.datasets import load_sample_images
-
-    return [np.asarray(image, "float32") / 255 for image in load_sample_images().images]
+    """For 8 x 8 images: logits of the ten digits; see `_network`."""
+    return _network("cbam_digits", (8, 8, 1), 32, 1, 10, kernel_size=3)
 
 
 def photograph_network() -> tuple[Any, Any]:
-    """Stem and two residual blocks with CBAM, for images of any size; a logit per object.
+    """For images of any size: a logit per object; see `_network`.
 
     As in the authors' release, a batch norm follows the spatial convolution.
-
-    Returns:
-      The model, and another on the same layers that maps images to the spatial gates by name.
     """
-    import keras
-    from keras import layers
-
-    gates: dict[str, Any] = {}
-    options = {"spatial_batch_norm": True, "batch_norm_momentum": 0.9}
-    image = keras.Input((None, None, 3), name="image")
-    x = layers.ReLU()(_convolution(image, 16, 3, 2))
-    x = _block(x, 16, 1, gates, **options)
-    x = _block(x, 32, 2, gates, **options)
-    x = layers.GlobalAveragePooling2D()(x)
-    logits = layers.Dense(len(OBJECTS), name="logits")(x)
-    model = keras.Model(image, logits, name="cbam_photographs")
-    return model, keras.Model(image, gates, name="photograph_gates")
-
-
-class Patches:
-    """Batches of square patches with a target per object: 1 where the patch shows it."""
-
-    def __init__(self, photographs: list[np.ndarray], seed: int) -> None:
-        self._photographs = photographs
-        self._random = np.random.default_rng(seed)
-
-    def batch(self, size: int) -> tuple[np.ndarray, np.ndarray]:
-        """`[size, PATCH, PATCH, 3]` images and `[size, objects]` targets.
-
-        Half of the patches show an object. Brightness and left-right vary.
-        """
-        random = self._random
-        with_object = [region for region in _REGIONS if region.label >= 0]
-        without = [region for region in _REGIONS if region.label < 0]
-        images = np.empty((size, PATCH, PATCH, 3), "float32")
-        targets = np.zeros((size, len(OBJECTS)), "float32")
-        for i in range(size):
-            choice = with_object if i % 2 else without
-            region = choice[random.integers(len(choice))]
-            top = random.integers(region.top, region.bottom - PATCH + 1)
-            left = random.integers(region.left, region.right - PATCH + 1)
-            patch = self._photographs[region.photograph][top : top + PATCH, left : left + PATCH]
-            if random.integers(2):
-                patch = patch[:, ::-1]
-            images[i] = patch * random.uniform(0.75, 1.25) + random.uniform(-0.1, 0.1)
-            if region.label >= 0:
-                targets[i, region.label] = 1
-        return images, targets
+    return _network(
+        "cbam_photographs", (None, None, 3), 16, 2, len(OBJECTS),
+        spatial_batch_norm=True, batch_norm_momentum=0.9,
+    )  # fmt: skip

@@ -8,23 +8,18 @@ from typing import Any
 import numpy as np
 
 _HEAT = "inferno"
-_TITLES = ("china", "flower")
-
-
-def _enlarge(gate: np.ndarray, height: int, width: int) -> np.ndarray:
-    """The gate at the photograph's size, interpolated linearly."""
-    from PIL import Image
-
-    image = Image.fromarray(np.asarray(gate, "float32"))
-    return np.asarray(image.resize((width, height), Image.Resampling.BILINEAR))
 
 
 def _overlay(axes: Any, photograph: np.ndarray, gate: np.ndarray) -> Any:
     """The photograph in grey under the gate as heat; what a colour bar needs."""
+    height, width = photograph.shape[:2]
     grey = photograph @ np.array([0.299, 0.587, 0.114], "float32")
     axes.imshow(grey, cmap="gray", vmin=-0.1, vmax=1.1)
     low, high = np.percentile(gate, [0.5, 99.5])
-    heat = axes.imshow(gate, cmap=_HEAT, alpha=0.65, vmin=low, vmax=high)
+    heat = axes.imshow(
+        gate, cmap=_HEAT, alpha=0.65, vmin=low, vmax=high,
+        interpolation="bilinear", extent=(-0.5, width - 0.5, height - 0.5, -0.5),
+    )  # fmt: skip
     axes.set_axis_off()
     return heat
 
@@ -34,10 +29,10 @@ def draw(
     digits_model: Any,
     digits_gates: Any,
     data: Any,
-    curve: Any,
-    accuracy: float,
+    history: dict[str, list[float]],
+    asked: float,
     photo_gates: Any,
-    photographs: list[np.ndarray],
+    photographs: dict[str, np.ndarray],
 ) -> None:
     """Writes the picture as PNG.
 
@@ -46,10 +41,10 @@ def draw(
       digits_model: the trained network of the digits.
       digits_gates: from digits to its spatial gates by name.
       data: the digits.
-      curve: per epoch `loss`, `train` and `test`.
-      accuracy: on the test images, at the end.
+      history: of the digits' training, as Keras's `History` has it.
+      asked: the accuracy on the test images that the demo asks for.
       photo_gates: from a photograph to the spatial gates of the network trained on patches.
-      photographs: `[H, W, 3]` in [0, 1] each.
+      photographs: `[H, W, 3]` in [0, 1] each, by name.
     """
     from matplotlib.figure import Figure
 
@@ -63,22 +58,21 @@ def draw(
         fontsize=12,
     )
     grid = top.subplots(len(photographs), 3, squeeze=False)
-    for row, photograph in enumerate(photographs):
-        height, width = photograph.shape[:2]
+    for row, (title, photograph) in enumerate(photographs.items()):
         gates = photo_gates(photograph[np.newaxis], training=False)
         grid[row, 0].imshow(np.clip(photograph, 0, 1))
         grid[row, 0].set_axis_off()
-        grid[row, 0].set_title(f'photograph "{_TITLES[row]}"', fontsize=10)
+        grid[row, 0].set_title(f'photograph "{title}"', fontsize=10)
         for column, (name, gate) in enumerate(gates.items(), start=1):
             axes = grid[row, column]
-            heat = _overlay(axes, photograph, _enlarge(np.asarray(gate)[0], height, width))
+            heat = _overlay(axes, photograph, np.asarray(gate)[0])
             axes.set_title(f"spatial gate of block {name[-1]}", fontsize=10)
             bar = top.colorbar(heat, ax=axes, fraction=0.032, pad=0.02)
             bar.solids.set_alpha(1)
             bar.ax.tick_params(labelsize=8)
 
     _draw_digits(middle, digits_model, digits_gates, data)
-    _draw_curve(bottom, curve, accuracy)
+    _draw_history(bottom, history, asked)
     figure.savefig(path, format="png", facecolor="white")
 
 
@@ -109,18 +103,19 @@ def _draw_digits(figure: Any, model: Any, gates_model: Any, data: Any) -> None:
     bar.set_label("gate", fontsize=9)
 
 
-def _draw_curve(figure: Any, curve: Any, accuracy: float) -> None:
+def _draw_history(figure: Any, history: dict[str, list[float]], asked: float) -> None:
     left, right = figure.subplots(1, 2)
-    epochs = np.arange(1, len(curve.loss) + 1)
-    left.plot(epochs, curve.loss, marker="o", markersize=3, color="tab:red")
+    train, test = history["accuracy"], history["val_accuracy"]
+    epochs = np.arange(1, len(train) + 1)
+    line: dict[str, Any] = {"marker": "o", "markersize": 3}
+    left.plot(epochs, history["loss"], color="tab:red", **line)
     left.set_yscale("log")
     left.set_title("Digits: training loss", fontsize=10)
-    right.plot(epochs, curve.train, marker="o", markersize=3, label="training images")
-    right.plot(epochs, curve.test, marker="o", markersize=3, label="test images")
-    right.axhline(0.97, color="grey", linestyle="--", linewidth=1, label="97 %")
-    lowest = min(curve.train + curve.test)
-    right.set_ylim(max(0.0, lowest - 0.03), 1.005)
-    right.set_title(f"Digits: accuracy ({accuracy:.2%} on the test images)", fontsize=10)
+    right.plot(epochs, train, label="training images", **line)
+    right.plot(epochs, test, label="test images", **line)
+    right.axhline(asked, color="grey", linestyle="--", linewidth=1, label=f"{asked:.0%}")
+    right.set_ylim(max(0.0, min(train + test) - 0.03), 1.005)
+    right.set_title(f"Digits: accuracy ({test[-1]:.2%} on the test images)", fontsize=10)
     right.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
     right.legend(fontsize=8, loc="lower right")
     for axes in (left, right):
