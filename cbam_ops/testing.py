@@ -1,24 +1,37 @@
 """Cases of the public functions, and how far a result may be from the truth.
 
-A :class:`Case` draws its arguments from a seeded generator in float64 and rounds them to its types.
-The truth is the reference in float64 on the rounded values (of float64 maps: in the widest type
-that numpy has), the ordinary evaluation the reference in the compute type. A result may err at most
-twice what the ordinary evaluation errs, plus a small floor; see :func:`assert_accurate`. Nothing
-passes on a wrong shape, a wrong type, or a NaN where the truth has a number (or the reverse).
+As numpy and Keras have a `testing` module, for tests of kernels, layers and models of your own:
+
+    from cbam_ops import testing
+
+    for fill in testing.FILLS:
+        case = testing.Case(size=(2, 14, 14, 64), dtype="float16", data_format="NCHW", fill=fill)
+        case.check(my_kernels)  # `my_kernels.cbam` takes and returns what `cbam_ops.cbam` does
+
+    case = testing.Case("channel_attention", size=(8, 7, 7, 512), hidden=32)
+    tensors = case.draw()
+    truth, stock = testing.truth_and_stock(case, tensors, "call")
+    testing.assert_accurate(my_gate(**tensors), truth[1], stock[1], "channel gate")
+
+The policy: the truth is the reference in float64 on the inputs as rounded to their types. A result,
+an output or any gradient, may err at most twice what the reference in the compute type errs, plus a
+small floor: see :func:`compare`. Nothing passes on a wrong shape, a wrong type, or a NaN where the
+truth has a number (or the reverse).
 """
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
-import zlib
-from types import ModuleType
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import numpy as np
 import tensorflow as tf
 
 from cbam_ops import reference
+
+# --- tolerances -----------------------------------------------------------------------------------
 
 # Ours may err at most this many times what the ordinary evaluation errs.
 STOCK_FACTOR = 2.0
@@ -39,6 +52,7 @@ SMALLEST = {
     "bfloat16": 2.0**-133,
     "float16": 2.0**-24,
 }
+SMALLEST_NORMAL = {name: SMALLEST[name] / EPSILON[name] for name in EPSILON}
 LARGEST = {
     "float64": float(np.finfo(np.float64).max),
     "float32": float(np.finfo(np.float32).max),
@@ -75,11 +89,40 @@ def compute_type(dtype: str) -> str:
 
 
 def truth_type(dtype: str) -> str:
-    """The type to evaluate the truth in for results of type ``dtype``."""
+    """The type to evaluate the truth in for results of type ``dtype``, in numpy."""
     return "longdouble" if dtype == "float64" else "float64"
 
 
-def assert_accurate(
+# --- comparers ------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Finding:
+    """How far a result is from the truth, at the value nearest to its bound or farthest over it.
+
+    Attributes:
+      name: what was compared.
+      error: the absolute error there; infinite where the two are not comparable.
+      allowed: its bound.
+      stock: the largest error of the ordinary evaluation.
+      scale: the largest magnitude of the truth; errors relative to it are `error / scale`.
+      fault: what is wrong, in a sentence; empty if nothing is.
+    """
+
+    name: str
+    error: float = 0.0
+    allowed: float = 0.0
+    stock: float = 0.0
+    scale: float = 0.0
+    fault: str = ""
+
+    @property
+    def strain(self) -> float:
+        """The part of its bound that the error takes; above 1 it is a fault."""
+        return self.error / self.allowed if self.allowed else self.error
+
+
+def compare(
     actual: np.ndarray,
     truth: np.ndarray,
     stock: np.ndarray,
@@ -87,8 +130,11 @@ def assert_accurate(
     *,
     magnitude: np.ndarray | float | None = None,
     smallest: float = 0.0,
-) -> None:
-    """Asserts that ``actual`` is as near the truth as its type allows.
+) -> Finding:
+    """Whether ``actual`` is as near the truth as its type allows.
+
+    Every value may err ``STOCK_FACTOR`` times the largest error of ``stock``, plus
+    ``FLOOR_ROUNDINGS`` roundings of the compute type and, of a half type, one rounding to it.
 
     Args:
       actual: the result, of any of the four types. A result of a half type was computed in float32
@@ -101,50 +147,66 @@ def assert_accurate(
       smallest: values below may be 0 (the smallest normal number where denormals may be flushed).
     """
     actual, truth, stock = np.asarray(actual), np.asarray(truth), np.asarray(stock)
-    assert actual.shape == truth.shape == stock.shape, (
-        f"{name}: shape {actual.shape} instead of {truth.shape}"
-    )
+    if not actual.shape == truth.shape == stock.shape:
+        fault = f"{name}: shape {actual.shape} instead of {truth.shape}"
+        return Finding(name, error=np.inf, fault=fault)
     if actual.size == 0:
-        return
+        return Finding(name)
     dtype = actual.dtype.name
     value = actual.astype(truth.dtype)
-    _assert_same_kind(value, truth, LARGEST[dtype], name)
+    fault = _another_kind(value, truth, LARGEST[dtype])
+    if fault:
+        return Finding(name, error=np.inf, fault=f"{name}: {fault}")
 
     finite = np.isfinite(value) & np.isfinite(truth)
     if not finite.any():
-        return
+        return Finding(name)
     with np.errstate(invalid="ignore", over="ignore"):
         stock_error = np.abs(stock.astype(truth.dtype) - truth)
-        error = np.abs(value - truth)
-    usable = stock_error[finite & np.isfinite(stock_error)]
-    bound = STOCK_FACTOR * (usable.max() if usable.size else 0.0)
+        error = np.where(finite, np.abs(value - truth), 0.0)
+    usable = float(np.max(stock_error, initial=0.0, where=finite & np.isfinite(stock_error)))
     scale = np.abs(truth) if magnitude is None else np.fmax(np.abs(truth), magnitude)
     narrow = compute_type(dtype)
-    bound = bound + FLOOR_ROUNDINGS * (EPSILON[narrow] * scale + SMALLEST[narrow]) + smallest
+    bound = STOCK_FACTOR * usable + smallest
+    bound = bound + FLOOR_ROUNDINGS * (EPSILON[narrow] * scale + SMALLEST[narrow])
     if narrow != dtype:
         bound = bound + 0.5 * EPSILON[dtype] * (np.abs(truth) + bound) + SMALLEST[dtype]
-    wrong = finite & ~(error <= bound)
-    if wrong.any():
-        at = np.unravel_index(np.argmax(np.where(finite, error - bound, -np.inf)), error.shape)
-        where = tuple(int(i) for i in at)
-        raise AssertionError(
-            f"{name}: {int(wrong.sum())} of {error.size} values are too far off; at {where} "
-            f"{value[at]!r} instead of {truth[at]!r}, error {error[at]:.3g}, allowed "
-            f"{np.broadcast_to(bound, error.shape)[at]:.3g}"
+    at = np.unravel_index(np.argmax(np.where(finite, error / bound, 0.0)), error.shape)
+    wrong = int((finite & ~(error <= bound)).sum())
+    if wrong:
+        fault = (
+            f"{name}: {wrong} of {error.size} values are too far off; at {_index(at)} "
+            f"{value[at]!r} instead of {truth[at]!r}, "
+            f"error {error[at]:.3g}, allowed {bound[at]:.3g}"
         )
+    largest = _largest(truth)
+    return Finding(name, float(error[at]), float(bound[at]), usable, largest, fault)
+
+
+def assert_accurate(
+    actual: np.ndarray,
+    truth: np.ndarray,
+    stock: np.ndarray,
+    name: str,
+    *,
+    magnitude: np.ndarray | float | None = None,
+    smallest: float = 0.0,
+) -> None:
+    """Asserts what :func:`compare` finds out; see there."""
+    finding = compare(actual, truth, stock, name, magnitude=magnitude, smallest=smallest)
+    assert not finding.fault, finding.fault
 
 
 def assert_close(actual: np.ndarray, expected: np.ndarray, tolerance: float, name: str) -> None:
     """Asserts a largest error of ``tolerance`` times the largest expected value."""
     actual, expected = np.asarray(actual), np.asarray(expected)
     assert actual.shape == expected.shape, f"{name}: shape {actual.shape}, not {expected.shape}"
-    if actual.size == 0:
-        return
     actual, expected = actual.astype(np.float64), expected.astype(np.float64)
-    _assert_same_kind(actual, expected, LARGEST["float64"], name)
+    fault = _another_kind(actual, expected, LARGEST["float64"])
+    assert not fault, f"{name}: {fault}"
     finite = np.isfinite(expected)
-    error = np.abs(np.subtract(actual, expected, where=finite, out=np.zeros_like(actual))).max()
-    scale = np.abs(np.where(finite, expected, 0.0)).max()
+    error = _largest(np.subtract(actual, expected, where=finite, out=np.zeros_like(actual)))
+    scale = _largest(expected)
     assert error <= tolerance * scale, (
         f"{name}: error {error:.3g}, {error / scale if scale else np.inf:.3g} of the largest "
         f"value; allowed {tolerance:.3g}"
@@ -161,27 +223,42 @@ def assert_same_bits(actual: np.ndarray, expected: np.ndarray, name: str) -> Non
         raise AssertionError(f"{name}: {int(differ.sum())} of {actual.size} values differ")
 
 
-def _assert_same_kind(value: np.ndarray, truth: np.ndarray, largest: float, name: str) -> None:
-    """NaN where the truth is NaN, infinite where the truth is or may round to infinity."""
+def digest(results: Any) -> str:
+    """A short text that changes with any bit of any tensor of a nest."""
+    hashed = hashlib.sha256()
+    for tensor in tf.nest.flatten(results):
+        hashed.update(tensor.numpy().tobytes())
+    return hashed.hexdigest()
+
+
+def _another_kind(value: np.ndarray, truth: np.ndarray, largest: float) -> str:
+    """What is NaN where the truth is not, or infinite where it is not nor may round to it."""
     nan = np.isnan(value) != np.isnan(truth)
-    if nan.any():
-        at = tuple(int(i) for i in np.argwhere(nan)[0])
-        raise AssertionError(
-            f"{name}: {int(nan.sum())} of {value.size} values are NaN where the truth is not or "
-            f"the reverse; at {at} {value[at]!r} instead of {truth[at]!r}"
-        )
     near_overflow = np.abs(truth) > largest * (1 - 2.0**-7)
     infinite = np.isinf(value) | np.isinf(truth)
     wrong = infinite & ~near_overflow & ~np.isnan(truth)
     wrong |= infinite & (np.sign(value) != np.sign(truth))
     wrong |= np.isinf(truth) & ~np.isinf(value)
-    if wrong.any():
-        at = tuple(int(i) for i in np.argwhere(wrong)[0])
-        raise AssertionError(
-            f"{name}: {int(wrong.sum())} of {value.size} values are infinite where the truth is "
-            f"not or the reverse; at {at} {value[at]!r} instead of {truth[at]!r}"
-        )
+    for kind, places in (("NaN", nan), ("infinite", wrong)):
+        if places.any():
+            at = tuple(np.argwhere(places)[0])
+            return (
+                f"{int(places.sum())} of {value.size} values are {kind} where the truth is not or "
+                f"the reverse; at {_index(at)} {value[at]!r} instead of {truth[at]!r}"
+            )
+    return ""
 
+
+def _index(at: tuple[Any, ...]) -> tuple[int, ...]:
+    return tuple(int(i) for i in at)
+
+
+def _largest(values: np.ndarray) -> float:
+    """The largest finite magnitude; 0 if there is none."""
+    return float(np.max(np.abs(values), initial=0.0, where=np.isfinite(values)))
+
+
+# --- cases ----------------------------------------------------------------------------------------
 
 MLP = ("w0", "b0", "w1", "b1")
 ARGUMENTS = {
@@ -193,32 +270,129 @@ ARGUMENTS = {
     "channel_pool": ("x",),
     "spatial_pool": ("x",),
 }
+OUTPUTS = {
+    "cbam": ("y", "channel_gate", "spatial_gate"),
+    "cbam_with_batch_norm": ("y", "mean", "variance", "channel_gate", "spatial_gate"),
+    "channel_attention": ("y", "channel_gate"),
+    "spatial_attention": ("y", "spatial_gate"),
+    "spatial_attention_with_batch_norm": ("y", "mean", "variance", "spatial_gate"),
+    "channel_pool": ("mean", "maximum"),
+    "spatial_pool": ("descriptors",),
+}
 MAPS = ("x", "residual")
 STATISTICS = {"cbam_with_batch_norm": (1, 2), "spatial_attention_with_batch_norm": (1, 2)}
 
 
+class Fill(NamedTuple):
+    """What a map holds: made of normal values `[N, H, W, C]` and the map's type.
+
+    `weights` is the factor of `w0` and `kernel`: weights as training would make them bring the
+    gates' logits near 1 whatever the map holds.
+    """
+
+    make: Callable[[np.ndarray, str], np.ndarray]
+    weights: float = 1.0
+
+
+def _after_a_relu(values: np.ndarray, dtype: str) -> np.ndarray:
+    values = np.maximum(values, 0.0)
+    values[: len(values) - 1 and 1] = 0.0
+    values[..., : values.shape[-1] - 1 and 1] = 0.0
+    return values
+
+
+def _with(special: float, beside: float | None = None) -> Fill:
+    """`special` at one place of the last sample, `beside` at the position before it."""
+
+    def make(values: np.ndarray, dtype: str) -> np.ndarray:
+        n, h, w, c = values.shape
+        if values.size:
+            positions = values[-1].reshape(h * w, c)
+            positions[h * w // 2, c // 2] = special
+            if beside is not None:
+                positions[h * w // 2 - 1, c // 2] = beside
+        return values
+
+    return Fill(make)
+
+
+FILLS = {
+    "normal": Fill(lambda values, dtype: values),
+    # Half of it zero, the first sample and the first channel entirely: maxima tie.
+    "relu": Fill(_after_a_relu),
+    # Few distinct values: maxima tie almost everywhere.
+    "steps": Fill(lambda values, dtype: np.round(values)),
+    "equal": Fill(lambda values, dtype: np.full_like(values, 0.5)),
+    "zeros": Fill(lambda values, dtype: np.copysign(0.0, values)),
+    # A large mean under small noise, which a careless sum loses.
+    "offset": Fill(lambda values, dtype: 1000.0 + values / 16, weights=1e-3),
+    "denormal": Fill(lambda values, dtype: values * (SMALLEST_NORMAL[dtype] / 8)),
+    # Sums of it are near the end of float16.
+    "huge": Fill(lambda values, dtype: values * 2000.0, weights=1e-3),
+    # Gates near 0 and 1.
+    "saturated": Fill(lambda values, dtype: values, weights=8.0),
+    "nan": _with(np.nan),
+    "inf": _with(np.inf),
+    "-inf": _with(-np.inf),
+    "infinities": _with(np.inf, -np.inf),
+}
+# The gradients of such maps are not compared: on which values a NaN of a maximum falls is not
+# promised (the reference gives it to all, the kernels to the maxima).
+NOT_FINITE = ("nan", "inf", "-inf", "infinities")
+
+
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One call. `values` of the map are "normal", "relu" (many equal ones) or "equal"."""
+    """One call of a public function, with all that follows from a seed.
+
+    Attributes:
+      function: its name.
+      size: `(N, H, W, C)`, whatever the layout.
+      hidden: hidden units of the MLP.
+      kernel_size: of the convolution.
+      residual: whether a residual is added.
+      biases: whether the MLP and the convolution have them.
+      half_weights: whether weights beside a half map are of its type instead of float32.
+      fill: what the map holds, one of `FILLS`.
+      options: further keywords of the function; :func:`options` makes them.
+      dtype: of the maps.
+      data_format: "NHWC" or "NCHW".
+      seed: of the random values, which all types and both layouts have in common.
+    """
 
     function: str = "cbam"
-    size: tuple[int, int, int, int] = (2, 5, 7, 13)  # N, H, W, C
+    size: tuple[int, int, int, int] = (2, 5, 7, 13)
     hidden: int = 3
     kernel_size: int = 3
     residual: bool = False
     biases: bool = True
-    half_weights: bool = False  # weights of the map's half type instead of float32
-    values: str = "normal"
+    half_weights: bool = False
+    fill: str = "normal"
     options: tuple[tuple[str, Any], ...] = ()
+    dtype: str = "float32"
+    data_format: str = "NHWC"
+    seed: int = 0
 
     def __str__(self) -> str:
-        parts = [self.function, "x".join(map(str, self.size)), f"k{self.kernel_size}"]
-        parts += [str(value) for _, value in self.options]
-        for flag in ("residual", "half_weights"):
-            parts += [flag] * getattr(self, flag)
-        parts += ["no_biases"] * (not self.biases)
-        parts += [self.values] * (self.values != "normal")
+        parts = [self.function, "x".join(map(str, self.size)), *self.words()]
+        parts += [self.dtype] * (self.dtype != "float32")
+        parts += [self.data_format] * (self.data_format != "NHWC")
         return "-".join(parts)
+
+    def words(self) -> list[str]:
+        """The options, a word each."""
+        words = []
+        if "kernel" in self.names:
+            words.append(f"k{self.kernel_size}")
+        for key, value in self.options:
+            words.append(f"mlp_{value}" if key == "mlp_activation" else str(value))
+        words += ["residual"] * self.residual + ["half_weights"] * self.half_weights
+        words += ["no_biases"] * (not self.biases)
+        return words + [self.fill] * (self.fill != "normal")
+
+    def replace(self, **changes: Any) -> Case:
+        """The same case but for `changes`."""
+        return dataclasses.replace(self, **changes)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -228,13 +402,32 @@ class Case:
             names = tuple(name for name in names if name not in ("b0", "b1", "bias"))
         return (*names, "residual") if self.residual else names
 
-    def draw(self, dtype: str, data_format: str) -> dict[str, tf.Tensor]:
-        """The arguments, as tensors of the types that a call in `dtype` takes."""
+    @property
+    def weights_dtype(self) -> str:
+        """The type of the weights."""
+        return self.dtype if self.half_weights else compute_type(self.dtype)
+
+    def core_options(self) -> dict[str, Any]:
+        """Layout and options in the words of the kernels' own interface, `cbam_ops._core`."""
+        words = dict(self.options)
+        order = words.pop("order", "channel_first")
+        kind = self.function.removesuffix("_with_batch_norm")
+        gates = {"channel_attention": "channel_only", "spatial_attention": "spatial_only"}
+        return {
+            "layout": self.data_format,
+            "gates": gates.get(kind, order),
+            "batch_norm": kind != self.function,
+            **words,
+        }
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """The arguments, as numpy arrays of the types and in the layout that the call takes."""
         n, h, w, c = self.size
         k, hidden = self.kernel_size, self.hidden
-        generator = np.random.default_rng(zlib.crc32(repr(self).encode()))
-        shapes = {
-            "x": (n, h, w, c) if data_format == "NHWC" else (n, c, h, w),
+        generator = np.random.default_rng((self.seed, *self.size))
+        fill = FILLS[self.fill]
+        shapes: dict[str, tuple[int, ...]] = {
+            "x": (n, h, w, c),
             "w0": (c, hidden),
             "b0": (hidden,),
             "w1": (hidden, c),
@@ -243,43 +436,37 @@ class Case:
             "bias": (1,),
             "gamma": (1,),
             "beta": (1,),
+            "residual": (n, h, w, c),
         }
-        shapes["residual"] = shapes["x"]
         # Scales that keep the gates' logits near 1, so that no sigmoid saturates.
-        scales = {"w0": c**-0.5, "w1": hidden**-0.5, "kernel": 1 / k}
-        weights = dtype if self.half_weights else "float64" if dtype == "float64" else "float32"
-        tensors = {}
+        scales = {"w0": fill.weights * c**-0.5, "w1": hidden**-0.5, "kernel": fill.weights / k}
+        arrays = {}
         for name in self.names:
             value = generator.normal(size=shapes[name]) * scales.get(name, 1.0)
-            if name == "x" and self.values == "relu":
-                value = np.maximum(value, 0.0)
-            if name == "x" and self.values == "equal":
-                value = np.full_like(value, 0.5)
-            tensors[name] = tf.cast(tf.constant(value), dtype if name in MAPS else weights)
-        return tensors
+            if name == "x":
+                value = fill.make(value, self.dtype)
+            if name in MAPS and self.data_format == "NCHW":
+                value = np.moveaxis(value, 3, 1)
+            dtype = self.dtype if name in MAPS else self.weights_dtype
+            arrays[name] = value.astype(tf.as_dtype(dtype).as_numpy_dtype, order="C")
+        return arrays
 
-    def call(
-        self, module: ModuleType, tensors: dict[str, tf.Tensor], data_format: str
-    ) -> list[tf.Tensor]:
+    def draw(self) -> dict[str, tf.Tensor]:
+        """:meth:`arrays` as tensors."""
+        return {name: tf.constant(array) for name, array in self.arrays().items()}
+
+    def call(self, module: Any, tensors: Mapping[str, tf.Tensor]) -> list[tf.Tensor]:
         """All outputs of the function of `module`: y, then the gates where there are any."""
         arguments = [tensors.get(name) for name in ARGUMENTS[self.function]]
-        keywords: dict[str, Any] = {"data_format": data_format, **dict(self.options)}
+        keywords: dict[str, Any] = {"data_format": self.data_format, **dict(self.options)}
         if not self.function.endswith("pool"):
             keywords.update(residual=tensors.get("residual"), return_gates=True)
         outputs = getattr(module, self.function)(*arguments, **keywords)
         return list(outputs) if isinstance(outputs, (list, tuple)) else [outputs]
 
-    def output_names(self) -> list[str]:
+    def output_names(self) -> tuple[str, ...]:
         """What the outputs of `call` are, in order."""
-        return {
-            "cbam": ["y", "channel_gate", "spatial_gate"],
-            "cbam_with_batch_norm": ["y", "mean", "variance", "channel_gate", "spatial_gate"],
-            "channel_attention": ["y", "channel_gate"],
-            "spatial_attention": ["y", "spatial_gate"],
-            "spatial_attention_with_batch_norm": ["y", "mean", "variance", "spatial_gate"],
-            "channel_pool": ["mean", "maximum"],
-            "spatial_pool": ["descriptors"],
-        }[self.function]
+        return OUTPUTS[self.function]
 
     def cotangents(self, outputs: list[tf.Tensor]) -> list[tf.Tensor]:
         """A gradient for each output, exactly representable in every type."""
@@ -289,35 +476,112 @@ class Case:
             for output in outputs
         ]
 
-    def gradients(
-        self, module: ModuleType, tensors: dict[str, tf.Tensor], data_format: str
-    ) -> dict[str, tf.Tensor]:
-        """The gradient of every argument, from gradients of every output."""
+    def gradients(self, module: Any, tensors: dict[str, tf.Tensor]) -> dict[str, tf.Tensor]:
+        """The gradient of every argument, by its name, from gradients of every output."""
+        return self._outputs_and_gradients(module, tensors)[1]
+
+    def evaluate(self, module: Any, tensors: dict[str, tf.Tensor]) -> dict[str, tf.Tensor]:
+        """Outputs and gradients, by the names `y` ..., `dx`, `dw0` ..., `d_residual`."""
+        outputs, gradients = self._outputs_and_gradients(module, tensors)
+        return dict(zip(self.output_names(), outputs, strict=True)) | {
+            gradient_name(name): gradient for name, gradient in gradients.items()
+        }
+
+    def _outputs_and_gradients(
+        self, module: Any, tensors: dict[str, tf.Tensor]
+    ) -> tuple[list[tf.Tensor], dict[str, tf.Tensor]]:
         with tf.GradientTape() as tape:
             tape.watch(list(tensors.values()))
-            outputs = self.call(module, tensors, data_format)
+            outputs = self.call(module, tensors)
         gradients = tape.gradient(
             outputs,
             tensors,
             output_gradients=self.cotangents(outputs),
             unconnected_gradients=tf.UnconnectedGradients.ZERO,
         )
-        return gradients
+        return outputs, gradients
+
+    def compare(
+        self,
+        actual: Mapping[str, tf.Tensor],
+        tensors: dict[str, tf.Tensor],
+        *,
+        magnitudes: Mapping[str, np.ndarray] | None = None,
+        truth: Mapping[str, tf.Tensor] | None = None,
+    ) -> list[Finding]:
+        """Every output and gradient against the truth.
+
+        Args:
+          actual: what :meth:`evaluate` gave for `tensors`.
+          tensors: the arguments.
+          magnitudes: what the sums behind results come to without their signs, where it is known.
+            Of gradients and of float64 results, the largest value is an estimate from below.
+          truth: to be taken instead of the reference's results in float64.
+        """
+        reference_truth, stock = truth_and_stock(self, tensors, "evaluate")
+        truth = truth or reference_truth
+        types = {gradient_name(name): tensor.dtype for name, tensor in tensors.items()}
+        smallest = SMALLEST_NORMAL[compute_type(self.dtype)] if self.fill == "denormal" else 0.0
+        findings = []
+        for name, tensor in actual.items():
+            if name in types and self.fill in NOT_FINITE:
+                continue
+            if tensor.dtype != types.get(name, tensor.dtype):
+                fault = f"{name}: type {tensor.dtype.name} instead of {types[name].name}"
+                findings.append(Finding(name, error=np.inf, fault=fault))
+                continue
+            value, exact, ordinary = tensor.numpy(), truth[name].numpy(), stock[name].numpy()
+            scale = None
+            if name in types or self.dtype == "float64":
+                scale = np.maximum((magnitudes or {}).get(name, 0.0), _largest(exact))
+            findings.append(
+                compare(value, exact, ordinary, name, magnitude=scale, smallest=smallest)
+            )
+        return findings
+
+    def check(
+        self,
+        module: Any,
+        tensors: dict[str, tf.Tensor] | None = None,
+        *,
+        magnitudes: Mapping[str, np.ndarray] | None = None,
+    ) -> None:
+        """Asserts that :meth:`compare` finds no fault in what `module` computes.
+
+        Args:
+          module: what has the function, say `cbam_ops`.
+          tensors: the arguments; those of :meth:`draw` if they are not given.
+          magnitudes: see :meth:`compare`.
+        """
+        tensors = self.draw() if tensors is None else tensors
+        findings = self.compare(self.evaluate(module, tensors), tensors, magnitudes=magnitudes)
+        faults = [finding.fault for finding in findings if finding.fault]
+        assert not faults, "\n  ".join([f"{self}:", *faults])
 
 
-def cast(tensors: dict[str, tf.Tensor], dtype: str) -> dict[str, tf.Tensor]:
+def options(**values: Any) -> tuple[tuple[str, Any], ...]:
+    """The options of a case, in the form in which it can be hashed."""
+    return tuple(values.items())
+
+
+def gradient_name(argument: str) -> str:
+    """What the gradient of an argument is called."""
+    return "d_residual" if argument == "residual" else f"d{argument}"
+
+
+def cast(tensors: Mapping[str, tf.Tensor], dtype: str) -> dict[str, tf.Tensor]:
     """The same values in another type."""
     return {name: tf.cast(tensor, dtype) for name, tensor in tensors.items()}
 
 
-def truth_and_stock(case: Case, tensors: dict[str, tf.Tensor], what: str, data_format: str) -> Any:
+def truth_and_stock(case: Case, tensors: Mapping[str, tf.Tensor], what: str) -> Any:
     """`case.<what>` of the reference in float64, and in the compute type of `tensors`."""
     truth, stock = (cast(tensors, dtype) for dtype in ("float64", "float32"))
     half = tensors["x"].dtype in (tf.float16, tf.bfloat16)
     if half and dict(case.options).get("order") == "spatial_first":
         # A composition of two ops, which hands on a map in its own type: so does an ordinary one.
         stock = {**stock, **{name: tensors[name] for name in MAPS if name in tensors}}
-    truth, stock = (getattr(case, what)(reference, v, data_format) for v in (truth, stock))
+    truth, stock = (getattr(case, what)(reference, v) for v in (truth, stock))
     if tensors["x"].dtype == tf.float64:
         # In float64 the truth is an ordinary evaluation itself. That errs as one in float32 does,
         # by as many roundings.
@@ -328,34 +592,13 @@ def truth_and_stock(case: Case, tensors: dict[str, tf.Tensor], what: str, data_f
     return truth, stock
 
 
-def digest(results: Any) -> str:
-    """A short text that changes with any bit of any tensor."""
-    hashed = hashlib.sha256()
-    for tensor in tf.nest.flatten(results):
-        hashed.update(tensor.numpy().tobytes())
-    return hashed.hexdigest()
-
-
-def magnitude(truth: np.ndarray) -> float:
-    """What the sums behind a result come to without their signs, to the order of magnitude.
-
-    Terms that cancel leave their rounding errors. The largest result is an estimate from below.
-    """
-    return float(np.max(np.abs(truth), initial=0.0, where=np.isfinite(truth)))
-
-
-def options(**values: Any) -> tuple[tuple[str, Any], ...]:
-    """The options of a case, in the form in which it can be hashed."""
-    return tuple(values.items())
-
-
 # Every function with every option at least once; each runs in all types and both layouts.
 OPTIONS = [
     Case(),
-    Case(values="relu", biases=False),
+    Case(fill="relu", biases=False),
     Case(half_weights=True, kernel_size=7),
     Case(residual=True, options=options(activation="relu", mlp_activation="relu")),
-    Case(residual=True, values="relu", options=options(order="parallel")),
+    Case(residual=True, fill="relu", options=options(order="parallel")),
     Case(residual=True, options=options(order="spatial_first", activation="relu")),
     Case("cbam_with_batch_norm", kernel_size=7),
     Case(
@@ -364,14 +607,14 @@ OPTIONS = [
         half_weights=True,
         options=options(order="parallel", activation="relu", epsilon=1e-5),
     ),
-    Case("channel_attention", values="relu", residual=True),
+    Case("channel_attention", fill="relu", residual=True),
     Case("channel_attention", biases=False, options=options(pooling="avg", activation="relu")),
     Case("channel_attention", options=options(pooling="max", mlp_activation="relu")),
-    Case("spatial_attention", values="relu", kernel_size=7, biases=False),
+    Case("spatial_attention", fill="relu", kernel_size=7, biases=False),
     Case("spatial_attention", residual=True, options=options(activation="relu")),
-    Case("spatial_attention_with_batch_norm", values="relu"),
-    Case("channel_pool", values="relu"),
-    Case("spatial_pool", values="relu"),
+    Case("spatial_attention_with_batch_norm", fill="relu"),
+    Case("channel_pool", fill="relu"),
+    Case("spatial_pool", fill="relu"),
 ]
 
 # Sizes that vectors, tiles and halos must get right; these run in float32 (and float16, whose
@@ -380,7 +623,7 @@ SIZES = [
     Case(size=(1, 1, 1, 1), hidden=1, kernel_size=1),
     Case(size=(3, 1, 1, 33), hidden=2, kernel_size=7),
     Case(size=(2, 1, 9, 3), hidden=1, kernel_size=11),  # a map smaller than the kernel
-    Case(size=(2, 3, 2, 257), hidden=16, kernel_size=5, values="relu"),
+    Case(size=(2, 3, 2, 257), hidden=16, kernel_size=5, fill="relu"),
     Case(size=(5, 17, 1, 16), hidden=1, kernel_size=3),
     Case(size=(1, 31, 29, 64), hidden=4, kernel_size=7, residual=True),
     Case(size=(9, 4, 4, 8), hidden=8, kernel_size=7, options=options(activation="relu")),
@@ -388,7 +631,7 @@ SIZES = [
     Case("channel_attention", size=(2, 2, 3, 1025), hidden=64),
     Case("channel_pool", size=(2, 70, 61, 5)),
     Case("spatial_pool", size=(2, 3, 5, 515)),
-    Case(size=(2, 4, 6, 10), values="equal"),
+    Case(size=(2, 4, 6, 10), fill="equal"),
 ]
 
 # Large enough to be shared out among threads: by samples, and within one sample.

@@ -348,28 +348,22 @@ def backward(
     return out
 
 
-def gradient_magnitudes(case: Any, tensors: dict[str, Any], data_format: str) -> Tensors:
+def gradient_magnitudes(case: Any, tensors: dict[str, Any]) -> Tensors:
     """What the sums behind each gradient come to without their signs (of pools: nothing known)."""
     if case.function.endswith("pool"):
         return {}
     from cbam_ops import reference, testing
 
     values = {name: tensor.numpy().astype(np.float64) for name, tensor in tensors.items()}
-    keywords = {key: value or "none" for key, value in case.options}
-    outputs = case.call(reference, testing.cast(tensors, "float64"), data_format)
+    keywords = case.core_options()
+    outputs = case.call(reference, testing.cast(tensors, "float64"))
     cotangents = dict(zip(case.output_names(), case.cotangents(outputs), strict=True))
-    gates = {"channel_attention": "channel_only", "spatial_attention": "spatial_only"}
-    keywords["gates"] = gates.get(
-        case.function.removesuffix("_with_batch_norm"), keywords.pop("order", "channel_first")
-    )
     if "gamma" in values:
-        keywords["batch_norm"] = True
         values["bias"] = values.pop("beta")
     for gate in ("channel_gate", "spatial_gate"):
         if gate in cotangents:
             keywords[f"d_{gate}"] = cotangents[gate].numpy()
-    result = backward(
-        dy=cotangents["y"].numpy(), layout=data_format, magnitude=True, **values, **keywords
-    )
-    names = {"residual": "d_residual", "beta": "dbias"}
-    return {name: result[names.get(name, f"d{name}")] for name in tensors}
+    result = backward(dy=cotangents["y"].numpy(), magnitude=True, **values, **keywords)
+    if "gamma" in values:
+        result["dbeta"] = result["dbias"]
+    return result

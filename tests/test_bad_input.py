@@ -160,27 +160,28 @@ BAD = [
 @pytest.mark.parametrize(("case", "arguments", "keywords", "message"), BAD, ids=lambda v: None)
 def test_the_message_names_the_argument(module, case, arguments, keywords, message):
     """Fails where a user is not told which argument is wrong, or either implementation takes it."""
-    tensors = {**case.draw("float32", "NHWC"), **arguments}
-    case = Case(**{**vars(case), "options": tuple(keywords.items())})
-    keywords = {"data_format": "NHWC", **keywords}
+    tensors = {**case.draw(), **arguments}
+    words = dict(keywords)
+    data_format = words.pop("data_format", "NHWC")
+    case = case.replace(options=tuple(words.items()), data_format=data_format)
     with pytest.raises(ValueError, match=re.escape(message)):
-        case.call(module, tensors, data_format=keywords["data_format"])
+        case.call(module, tensors)
 
 
 def test_all_weights_have_one_type(module):
-    case = Case()
-    tensors = case.draw("float16", "NHWC")
+    case = Case(dtype="float16")
+    tensors = case.draw()
     tensors["kernel"] = tf.cast(tensors["kernel"], "float16")
     message = "cbam: `kernel` must have the dtype of `w0`, float32, got float16"
     with pytest.raises(ValueError, match=re.escape(message)):
-        case.call(module, tensors, "NHWC")
+        case.call(module, tensors)
 
 
 def test_good_types_beside_half_maps(module):
     """float32 weights beside a half map are what mixed precision gives: they must be taken."""
     for half_weights in (False, True):
-        case = Case(half_weights=half_weights)
-        y = case.call(module, case.draw("float16", "NHWC"), "NHWC")[0]
+        case = Case(half_weights=half_weights, dtype="float16")
+        y = case.call(module, case.draw())[0]
         assert y.dtype == tf.float16
 
 
@@ -201,12 +202,12 @@ def test_good_types_beside_half_maps(module):
 )
 def test_the_kernel_checks_what_the_graph_could_not(name, shape, message):
     """Fails where a wrong size gets past Python, as an unknown one does, and then past the op."""
-    tensors = {**CBAM.draw("float32", "NHWC"), name: tf.zeros(shape)}
+    tensors = {**CBAM.draw(), name: tf.zeros(shape)}
     specs = {n: tf.TensorSpec(None, tensor.dtype) for n, tensor in tensors.items()}
 
     @tf.function(input_signature=[specs])
     def function(tensors):
-        return CBAM.call(ops, tensors, "NHWC")[0]
+        return CBAM.call(ops, tensors)[0]
 
     with cbam_ops.use_implementation("native"):
         with pytest.raises(tf.errors.InvalidArgumentError, match=re.escape(message)) as caught:
@@ -233,7 +234,7 @@ def native():
 
 def test_the_eager_op_checks_itself(native):
     """Shape functions do not run in eager mode: fails where a kernel would read past a buffer."""
-    tensors = SPATIAL.draw("float32", "NHWC")
+    tensors = SPATIAL.draw()
     good = native.cbam_ops_spatial_attention(**tensors, gamma=[], residual=[])
     gradient = {
         **tensors,
@@ -263,7 +264,7 @@ def test_the_eager_op_checks_itself(native):
 
 
 def test_the_op_refuses_weights_of_another_type(native):
-    tensors = SPATIAL.draw("float32", "NHWC")
+    tensors = SPATIAL.draw()
     tensors["x"] = tf.cast(tensors["x"], tf.float64)
     message = "the weights must have type DT_DOUBLE beside `x` of type DT_DOUBLE, got DT_FLOAT"
     with pytest.raises(tf.errors.InvalidArgumentError, match=message):
@@ -275,10 +276,10 @@ def test_the_op_refuses_weights_of_another_type(native):
 
 @pytest.mark.parametrize("case", OPTIONS, ids=str)
 def test_an_empty_batch_is_legal(module, case, data_format):
-    case = Case(**{**vars(case), "size": (0, 5, 7, 13)})
-    tensors = case.draw("float32", data_format)
-    assert case.call(module, tensors, data_format)[0].shape[0] == 0
-    for name, gradient in case.gradients(module, tensors, data_format).items():
+    case = case.replace(size=(0, 5, 7, 13), data_format=data_format)
+    tensors = case.draw()
+    assert case.call(module, tensors)[0].shape[0] == 0
+    for name, gradient in case.gradients(module, tensors).items():
         assert gradient.shape == tensors[name].shape
         assert not np.any(gradient.numpy()), name
 
@@ -286,11 +287,11 @@ def test_an_empty_batch_is_legal(module, case, data_format):
 def test_nan_stays_in_its_sample(module):
     """A NaN is not an error: it reaches what it belongs to, where a user finds it, and no more."""
     case = Case(options=options(activation="relu"))
-    tensors = case.draw("float32", "NHWC")
+    tensors = case.draw()
     x = tensors["x"].numpy()
     x[1, 0, 0, 0] = np.nan
     y, channel_gate, spatial_gate = (
-        t.numpy() for t in case.call(module, {**tensors, "x": tf.constant(x)}, "NHWC")
+        t.numpy() for t in case.call(module, {**tensors, "x": tf.constant(x)})
     )
     assert np.isnan(y[1]).all() and np.isnan(channel_gate[1]).all()
     for value in (y[0], channel_gate[0], spatial_gate[0]):

@@ -21,11 +21,8 @@ from cbam_ops.testing import (
     OPTIONS,
     SIZES,
     Case,
-    assert_accurate,
     assert_same_bits,
     cast,
-    magnitude,
-    truth_and_stock,
 )
 
 DEVICE = os.environ.get("CBAM_OPS_TEST_DEVICE", "GPU")
@@ -64,44 +61,32 @@ def assert_there(tensors: list[tf.Tensor]) -> None:
         assert place.device_type == DEVICE, f"computed on {tensor.device}"
 
 
-def check(case: Case, dtype: str, data_format: str) -> None:
+def check(case: Case) -> None:
     """Outputs and gradients, against the float64 reference and the CPU op in float64."""
     with tf.device("CPU"):
-        tensors = case.draw(dtype, data_format)
-        truth, stock = truth_and_stock(case, tensors, "call", data_format)
-        d_truth, d_stock = truth_and_stock(case, tensors, "gradients", data_format)
-        magnitudes = gradient_magnitudes(case, tensors, data_format)
-        cpu = case.call(ops, cast(tensors, "float64"), data_format)
-        d_cpu = case.gradients(ops, cast(tensors, "float64"), data_format)
-    there = moved(tensors, DEVICE)
+        tensors = case.draw()
+        magnitudes = gradient_magnitudes(case, tensors)
+        cpu = case.evaluate(ops, cast(tensors, "float64"))
     with tf.device(DEVICE):
-        outputs = case.call(ops, there, data_format)
-        gradients = case.gradients(ops, there, data_format)
-    assert_there([*outputs, *gradients.values()])
-    for wanted, d_wanted in ((truth, d_truth), (cpu, d_cpu)):
-        for name, *values in zip(case.output_names(), outputs, wanted, stock, strict=True):
-            got, right, ordinary = (value.numpy() for value in values)
-            scale = magnitude(right) if dtype == "float64" else None
-            assert_accurate(got, right, ordinary, name, magnitude=scale)
-        for name, gradient in gradients.items():
-            right = d_wanted[name].numpy()
-            scale = np.maximum(magnitudes.get(name, 0.0), magnitude(right))
-            ordinary = d_stock[name].numpy()
-            label = f"gradient of {name}"
-            assert_accurate(gradient.numpy(), right, ordinary, label, magnitude=scale)
+        actual = case.evaluate(ops, moved(tensors, DEVICE))
+    assert_there(list(actual.values()))
+    with tf.device("CPU"):
+        for truth in (None, cpu):
+            found = case.compare(actual, tensors, magnitudes=magnitudes, truth=truth)
+            assert not [finding.fault for finding in found if finding.fault]
 
 
 @pytest.mark.parametrize("case", OPTIONS, ids=str)
 def test_every_option_is_accurate(case, dtype, data_format):
     """Fails where an option, a type or a layout computes something else than the definition."""
-    check(case, dtype, data_format)
+    check(case.replace(dtype=dtype, data_format=data_format))
 
 
 @pytest.mark.parametrize("case", SIZES, ids=str)
 @pytest.mark.parametrize("size_dtype", ["float32", "float16"])
 def test_every_size_is_accurate(case, size_dtype, data_format, path):
     """Fails where a tail of a vector, an edge of a tile or a halo is handled wrongly."""
-    check(case, size_dtype, data_format)
+    check(case.replace(dtype=size_dtype, data_format=data_format))
 
 
 # Maps of several blocks and, on devices that have them, of clusters of several blocks.
@@ -111,7 +96,7 @@ SEVERAL_BLOCKS = Case(size=_SIZE, hidden=8, kernel_size=7, residual=True)
 
 @pytest.mark.parametrize("map_dtype", ["float32", "bfloat16"])
 def test_a_map_of_several_blocks_is_accurate(map_dtype, data_format, path):
-    check(SEVERAL_BLOCKS, map_dtype, data_format)
+    check(SEVERAL_BLOCKS.replace(dtype=map_dtype, data_format=data_format))
 
 
 def bits(values: list[tf.Tensor]) -> list[np.ndarray]:
@@ -120,12 +105,12 @@ def bits(values: list[tf.Tensor]) -> list[np.ndarray]:
 
 def everything(tensors: dict[str, tf.Tensor]) -> list[tf.Tensor]:
     with tf.device(DEVICE):
-        outputs = SEVERAL_BLOCKS.call(ops, tensors, "NHWC")
-        return [*outputs, *SEVERAL_BLOCKS.gradients(ops, tensors, "NHWC").values()]
+        outputs = SEVERAL_BLOCKS.call(ops, tensors)
+        return [*outputs, *SEVERAL_BLOCKS.gradients(ops, tensors).values()]
 
 
 def test_results_have_the_same_bits_every_time(path):
-    tensors = moved(SEVERAL_BLOCKS.draw("float32", "NHWC"), DEVICE)
+    tensors = moved(SEVERAL_BLOCKS.draw(), DEVICE)
     expected = bits(everything(tensors))
     for _ in range(3):
         for index, value in enumerate(bits(everything(tensors))):
@@ -137,7 +122,7 @@ def test_ours_waits_for_what_came_before(path):
 
     The input is the long op's result, so that reading it too early gives other numbers.
     """
-    drawn = SEVERAL_BLOCKS.draw("float32", "NHWC")
+    drawn = SEVERAL_BLOCKS.draw()
     tensors = moved(drawn, DEVICE)
     expected = bits(everything(tensors))
     size = 4096 if DEVICE == "GPU" else 64
@@ -158,13 +143,13 @@ def test_ours_waits_for_what_came_before(path):
 
 def test_what_comes_after_waits_for_ours(path):
     """The workspace and the outputs are used again at once by the next ops on the stream."""
-    tensors = moved(SEVERAL_BLOCKS.draw("float32", "NHWC"), DEVICE)
+    tensors = moved(SEVERAL_BLOCKS.draw(), DEVICE)
     expected = everything(tensors)[0]
 
     @tf.function
     def program(tensors: dict[str, tf.Tensor]) -> list[tf.Tensor]:
         with tf.device(DEVICE):
-            return [SEVERAL_BLOCKS.call(ops, tensors, "NHWC")[0] * 1.0 for _ in range(8)]
+            return [SEVERAL_BLOCKS.call(ops, tensors)[0] * 1.0 for _ in range(8)]
 
     for _ in range(REPEATS):
         for y in program(tensors):
@@ -173,7 +158,7 @@ def test_what_comes_after_waits_for_ours(path):
 
 def test_a_function_s_ops_are_placed_there():
     """Fails where the placer finds no kernel, and moves the op with copies either way."""
-    tensors = moved(SEVERAL_BLOCKS.draw("float32", "NHWC"), DEVICE)
+    tensors = moved(SEVERAL_BLOCKS.draw(), DEVICE)
     soft = tf.config.get_soft_device_placement()
     tf.config.set_soft_device_placement(False)
     try:
@@ -219,12 +204,12 @@ def test_more_than_two_to_the_31_elements():
     """Fails where an index has 32 bits. The last sample alone must give the same bits."""
     if DEVICE != "GPU":
         pytest.skip("it takes 9 GB on a GPU")
-    case = Case(size=(2, 32, 32, 1024), hidden=8, kernel_size=7)
-    tensors = moved(case.draw("bfloat16", "NHWC"), DEVICE)
+    case = Case(size=(2, 32, 32, 1024), hidden=8, kernel_size=7, dtype="bfloat16")
+    tensors = moved(case.draw(), DEVICE)
     with tf.device(DEVICE):
-        few = case.call(ops, tensors, "NHWC")[0]
+        few = case.call(ops, tensors)[0]
         try:
-            many = case.call(ops, {**tensors, "x": tf.tile(tensors["x"], (1025, 1, 1, 1))}, "NHWC")
+            many = case.call(ops, {**tensors, "x": tf.tile(tensors["x"], (1025, 1, 1, 1))})
         except tf.errors.ResourceExhaustedError:
             pytest.skip("the GPU has too little memory")
         assert tf.size(many[0], tf.int64) > 2**31
@@ -238,11 +223,12 @@ def test_more_than_two_to_the_31_elements():
 @pytest.mark.parametrize("xla_dtype", ["float32", "bfloat16"])
 def test_inside_xla_the_bits_are_the_same(case, xla_dtype, data_format):
     """Fails where XLA's stream, its scratch memory or its command buffers change a result."""
-    tensors = moved(case.draw(xla_dtype, data_format), DEVICE)
+    case = case.replace(dtype=xla_dtype, data_format=data_format)
+    tensors = moved(case.draw(), DEVICE)
 
     def function(tensors):
-        outputs = case.call(ops, tensors, data_format)
-        return [*outputs, *case.gradients(ops, tensors, data_format).values()]
+        outputs = case.call(ops, tensors)
+        return [*outputs, *case.gradients(ops, tensors).values()]
 
     compiled = tf.function(function, autograph=False, jit_compile=True)
     with tf.device(DEVICE):
@@ -256,7 +242,7 @@ def test_inside_xla_the_bits_are_the_same(case, xla_dtype, data_format):
 
 def test_inside_xla_ours_waits_for_what_came_before():
     """Fails where the kernels run on another stream than the rest of XLA's program."""
-    tensors = moved(SEVERAL_BLOCKS.draw("float32", "NHWC"), DEVICE)
+    tensors = moved(SEVERAL_BLOCKS.draw(), DEVICE)
     size = 4096 if DEVICE == "GPU" else 64
 
     @tf.function(autograph=False, jit_compile=True)

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tensorflow as tf
+from numpy_oracle import gradient_magnitudes
 
 import cbam_ops
 from cbam_ops import _gpu, ops, reference
@@ -22,7 +23,6 @@ from cbam_ops.testing import (
     assert_accurate,
     assert_close,
     assert_same_bits,
-    magnitude,
     options,
     truth_and_stock,
 )
@@ -65,45 +65,41 @@ def pythonpath() -> str:
 # --- numbers --------------------------------------------------------------------------------------
 
 
-def check_outputs(case: Case, dtype: str, data_format: str) -> None:
-    tensors = case.draw(dtype, data_format)
-    actual = case.call(ops, tensors, data_format)
-    truth, stock = truth_and_stock(case, tensors, "call", data_format)
-    for name, *values in zip(case.output_names(), actual, truth, stock, strict=True):
-        got, wanted, ordinary = (value.numpy() for value in values)
-        # In float64 the truth is no nearer to itself than ours: its rounding errors are in it.
-        scale = magnitude(wanted) if dtype == "float64" else None
-        assert_accurate(got, wanted, ordinary, name, magnitude=scale)
+def check(case: Case) -> None:
+    """Outputs and the gradients of every argument, from gradients of every output."""
+    tensors = case.draw()
+    case.check(ops, tensors, magnitudes=gradient_magnitudes(case, tensors))
 
 
 @pytest.mark.parametrize("case", OPTIONS, ids=str)
 def test_every_option_is_accurate(case, dtype, data_format):
     """Fails where an option, a type or a layout computes something else than the definition."""
-    check_outputs(case, dtype, data_format)
+    check(case.replace(dtype=dtype, data_format=data_format))
 
 
 @pytest.mark.parametrize("case", SIZES, ids=str)
 @pytest.mark.parametrize("size_dtype", ["float32", "float16"])
 def test_every_size_is_accurate(case, size_dtype, data_format):
     """Fails where a tail of a vector, an edge of a tile or a halo is handled wrongly."""
-    check_outputs(case, size_dtype, data_format)
+    check(case.replace(dtype=size_dtype, data_format=data_format))
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("case", [OPTIONS[0], OPTIONS[3], OPTIONS[6], *OPTIONS[-2:]], ids=str)
 def test_special_values_reach_the_same_outputs(case, value, data_format):
     """Fails where NaN or an infinity is dropped by a maximum, or spreads to a sample of its own."""
-    tensors = case.draw("float32", data_format)
+    case = case.replace(data_format=data_format)
+    tensors = case.draw()
     x = tensors["x"].numpy()
     x[0, 2, 3, 5 if data_format == "NHWC" else 6] = value
     tensors["x"] = tf.constant(x)
-    actual = case.call(ops, tensors, data_format)
-    truth, stock = truth_and_stock(case, tensors, "call", data_format)
+    actual = case.call(ops, tensors)
+    truth, stock = truth_and_stock(case, tensors, "call")
     for name, *values in zip(case.output_names(), actual, truth, stock, strict=True):
         assert_accurate(*(output.numpy() for output in values), name)
     if "batch_norm" not in case.function:  # whose statistics tie all samples together
         assert np.isfinite(actual[0][1].numpy()).all()
-    expected = case.call(reference, tensors, data_format)
+    expected = case.call(reference, tensors)
     for name, ours, theirs in zip(case.output_names(), actual, expected, strict=True):
         assert (np.isnan(ours.numpy()) == np.isnan(theirs.numpy())).all(), name
 
@@ -111,22 +107,21 @@ def test_special_values_reach_the_same_outputs(case, value, data_format):
 @pytest.mark.parametrize("case", OPTIONS, ids=str)
 def test_types_and_shapes_equal_the_reference_s(case, dtype):
     """Fails where a user who switches the implementation gets another type, say of a gate."""
-    tensors = case.draw(dtype, "NHWC")
-    for ours, theirs in zip(
-        case.call(ops, tensors, "NHWC"), case.call(reference, tensors, "NHWC"), strict=True
-    ):
+    case = case.replace(dtype=dtype)
+    tensors = case.draw()
+    for ours, theirs in zip(case.call(ops, tensors), case.call(reference, tensors), strict=True):
         assert (ours.dtype, ours.shape) == (theirs.dtype, theirs.shape)
 
 
 @pytest.mark.parametrize("case", OPTIONS, ids=str)
 def test_an_empty_batch_gives_empty_outputs(case, data_format):
     """Fails where a kernel divides by the batch or refuses the last, empty batch of a data set."""
-    case = Case(**{**vars(case), "size": (0, 5, 7, 13)})
-    tensors = case.draw("float32", data_format)
-    expected = case.call(reference, tensors, data_format)
-    for ours, theirs in zip(case.call(ops, tensors, data_format), expected, strict=True):
+    case = case.replace(size=(0, 5, 7, 13), data_format=data_format)
+    tensors = case.draw()
+    expected = case.call(reference, tensors)
+    for ours, theirs in zip(case.call(ops, tensors), expected, strict=True):
         assert_same_bits(ours.numpy(), theirs.numpy(), case.function)
-    for name, gradient in case.gradients(ops, tensors, data_format).items():
+    for name, gradient in case.gradients(ops, tensors).items():
         assert_same_bits(gradient.numpy(), np.zeros(tensors[name].shape, np.float32), name)
 
 
@@ -152,9 +147,10 @@ DIGEST = """
     for i, case in enumerate(OPTIONS + SIZES + LARGE):
         dtype = ("float32", "bfloat16", "float64", "float16")[i % 4]
         for data_format in ("NHWC", "NCHW"):
-            tensors = case.draw(dtype, data_format)
-            outputs = case.call(ops, tensors, data_format)
-            for tensor in [*outputs, *case.gradients(ops, tensors, data_format).values()]:
+            case = case.replace(dtype=dtype, data_format=data_format)
+            tensors = case.draw()
+            outputs = case.call(ops, tensors)
+            for tensor in [*outputs, *case.gradients(ops, tensors).values()]:
                 digest.update(tensor.numpy().tobytes())
     print(digest.hexdigest())
 """
@@ -169,10 +165,10 @@ def test_results_have_the_same_bits_for_any_number_of_threads():
 
 def test_results_have_the_same_bits_every_time():
     case = Case(size=(4, 33, 31, 40), residual=True, options=options(activation="relu"))
-    tensors = case.draw("float32", "NHWC")
-    first = case.gradients(ops, tensors, "NHWC")
+    tensors = case.draw()
+    first = case.gradients(ops, tensors)
     for _ in range(5):
-        for name, gradient in case.gradients(ops, tensors, "NHWC").items():
+        for name, gradient in case.gradients(ops, tensors).items():
             assert_same_bits(gradient.numpy(), first[name].numpy(), name)
 
 
@@ -209,29 +205,29 @@ def test_every_instruction_set_is_accurate(instruction_set):
 
 def test_inputs_may_lie_anywhere(dtype):
     """Fails where a kernel takes the alignment of a whole tensor for granted: slices have none."""
-    case = Case(size=(4, 3, 3, 5))
-    tensors = case.draw(dtype, "NHWC")
-    whole = case.call(ops, tensors, "NHWC")
-    gradients = case.gradients(ops, tensors, "NHWC")
+    case = Case(size=(4, 3, 3, 5), dtype=dtype)
+    tensors = case.draw()
+    whole = case.call(ops, tensors)
+    gradients = case.gradients(ops, tensors)
     for start in range(1, 4):
         part = {**tensors, "x": tensors["x"][start:]}  # shares the buffer, at an odd offset
-        outputs = case.call(ops, part, "NHWC")
+        outputs = case.call(ops, part)
         for name, ours, theirs in zip(case.output_names(), outputs, whole, strict=True):
             assert_same_bits(ours.numpy(), theirs[start:].numpy(), name)
-        got = case.gradients(ops, part, "NHWC")["x"]
+        got = case.gradients(ops, part)["x"]
         assert got.shape == gradients["x"][start:].shape
 
 
 def test_inputs_stay_as_they_are():
     """Fails where an op writes its output into its input: x is needed again, for the gradient."""
     case = Case(residual=True, options=options(activation="relu"))
-    tensors = case.draw("float32", "NHWC")
+    tensors = case.draw()
 
     @tf.function
     def step(tensors):
         # Temporaries of the graph, whose buffers an op could be tempted to take over.
         temporaries = {name: tensor * 2.0 for name, tensor in tensors.items()}
-        y, *_ = case.call(ops, temporaries, "NHWC")
+        y, *_ = case.call(ops, temporaries)
         return y, [temporaries[name] + 0.0 for name in tensors]
 
     _, after = step(tensors)
@@ -246,7 +242,8 @@ def test_inputs_stay_as_they_are():
 @pytest.mark.parametrize("known", ["rank", "nothing"])
 def test_unknown_shapes_in_a_graph(case, known, data_format):
     """Fails where Python code needs a size that only the running graph knows."""
-    tensors = case.draw("float32", data_format)
+    case = case.replace(data_format=data_format)
+    tensors = case.draw()
     specs = {
         name: tf.TensorSpec([None] * tensor.shape.rank if known == "rank" else None, tensor.dtype)
         for name, tensor in tensors.items()
@@ -254,12 +251,12 @@ def test_unknown_shapes_in_a_graph(case, known, data_format):
 
     @tf.function(input_signature=[specs])
     def function(tensors):
-        outputs = case.call(ops, tensors, data_format)
-        assert outputs[0].shape.rank == len(case.call(ops, eager, data_format)[0].shape)
+        outputs = case.call(ops, tensors)
+        assert outputs[0].shape.rank == len(case.call(ops, eager)[0].shape)
         return outputs
 
     eager = tensors
-    expected = case.call(ops, tensors, data_format)
+    expected = case.call(ops, tensors)
     for name, ours, theirs in zip(case.output_names(), function(tensors), expected, strict=True):
         assert_same_bits(ours.numpy(), theirs.numpy(), name)
 
@@ -267,11 +264,11 @@ def test_unknown_shapes_in_a_graph(case, known, data_format):
 @pytest.mark.filterwarnings("ignore")  # TensorFlow's own, about the loop it falls back to
 def test_vectorized_map_falls_back_to_a_loop():
     case = Case(size=(2, 4, 5, 6))
-    tensors = case.draw("float32", "NHWC")
+    tensors = case.draw()
     maps = tf.stack([tensors["x"], -tensors["x"], 2.0 * tensors["x"]])
-    mapped = tf.vectorized_map(lambda x: case.call(ops, {**tensors, "x": x}, "NHWC")[0], maps)
+    mapped = tf.vectorized_map(lambda x: case.call(ops, {**tensors, "x": x})[0], maps)
     for ours, x in zip(mapped, maps, strict=True):
-        expected = case.call(ops, {**tensors, "x": x}, "NHWC")[0]
+        expected = case.call(ops, {**tensors, "x": x})[0]
         assert_same_bits(ours.numpy(), expected.numpy(), "y")
 
 
@@ -284,14 +281,14 @@ class Module(tf.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.tensors = self.case.draw("float32", "NHWC")
+        self.tensors = self.case.draw()
         self.weights = {
             name: tf.Variable(value) for name, value in self.tensors.items() if name != "x"
         }
 
     @tf.function(input_signature=[tf.TensorSpec([None, None, None, 13], tf.float32)])
     def __call__(self, x):
-        return self.case.call(ops, {"x": x, **self.weights}, "NHWC")[0]
+        return self.case.call(ops, {"x": x, **self.weights})[0]
 
 
 @pytest.mark.slow
@@ -337,14 +334,14 @@ def test_a_saved_model_runs_and_trains_in_a_fresh_process(tmp_path):
 def test_an_imported_graph_has_gradients():
     """Fails where the gradient hangs on Python objects that a GraphDef does not carry."""
     case = Case(residual=True)
-    tensors = case.draw("float32", "NHWC")
-    expected = case.gradients(ops, tensors, "NHWC")
+    tensors = case.draw()
+    expected = case.gradients(ops, tensors)
     with tf.Graph().as_default() as graph:
         placeholders = {
             name: tf.compat.v1.placeholder(tensor.dtype, tensor.shape, name)
             for name, tensor in tensors.items()
         }
-        outputs = case.call(ops, placeholders, "NHWC")
+        outputs = case.call(ops, placeholders)
         names = [output.name for output in outputs]
         definition = graph.as_graph_def()
     assert any(node.op == "CbamOps>Cbam" for node in definition.node)
@@ -366,10 +363,10 @@ def test_an_imported_graph_has_gradients():
 @pytest.mark.parametrize("case", OPTIONS, ids=str)
 def test_the_choice_of_the_implementation_is_followed(case):
     """Fails where a function ignores the choice: users compare the two to find out who is wrong."""
-    tensors = case.draw("float32", "NHWC")
+    tensors = case.draw()
 
     def ours() -> set[str]:
-        function = tf.function(lambda tensors: case.call(ops, tensors, "NHWC"))
+        function = tf.function(lambda tensors: case.call(ops, tensors))
         return {name for name in op_types(function, tensors) if name.startswith("CbamOps>")}
 
     for name in ("native", "auto"):
@@ -389,14 +386,14 @@ def fresh_warnings(monkeypatch):
 def test_a_gpu_that_cannot_run_the_kernels_gets_the_reference(fresh_warnings, monkeypatch):
     """Fails where an op without a GPU kernel would run on the CPU, with copies nobody asked for."""
     case = Case()
-    tensors = case.draw("float32", "NHWC")
+    tensors = case.draw()
     gpu = tf.config.LogicalDevice("/device:GPU:0", "GPU")
     monkeypatch.setattr(tf.config, "list_logical_devices", lambda kind=None: [gpu])
     monkeypatch.setattr(_gpu, "why_not_under_tensorflow", lambda: "There is a reason.")
 
     def is_native(device: str | None) -> bool:
         with tf.Graph().as_default() as graph, tf.device(device):
-            case.call(ops, {name: tf.constant(t.numpy()) for name, t in tensors.items()}, "NHWC")
+            case.call(ops, {name: tf.constant(t.numpy()) for name, t in tensors.items()})
         return any(operation.type == "CbamOps>Cbam" for operation in graph.get_operations())
 
     with cbam_ops.use_implementation("auto"):
@@ -404,7 +401,7 @@ def test_a_gpu_that_cannot_run_the_kernels_gets_the_reference(fresh_warnings, mo
             assert not is_native(None)  # by default TensorFlow would take the GPU
         assert not is_native("/device:GPU:0")
         assert is_native("/device:CPU:0")
-        assert case.call(ops, tensors, "NHWC")[0].device.endswith("CPU:0")
+        assert case.call(ops, tensors)[0].device.endswith("CPU:0")
         monkeypatch.setattr(_gpu, "why_not_under_tensorflow", lambda: None)
         assert is_native("/device:GPU:0")
     monkeypatch.setattr(_gpu, "why_not_under_tensorflow", lambda: "There is a reason.")

@@ -67,13 +67,13 @@ def run_python(code: str, *arguments: str, **environment: str) -> list[str]:
     return done.stdout.splitlines()
 
 
-def step(case: Case, data_format: str = "NHWC"):
+def step(case: Case):
     """A function of a case's tensors: all outputs, then the gradients of all tensors in order."""
 
     def outputs_and_gradients(*values):
         tensors = dict(zip(case.names, values, strict=True))
-        outputs = case.call(ops, tensors, data_format)
-        return [*outputs, *case.gradients(ops, tensors, data_format).values()]
+        outputs = case.call(ops, tensors)
+        return [*outputs, *case.gradients(ops, tensors).values()]
 
     return outputs_and_gradients
 
@@ -116,23 +116,24 @@ def test_every_op_has_a_kernel_of_xla(op):
 @pytest.mark.parametrize("case", OPTIONS, ids=str)
 def test_every_option_has_the_same_bits(case, dtype, data_format):
     """Fails where an option, a type or an optional argument is lost on the way through XLA."""
-    values = list(case.draw(dtype, data_format).values())
-    function = step(case, data_format)
+    case = case.replace(dtype=dtype, data_format=data_format)
+    values = list(case.draw().values())
+    function = step(case)
     check_bits(compiled(function)(*values), function(*values))
 
 
 @pytest.mark.parametrize("case", [*SIZES, *LARGE], ids=str)
 def test_every_size_has_the_same_bits(case):
     """Fails where scratch memory is too small, or misaligned, for a shape."""
-    values = list(case.draw("float32", "NHWC").values())
+    values = list(case.draw().values())
     function = step(case)
     check_bits(compiled(function)(*values), function(*values))
 
 
 @pytest.mark.parametrize("case", [OPTIONS[3], OPTIONS[6], *OPTIONS[-2:]], ids=str)
 def test_an_empty_batch_is_legal(case):
-    case = Case(**{**vars(case), "size": (0, 5, 7, 13)})
-    values = list(case.draw("float32", "NHWC").values())
+    case = case.replace(size=(0, 5, 7, 13))
+    values = list(case.draw().values())
     function = step(case)
     check_bits(compiled(function)(*values), function(*values))
 
@@ -140,7 +141,7 @@ def test_an_empty_batch_is_legal(case):
 def test_special_values_and_denormals_have_the_same_bits():
     """Fails where XLA's threads run with other floating-point modes than TensorFlow's."""
     case = OPTIONS[3]
-    tensors = case.draw("float32", "NHWC")
+    tensors = case.draw()
     x = tensors["x"].numpy()
     x[0, 2, 3, 4], x[0, 0, 0, 0], x[1, 1, 1] = np.nan, np.inf, 1e-39
     values = [tf.constant(x), *list(tensors.values())[1:]]
@@ -150,11 +151,13 @@ def test_special_values_and_denormals_have_the_same_bits():
 
 def test_a_call_is_one_custom_call():
     """Fails where something is computed twice, or by XLA itself."""
-    case = Case(residual=True, options=options(activation="relu"))
-    tensors = case.draw("bfloat16", "NCHW")
+    case = Case(
+        residual=True, options=options(activation="relu"), dtype="bfloat16", data_format="NCHW"
+    )
+    tensors = case.draw()
 
     def function(tensors):
-        return case.gradients(ops, tensors, "NCHW")
+        return case.gradients(ops, tensors)
 
     text = hlo(compiled(function), tensors)
     assert custom_calls(text) == ["CbamOps>Cbam", "CbamOps>CbamGrad"]
@@ -165,8 +168,8 @@ def test_a_call_is_one_custom_call():
 def test_options_travel_with_the_call():
     """Fails where a handler's own defaults could stand in for what the user asked for."""
     case = Case("cbam_with_batch_norm", options=options(epsilon=0.1, mlp_activation="relu"))
-    tensors = case.draw("float32", "NHWC")
-    text = hlo(compiled(lambda t: case.call(ops, t, "NHWC")), tensors)
+    tensors = case.draw()
+    text = hlo(compiled(lambda t: case.call(ops, t)), tensors)
     bits = np.float32(0.1).view(np.uint32)
     (line,) = [line for line in text.splitlines() if 'target="CbamOps>Cbam"' in line]
     for attribute in (f"epsilon = 0x{bits:08X} : f32", 'mlp_activation = "relu"', "num_gamma = 1"):
@@ -179,10 +182,10 @@ def test_options_travel_with_the_call():
 def test_the_reference_is_plain_hlo():
     """Fails where the choice of implementation is lost inside XLA, in either direction."""
     case = Case()
-    tensors = case.draw("float32", "NHWC")
+    tensors = case.draw()
 
     def function(tensors):
-        return case.gradients(ops, tensors, "NHWC")
+        return case.gradients(ops, tensors)
 
     assert custom_calls(hlo(compiled(function), tensors)) == ["CbamOps>Cbam", "CbamOps>CbamGrad"]
     with cbam_ops.use_implementation("reference"):
@@ -196,7 +199,7 @@ def test_the_reference_is_plain_hlo():
 def test_a_function_traced_outside_before():
     """Fails where only calls made inside XLA are prepared for it."""
     case = OPTIONS[3]
-    values = list(case.draw("float32", "NHWC").values())
+    values = list(case.draw().values())
     inner = tf.function(step(case), autograph=False)
     expected = inner(*values)
     check_bits(compiled(lambda *v: inner(*v))(*values), expected)
@@ -204,11 +207,11 @@ def test_a_function_traced_outside_before():
 
 def test_a_loop_inside_xla():
     case = Case(options=options(activation="relu"))
-    tensors = case.draw("float32", "NHWC")
+    tensors = case.draw()
 
     def function(x):
         def body(i, x):
-            return i + 1, case.call(ops, {**tensors, "x": x}, "NHWC")[0]
+            return i + 1, case.call(ops, {**tensors, "x": x})[0]
 
         return tf.while_loop(lambda i, _: i < 3, body, (0, x), maximum_iterations=3)[1]
 
@@ -226,13 +229,11 @@ def test_a_loop_inside_xla():
 def test_sizes_unknown_when_traced():
     """Fails where a dynamic batch costs XLA, or where a shape of one call reaches another."""
     case = Case()
-    spec = [
-        tf.TensorSpec([None] * t.shape.rank, t.dtype) for t in case.draw("float32", "NHWC").values()
-    ]
+    spec = [tf.TensorSpec([None] * t.shape.rank, t.dtype) for t in case.draw().values()]
     function = compiled(step_of_any_size, input_signature=spec)
     for size in ((1, 5, 7, 13), (4, 5, 7, 13), (2, 9, 3, 13)):
-        sized = Case(**{**vars(case), "size": size})
-        values = list(sized.draw("float32", "NHWC").values())
+        sized = case.replace(size=size)
+        values = list(sized.draw().values())
         check_bits(function(*values), step_of_any_size(*values))
 
 
@@ -246,8 +247,13 @@ def step_of_any_size(x, w0, b0, w1, b1, kernel, bias):
 @pytest.mark.parametrize("data_format", ["NHWC", "NCHW"])
 def test_a_batch_that_xla_only_bounds(data_format):
     """Fails where samples that a mask left out reach a result, be it as garbage."""
-    case = Case(size=(5, 5, 7, 13), residual=True, options=options(activation="relu"))
-    tensors = case.draw("float32", data_format)
+    case = Case(
+        size=(5, 5, 7, 13),
+        residual=True,
+        options=options(activation="relu"),
+        data_format=data_format,
+    )
+    tensors = case.draw()
     keep = tf.constant([True, False, True, True, False])
 
     def function(keep, *values):
@@ -258,7 +264,7 @@ def test_a_batch_that_xla_only_bounds(data_format):
                 n: tf.boolean_mask(t, keep) if n in ("x", "residual") else t
                 for n, t in tensors.items()
             }
-            y, *gates = case.call(ops, kept, data_format)
+            y, *gates = case.call(ops, kept)
             loss = tf.reduce_sum(y * y) + sum(tf.reduce_sum(g * g) for g in gates)
         gradients = tape.gradient(loss, tensors)
         return [y, *gates, *gradients.values()]
@@ -271,14 +277,14 @@ def test_a_batch_that_xla_only_bounds(data_format):
 
 
 def test_second_order():
-    case = Case("cbam_with_batch_norm", size=(2, 3, 4, 5), residual=True)
-    values = list(case.draw("float64", "NHWC").values())
+    case = Case("cbam_with_batch_norm", size=(2, 3, 4, 5), residual=True, dtype="float64")
+    values = list(case.draw().values())
 
     def function(*values):
         tensors = dict(zip(case.names, values, strict=True))
         with tf.GradientTape() as tape:
             tape.watch(tensors)
-            gradients = case.gradients(ops, tensors, "NHWC")
+            gradients = case.gradients(ops, tensors)
             loss = sum(tf.reduce_sum(g * g) for g in gradients.values())
         return [*gradients.values(), *tape.gradient(loss, tensors).values()]
 
@@ -298,12 +304,12 @@ AUTO_CLUSTERING = """
     from cbam_ops.testing import Case, digest, options
     cbam_ops.set_implementation("native")
     case = Case(size=(2, 20, 20, 13), residual=True, options=options(activation="relu"))
-    tensors = case.draw("float32", "NHWC")
+    tensors = case.draw()
 
     @tf.function(autograph=False)
     def function(tensors):
-        gradients = case.gradients(ops, tensors, "NHWC")
-        return [case.call(ops, tensors, "NHWC"), {k: 2.0 * g for k, g in gradients.items()}]
+        gradients = case.gradients(ops, tensors)
+        return [case.call(ops, tensors), {k: 2.0 * g for k, g in gradients.items()}]
 
     print(digest(function(tensors)))
 """
@@ -448,8 +454,8 @@ def test_determinism():
         from cbam_ops.testing import Case, digest
         cbam_ops.set_implementation("native")
         case = Case(size=(4, 20, 20, 13))
-        tensors = case.draw("float32", "NHWC")
-        function = lambda t: [case.call(ops, t, "NHWC"), case.gradients(ops, t, "NHWC")]
+        tensors = case.draw()
+        function = lambda t: [case.call(ops, t), case.gradients(ops, t)]
         compiled = tf.function(function, autograph=False, jit_compile=True)
         print(*{digest(compiled(tensors)) for _ in range(5)}, digest(function(tensors)))
         """
@@ -476,8 +482,8 @@ def test_calls_from_many_threads_of_a_small_pool(threads):
         from cbam_ops.testing import LARGE, digest
         cbam_ops.set_implementation("native")
         case = LARGE[1]
-        tensors = case.draw("float32", "NHWC")
-        function = lambda t: [case.call(ops, t, "NHWC"), case.gradients(ops, t, "NHWC")]
+        tensors = case.draw()
+        function = lambda t: [case.call(ops, t), case.gradients(ops, t)]
         compiled = tf.function(function, autograph=False, jit_compile=True)
         expected = digest(function(tensors))
         text = compiled.experimental_get_compiler_ir(tensors)(stage="hlo")
@@ -504,8 +510,8 @@ def test_calls_from_many_threads_of_a_small_pool(threads):
 
 def test_inputs_may_lie_anywhere(dtype):
     """Fails where a kernel inside XLA takes the alignment of a whole tensor for granted."""
-    case = Case(size=(4, 3, 3, 5))
-    tensors = case.draw(dtype, "NHWC")
+    case = Case(size=(4, 3, 3, 5), dtype=dtype)
+    tensors = case.draw()
     program = compiled(step(case))
     for start in range(1, 4):
         part = {**tensors, "x": tensors["x"][start:]}  # shares the buffer, at an odd offset
@@ -515,11 +521,11 @@ def test_inputs_may_lie_anywhere(dtype):
 def test_inputs_stay_as_they_are():
     """Fails where XLA lets an output take over an input's buffer: x is read again after y."""
     case = Case(residual=True, options=options(activation="relu"))
-    tensors = case.draw("float32", "NHWC")
+    tensors = case.draw()
 
     def function(tensors):
         temporaries = {name: tensor * 2.0 for name, tensor in tensors.items()}
-        return case.call(ops, temporaries, "NHWC"), list(temporaries.values())
+        return case.call(ops, temporaries), list(temporaries.values())
 
     outputs, after = compiled(function)(tensors)
     expected, before = function(tensors)
@@ -534,11 +540,11 @@ COMPARE = """
         import tensorflow as tf
         from cbam_ops.testing import Case, digest
         case = Case()
-        tensors = case.draw("float32", "NHWC")
+        tensors = case.draw()
 
         def function(tensors):
             from cbam_ops import ops
-            return [case.call(ops, tensors, "NHWC"), case.gradients(ops, tensors, "NHWC")]
+            return [case.call(ops, tensors), case.gradients(ops, tensors)]
 
         def compare():
             import cbam_ops
@@ -670,10 +676,10 @@ def test_kernels_that_xla_does_not_accept_are_a_cause(monkeypatch):
 def test_a_saved_function_is_compiled_in_a_fresh_process(tmp_path):
     """Fails where a graph from a file reaches XLA before what XLA needs is loaded."""
     case = Case(residual=True)
-    values = list(case.draw("float32", "NHWC").values())
+    values = list(case.draw().values())
 
     def function(*values):
-        return case.call(ops, dict(zip(case.names, values, strict=True)), "NHWC")
+        return case.call(ops, dict(zip(case.names, values, strict=True)))
 
     module = tf.Module()
     specs = [tf.TensorSpec([None, *v.shape[1:]], v.dtype) for v in values]
@@ -686,7 +692,7 @@ def test_a_saved_function_is_compiled_in_a_fresh_process(tmp_path):
         import cbam_ops
         from cbam_ops.testing import Case, digest
         cbam_ops.ops.load_library()
-        values = list(Case(residual=True).draw("float32", "NHWC").values())
+        values = list(Case(residual=True).draw().values())
         function = tf.saved_model.load(sys.argv[1]).function
         assert "target=\\"CbamOps>Cbam\\"" in function.experimental_get_compiler_ir(*values)(
             stage="hlo")
@@ -729,12 +735,12 @@ def error_of(function, *arguments) -> str:
 def test_a_mismatch_found_when_compiling(name, shape, message):
     """Fails where XLA's message, or none, takes the place of the op's own."""
     case = Case(residual=True)
-    tensors = case.draw("float32", "NHWC")
+    tensors = case.draw()
     tensors[name] = tf.zeros(shape)
     spec = [tf.TensorSpec(None, t.dtype) for t in tensors.values()]
 
     def function(*values):
-        return case.call(ops, dict(zip(case.names, values, strict=True)), "NHWC")
+        return case.call(ops, dict(zip(case.names, values, strict=True)))
 
     inside = error_of(compiled(function, input_signature=spec), *tensors.values())
     outside = error_of(tf.function(function, input_signature=spec), *tensors.values())
@@ -747,12 +753,12 @@ def test_a_mismatch_found_when_compiling(name, shape, message):
 )
 def test_a_size_that_xla_cannot_fix(axis, case):
     """A batch norm needs the number of samples, and every kernel the map's height and width."""
-    tensors = case.draw("float32", "NHWC")
+    tensors = case.draw()
     keep = tf.constant([True, False, True, True, True][: tensors["x"].shape[axis]])
 
     def function(keep, tensors):
         x = tf.boolean_mask(tensors["x"], keep, axis=axis)
-        return case.call(ops, {**tensors, "x": x}, "NHWC")
+        return case.call(ops, {**tensors, "x": x})
 
     message = error_of(compiled(function), keep, tensors)
     assert "CbamOps>Cbam: `x` must have sizes" in message
@@ -761,10 +767,10 @@ def test_a_size_that_xla_cannot_fix(axis, case):
 
 def test_wrong_types_are_refused_when_traced():
     case = Case()
-    tensors = case.draw("float32", "NHWC")
+    tensors = case.draw()
     tensors["w0"] = tf.cast(tensors["w0"], tf.float64)
     with pytest.raises(ValueError, match="`w0`"):
-        compiled(lambda t: case.call(ops, t, "NHWC"))(tensors)
+        compiled(lambda t: case.call(ops, t))(tensors)
 
 
 # The spatial pool of a map, called as a program from a file would call it.
