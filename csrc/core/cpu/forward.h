@@ -104,6 +104,7 @@ class ForwardPipeline {
         hidden_[q] = arena_.Take<A>(g_.wave * problem.hidden);
         logits_[q] = arena_.Take<A>(g_.wave * g_.channels);
       }
+      if (MeetEarly()) hidden_sum_ = arena_.Take<A>(g_.wave * problem.hidden);
     }
     if (HasSpatialGate(problem)) {
       blocks_ = g_.BlocksPerSample(g_.wave);
@@ -145,8 +146,14 @@ class ForwardPipeline {
                                     : nullptr;
   }
 
+  // Without a second activation the branches of the mean and the maximum meet before W1 instead of
+  // after it.
+  bool MeetEarly() const {
+    return problem_.pooling == Pooling::kAvgMax && problem_.mlp_activation == Activation::kNone;
+  }
+
   void ChannelGate(const ForwardArgs& args, int64_t first, int64_t samples) {
-    const int64_t c = g_.channels;
+    const int64_t c = g_.channels, h = problem_.hidden;
     A* mean = static_cast<A*>(args.channel_descriptors) + first * c;
     A* maximum = mean + g_.batch * c;
     channel_descriptors_.Run(g_.At(args.x, first), samples, mean, maximum);
@@ -158,35 +165,54 @@ class ForwardPipeline {
                      static_cast<const A*>(args.w1),
                      static_cast<const A*>(args.b1)};
     const A* descriptors[2] = {mean, maximum};
-    // Without a second activation the branches of the mean and the maximum meet before W1 instead
-    // of after it.
-    const bool meet_early =
-        mlp.UsesMean() && mlp.UsesMax() && problem_.mlp_activation == Activation::kNone;
-    const bool meet_late = mlp.UsesMean() && mlp.UsesMax() && !meet_early;
+    const bool both = mlp.UsesMean() && mlp.UsesMax(), meet_early = MeetEarly();
     const int branch = mlp.UsesMean() ? 0 : 1;
 
     const Blocks hidden_blocks = mlp.HiddenBlocks(samples);
     ForEach(parallel_, hidden_blocks.count, [&](int64_t i) {
       const Range columns = hidden_blocks.At(i);
       mlp.HiddenBlock(descriptors, samples, columns, hidden_);
-      if (meet_early) AddRows(hidden_[1], samples, problem_.hidden, columns, hidden_[0]);
+      for (int64_t s = 0; meet_early && s < samples; ++s) {
+        for (int64_t j = s * h + columns.begin; j < s * h + columns.end; ++j)
+          hidden_sum_[j] = hidden_[0][j] + hidden_[1][j];
+      }
     });
 
     A* gate = ChannelGateOf(args, first);
     const Blocks channel_blocks = mlp.ChannelBlocks(samples);
     ForEach(parallel_, channel_blocks.count, [&](int64_t i) {
       const Range columns = channel_blocks.At(i);
-      mlp.OutputBlock(hidden_[branch], samples, columns, problem_.mlp_activation, logits_[branch]);
-      if (meet_late) {
+      A* logits = logits_[branch];
+      mlp.OutputBlock(meet_early ? hidden_sum_ : hidden_[branch], samples, columns,
+                      problem_.mlp_activation, logits);
+      if (both && !meet_early) {
         mlp.OutputBlock(hidden_[1], samples, columns, problem_.mlp_activation, logits_[1]);
-        AddRows(logits_[1], samples, c, columns, logits_[0]);
+        AddRows(logits_[1], samples, c, columns, logits);
+      }
+      bool finite = true;
+      if (meet_early) {
+        for (int64_t s = 0; s < samples; ++s) {
+          for (int64_t j = columns.begin; j < columns.end; ++j) {
+            A& logit = logits[s * c + j];
+            if (mlp.b1 != nullptr) logit += mlp.b1[j];  // the second branch's bias
+            finite &= std::isfinite(logit);
+          }
+        }
+      }
+      if (!finite) {
+        // An infinite weight times 0 is NaN, and its branches' sum need not be: what is not finite
+        // is taken branch by branch after all.
+        mlp.OutputBlock(hidden_[0], samples, columns, Activation::kNone, logits_[1]);
+        mlp.OutputBlock(hidden_[1], samples, columns, Activation::kNone, gate);
+        for (int64_t s = 0; s < samples; ++s) {
+          for (int64_t j = s * c + columns.begin; j < s * c + columns.end; ++j) {
+            if (!std::isfinite(logits[j])) logits[j] = logits_[1][j] + gate[j];
+          }
+        }
       }
       for (int64_t s = 0; s < samples; ++s) {
-        A* logits = logits_[branch] + s * c + columns.begin;
-        if (meet_early && mlp.b1 != nullptr) {  // the second branch's bias
-          for (int64_t j = 0; j < columns.size(); ++j) logits[j] += mlp.b1[columns.begin + j];
-        }
-        dense_.sigmoid(logits, columns.size(), gate + s * c + columns.begin);
+        const int64_t begin = s * c + columns.begin;
+        dense_.sigmoid(logits + begin, columns.size(), gate + begin);
       }
     });
     // A descriptor that the gate does not use must not carry a NaN into a gradient of weights.
@@ -306,8 +332,9 @@ class ForwardPipeline {
   const bool stream_;
   Arena arena_;
   ChannelDescriptors<A> channel_descriptors_;
-  A* hidden_[2] = {};  // [wave, hidden], for the mean and the maximum
-  A* logits_[2] = {};  // [wave, C]
+  A* hidden_[2] = {};        // [wave, hidden], for the mean and the maximum
+  A* hidden_sum_ = nullptr;  // [wave, hidden], where the branches meet early
+  A* logits_[2] = {};        // [wave, C]
   int64_t blocks_ = 0;
   int64_t plane_size_ = 0, line_size_ = 0, halo_size_ = 0, scratch_size_ = 0;
   A* scratch_ = nullptr;    // [wave * blocks, scratch_size]

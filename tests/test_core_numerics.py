@@ -1,0 +1,65 @@
+"""Inputs that hurt: infinities, saturated gates, large means, empty and tiny maps.
+
+Through the public operations. The truth is the reference in float64 on the same inputs, and the
+tolerances are those of every other test.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+import cbam_ops
+from cbam_ops import _core, ops
+from cbam_ops.testing import Case, assert_accurate, options, truth_and_stock
+
+Tensors = dict[str, tf.Tensor]
+
+
+@pytest.fixture(autouse=True)
+def native() -> Iterator[None]:
+    with cbam_ops.use_implementation("native"):
+        yield
+
+
+@pytest.fixture(params=["baseline", "avx2", "avx512"])
+def instruction_set(request: pytest.FixtureRequest) -> Iterator[str]:
+    if request.param not in _core.available_instruction_sets():
+        pytest.skip(f"this machine or this build has no {request.param}")
+    before = _core.instruction_set()
+    _core.set_instruction_set(request.param)
+    yield request.param
+    _core.set_instruction_set(before)
+
+
+# --- infinities -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("infinity", [np.inf, -np.inf, np.nan])
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case("channel_attention", size=(3, 4, 4, 40), hidden=4, options=options(pooling=pooling))
+        for pooling in ("avg+max", "avg", "max")
+    ]
+    + [Case(size=(3, 4, 4, 40), hidden=4, biases=False, options=options(order="parallel"))],
+    ids=str,
+)
+def test_infinite_weights_of_the_gate(instruction_set, case, infinity, data_format):
+    """Fails where a hidden unit that one branch switches off hides 0 times infinity, a NaN."""
+    drawn = case.draw("float32", data_format)
+    kinds = set()
+    for unit in range(case.hidden):
+        tensors = dict(drawn)
+        w1 = drawn["w1"].numpy()
+        w1[unit, 5::7] = infinity
+        tensors["w1"] = tf.constant(w1)
+        truth, stock = truth_and_stock(case, tensors, "call", data_format)
+        actual = case.call(ops, tensors, data_format)
+        for name, *values in zip(case.output_names(), actual, truth, stock, strict=True):
+            assert_accurate(*(value.numpy() for value in values), name)
+        kinds |= set(np.isnan(truth[1].numpy()[:, 5::7]).ravel())
+    assert np.isnan(infinity) or kinds == {True, False}, "the case shows nothing"
