@@ -4,12 +4,15 @@
 // the definition. Here: the forward pass in double against the definition written naively,
 // gradients by finite differences, other types against double, equal bits for any threads,
 // statuses.
+#include <algorithm>
 #include <cmath>
+#include <cstddef>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <functional>
+#include <limits>
 #include <memory>
 #include <random>
 #include <string>
@@ -105,8 +108,10 @@ T FromDouble(double value) {
     std::memcpy(&bits, &narrow, 4);
     return Brain{static_cast<uint16_t>((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16)};
   } else if constexpr (std::is_same_v<T, Half>) {
-    // The inputs here are multiples of 1/32 below 64: normal numbers with at most 11 digits.
+    // The numbers here are multiples of 1/32 below 64: normal ones with at most 11 digits.
     if (value == 0) return Half{0};
+    if (std::isnan(value)) return Half{0x7E00};
+    if (std::isinf(value)) return Half{static_cast<uint16_t>(value < 0 ? 0xFC00 : 0x7C00)};
     int exponent;
     const double fraction = std::frexp(std::fabs(value), &exponent);  // [0.5, 1)
     const auto digits = static_cast<int>(std::lround(fraction * 2048)) - 1024;
@@ -125,8 +130,9 @@ double ToDouble(T value) {
     return narrow;
   } else if constexpr (std::is_same_v<T, Half>) {
     const int exponent = (value.bits >> 10) & 31, digits = value.bits & 1023;
-    const double size =
-        exponent == 0 ? std::ldexp(digits, -24) : std::ldexp(1024 + digits, exponent - 25);
+    const double size = exponent == 31  ? (digits == 0 ? INFINITY : NAN)
+                        : exponent == 0 ? std::ldexp(digits, -24)
+                                        : std::ldexp(1024 + digits, exponent - 25);
     return value.bits & 0x8000 ? -size : size;
   } else {
     return static_cast<double>(value);
@@ -502,6 +508,42 @@ void TestThreads() {
   }
 }
 
+// A NaN or an infinity stays in its sample, and is computed with as any number is: sanitizers look
+// at what integer arithmetic makes of its bits.
+void TestNotFinite() {
+  const double nan = std::numeric_limits<double>::quiet_NaN(), infinity = INFINITY;
+  for (int type = 0; type < 4; ++type) {
+    for (const Layout layout : {Layout::kNHWC, Layout::kNCHW}) {
+      for (int gates = 0; gates < 4; ++gates) {
+        Problem p;
+        p.dtype = static_cast<DataType>(type);
+        p.layout = layout;
+        p.gates = static_cast<Gates>(gates);
+        p.batch = 2;
+        p.height = 5;
+        p.width = 7;
+        p.channels = 19;
+        p.kernel_size = 3;
+        const Tensors<double> inputs = MakeInputs(p, 5);
+        const Tensors<double> clean = Run(p, inputs);
+        for (const double value : {nan, -nan, infinity, -infinity}) {
+          Tensors<double> spoilt = inputs;
+          for (size_t i = 0; i < MapSize(p) / 2; i += 11) spoilt.x[i] = value;
+          const Tensors<double> out = Run(p, spoilt);
+          const auto same = [](const Values<double>& a, const Values<double>& b) {
+            const auto half = static_cast<std::ptrdiff_t>(a.size() / 2);
+            return std::equal(a.begin() + half, a.end(), b.begin() + half, b.end());
+          };
+          Expect(same(out.y, clean.y) && same(out.dx, clean.dx),
+                 std::to_string(value) + " leaves its sample in " + Describe(p));
+          Expect(!std::isfinite(Dot(out.y, inputs.dy)),
+                 std::to_string(value) + " is lost in " + Describe(p));
+        }
+      }
+    }
+  }
+}
+
 // Helpers that never start, or start when all is over, must not be waited for.
 void TestWorkSharing() {
   std::vector<std::function<void()>> late;
@@ -552,6 +594,7 @@ int RunAll() {
     }
     TestAgainstDefinition();
     TestThreads();
+    TestNotFinite();
     std::printf("tested: %s\n", cpu::Name(set));
   }
   std::printf("%d failures\n", failures);

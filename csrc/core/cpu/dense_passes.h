@@ -145,7 +145,7 @@ void DotProductsOf(const DotProducts<A>& p) {
 // exp(x) for x in [-87.3, 0], within 2 units in the last place: 2^n * exp(r), the polynomial of
 // Cephes' expf for |r| <= ln(2) / 2.
 CBAM_INLINE VF ExpOfNegative(VF x) {
-  using I = Simd<float>::I;
+  using U = Simd<float>::U;  // where x is NaN the bits may wrap; a caller looks at x itself
   const VF magic =
       Splat(12582912.0f);  // 1.5 * 2^23: adding it leaves the nearest integer in the low bits
   const VF shifted = x * 1.44269504088896341f + magic;
@@ -159,7 +159,7 @@ CBAM_INLINE VF ExpOfNegative(VF x) {
   p = Fma(p, r, Splat(1.6666665459e-1f));
   p = Fma(p, r, Splat(5.0000001201e-1f));
   p = Fma(p, r * r, r + 1.0f);
-  return (VF)((I)p + (((I)shifted - (I)magic) << 23));
+  return (VF)((U)p + (((U)shifted - (U)magic) << 23));
 }
 
 // 1 / (1 + exp(-z)), by exp(-|z|) so that neither end overflows; exactly 0 and 1 far out, NaN kept.
