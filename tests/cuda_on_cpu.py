@@ -7,6 +7,7 @@ shared library that ctypes loads. Nothing here needs a GPU, nvcc or TensorFlow.
 from __future__ import annotations
 
 import ctypes
+import functools
 import hashlib
 import os
 import shutil
@@ -53,6 +54,20 @@ def _run(command: Sequence[str | Path]) -> None:
     done = subprocess.run([str(c) for c in command], capture_output=True, text=True, check=False)
     if done.returncode != 0:
         raise RuntimeError(f"{' '.join(str(c) for c in command)}\n{done.stderr[-4000:]}")
+
+
+@functools.cache
+def sanitizer_works(name: str) -> bool:
+    """Whether the compiler links, and the machine runs, a program with -fsanitize=`name`."""
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder, "one.cc")
+        source.write_text("int main() { return 0; }")
+        try:
+            _run([COMPILER, f"-fsanitize={name}", source, "-o", f"{folder}/one"])
+            _run([f"{folder}/one"])
+        except (OSError, RuntimeError):
+            return False
+    return True
 
 
 def build(

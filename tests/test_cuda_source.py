@@ -10,7 +10,6 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,16 @@ import cuda_resources
 import numpy as np
 import numpy_oracle as oracle
 import pytest
-from cuda_on_cpu import COMPILER, CSRC, Kernels, build, empty, place, problem
+from cuda_on_cpu import (
+    COMPILER,
+    CSRC,
+    Kernels,
+    build,
+    empty,
+    place,
+    problem,
+    sanitizer_works,
+)
 
 ml_dtypes = pytest.importorskip("ml_dtypes")
 
@@ -539,19 +547,6 @@ CHECK = CSRC / "testing" / "cuda_on_cpu_check.cc"
 FLOAT32 = ("kernels", "float32", "gates_float32")
 
 
-def _sanitizer_works(name: str) -> bool:
-    if not COMPILER:
-        return False
-    with tempfile.TemporaryDirectory() as folder:
-        source = Path(folder, "one.cc")
-        source.write_text("int main() { return 0; }")
-        command = [COMPILER, f"-fsanitize={name}", str(source), "-o", f"{folder}/one"]
-        built = subprocess.run(command, capture_output=True, check=False)
-        if built.returncode != 0:
-            return False
-        return subprocess.run([f"{folder}/one"], capture_output=True, check=False).returncode == 0
-
-
 def _run_check(binary: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     environment = {
         **os.environ,
@@ -568,7 +563,7 @@ def _run_check(binary: Path, *arguments: str) -> subprocess.CompletedProcess[str
 def test_sanitizer(sanitizer: str) -> None:
     """address: reads and writes beyond shared memory, maps and workspace. thread: missing barriers,
     and blocks or clusters that write what others read."""
-    if not _sanitizer_works(sanitizer):
+    if not sanitizer_works(sanitizer):
         pytest.skip(f"-fsanitize={sanitizer} does not work with {COMPILER} here")
     arguments = ["threads"] if sanitizer == "thread" else []
     done = _run_check(build(sanitizer=sanitizer, only=FLOAT32, main=CHECK), *arguments)
@@ -653,7 +648,7 @@ def test_mutants_are_caught(mutant: str, tmp_path: Path) -> None:
     assert text in source, "the mutation no longer applies: update it"
     target.write_text(source.replace(text, replacement))
     done = _run_check(build(csrc, only=FLOAT32, main=CHECK), "quick")
-    if done.returncode == 0 and _sanitizer_works("thread"):
+    if done.returncode == 0 and sanitizer_works("thread"):
         done = _run_check(build(csrc, sanitizer="thread", only=FLOAT32, main=CHECK), "threads")
     assert done.returncode != 0, "nobody noticed"
 
