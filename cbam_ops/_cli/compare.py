@@ -119,7 +119,8 @@ def compare_model(
     x, y = tf.constant(images), tf.constant(targets)
 
     def prepare() -> tuple[Traced, Any]:
-        copy = keras.models.clone_model(model)
+        # Not clone_model: it would also copy how the model was compiled.
+        copy = keras.Model.from_config(model.get_config())
         copy.set_weights(model.get_weights())
         optimizer = keras.optimizers.Adam(1e-4)
         optimizer.build(copy.trainable_variables)

@@ -123,16 +123,15 @@ def _comparisons(
         data.train_labels[:_BATCH],
         repeats=10 if quick else 40,
     )
-    if not quick:
-        images, targets = next(patches)
-        yield compare.compare_model(
-            f"photograph network, batch {len(images)}",
-            photo_model,
-            keras.losses.BinaryCrossentropy(from_logits=True),
-            images,
-            targets,
-            repeats=20,
-        )
+    images, targets = next(patches)
+    yield compare.compare_model(
+        f"photograph network, batch {len(images)}",
+        photo_model,
+        keras.losses.BinaryCrossentropy(from_logits=True),
+        images,
+        targets,
+        repeats=5 if quick else 20,
+    )
     shape = (4, 28, 28, 256) if quick else (8, 28, 28, 512)
     yield compare.compare_module(
         f"one CBAM, {'x'.join(map(str, shape))}", shape, repeats=5 if quick else 15
