@@ -7,7 +7,6 @@ import importlib
 import os
 import sys
 import tempfile
-import types
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -125,53 +124,46 @@ def written(path: Path) -> Iterator[Path]:
         part.unlink(missing_ok=True)
 
 
-class _QuietStderr:
-    """Collects what is written to file descriptor 2, below Python, and shows it on failure only."""
+@contextlib.contextmanager
+def quiet_start_up() -> Iterator[None]:
+    """Keeps back TensorFlow's start-up messages, if this process is the command.
 
-    def __enter__(self) -> _QuietStderr:
-        sys.stderr.flush()
+    What is written to file descriptor 2 in the block is shown only if the block fails. (Setting
+    TF_CPP_MIN_LOG_LEVEL alone is not enough: it counts after TensorFlow has loaded.) Python imports
+    the package before it runs the command, so this is also where the package imports TensorFlow.
+    Where the user has set TF_CPP_MIN_LOG_LEVEL to 0 or 1, everything is shown.
+    """
+    program = sys.argv[0] if getattr(sys, "argv", None) else ""
+    command = Path(program).name == "cbam-ops" or sys.orig_argv[1:3] == ["-m", "cbam_ops"]
+    if not command or os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3") in ("0", "1"):
+        yield
+        return
+    with tempfile.TemporaryFile() as messages:
         try:
-            self._kept = os.dup(2)
-        except OSError:  # no stderr at all: nothing to keep quiet
-            self._kept = -1
-            return self
-        # The file lives until __exit__.
-        self._file = tempfile.TemporaryFile()  # noqa: SIM115
-        os.dup2(self._file.fileno(), 2)
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: types.TracebackType | None,
-    ) -> None:
-        if self._kept < 0:
+            kept = os.dup(2)
+        except OSError:  # no stderr at all: nothing to keep back
+            yield
             return
-        sys.stderr.flush()
-        os.dup2(self._kept, 2)
-        os.close(self._kept)
-        if kind is not None and not issubclass(kind, KeyboardInterrupt):
-            self._file.seek(0)
-            os.write(2, self._file.read())
-        self._file.close()
+        os.dup2(messages.fileno(), 2)
+        try:
+            yield
+        except Exception:
+            messages.seek(0)
+            os.write(kept, messages.read())
+            raise
+        finally:
+            os.dup2(kept, 2)
+            os.close(kept)
 
 
 def import_tensorflow() -> None:
-    """Imports TensorFlow and Keras without their start-up messages.
-
-    TF_CPP_MIN_LOG_LEVEL silences what TensorFlow logs once it runs (a missing GPU driver, CPU
-    features); what it writes while it loads comes before that setting counts. Where the user has
-    set it to 0 or 1, everything is shown.
+    """Imports TensorFlow and Keras.
 
     Raises:
-      CommandError: TensorFlow is not installed or does not load.
+      CommandError: one of them is not installed or does not load.
     """
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    wanted = os.environ["TF_CPP_MIN_LOG_LEVEL"] in ("0", "1")
-    with contextlib.nullcontext() if wanted else _QuietStderr():
-        require(["tensorflow"], "cbam_ops")
-        require(["keras"], "cbam_ops")
+    with quiet_start_up():
+        require(["tensorflow", "keras"], "cbam_ops")
 
 
 def print_table(rows: Sequence[Sequence[str]], align: str) -> None:

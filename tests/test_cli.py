@@ -24,13 +24,15 @@ from cbam_ops._loader import tensorflow_requirement
 # Hides modules from a program: the argument list's first entry names them.
 _WITHOUT = """
 import sys
+HIDDEN = sys.argv.pop(1).split(",")
 class Hidden:
     def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in sys.argv[1].split(","):
+        if name.split(".")[0] in HIDDEN:
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 sys.meta_path.insert(0, Hidden())
+sys.argv[0] = "cbam-ops"
 from cbam_ops.__main__ import main
-sys.exit(main(sys.argv[2:]))
+sys.exit(main())
 """
 
 
