@@ -190,26 +190,6 @@ def print_table(rows: Sequence[Sequence[str]], align: str) -> None:
     Console(width=200, markup=False, highlight=False).print(table)
 
 
-def table(rows: Sequence[Sequence[str]], align: str, indent: str = "  ") -> str:
-    """Rows as aligned columns; the first row is the head, underlined.
-
-    Args:
-      rows: cells, all rows of one length.
-      align: one character per column, "<" or ">".
-      indent: what each line starts with.
-    """
-    widths = [max(len(row[i]) for row in rows) for i in range(len(align))]
-
-    def line(row: Sequence[str]) -> str:
-        cells = (
-            f"{cell:{side}{width}}" for cell, side, width in zip(row, align, widths, strict=True)
-        )
-        return (indent + "  ".join(cells)).rstrip()
-
-    rule = indent + "  ".join("-" * width for width in widths)
-    return "\n".join([line(rows[0]), rule, *(line(row) for row in rows[1:])])
-
-
 def say(text: str = "") -> None:
     """Prints a line at once: the output is read while the command runs."""
     print(text, flush=True)

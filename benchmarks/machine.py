@@ -3,50 +3,29 @@
 from __future__ import annotations
 
 import datetime
-import os
 import platform
 import subprocess
 from importlib import metadata
 from pathlib import Path
 
 import cbam_ops
-from cbam_ops._bench.results import Row
+from cbam_ops._bench import Row, cache_bytes, cpus
 
-_PACKAGES = ("tensorflow", "keras", "numpy", "torch")
-_ASSUMED_CACHE = 32 * 2**20
-
-
-def cpus() -> int:
-    """How many processors this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+_PACKAGES = ("tensorflow", "keras", "numpy", "torch", "jax")
 
 
 def processor() -> str:
     """The processor's name with its family and model, which tell virtual machines' names apart."""
-    values: dict[str, str] = {}
     try:
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            name, _, value = line.partition(":")
-            if not name.strip():
-                break
-            values[name.strip()] = value.strip()
+        first = Path("/proc/cpuinfo").read_text(encoding="utf-8").split("\n\n")[0]
     except OSError:
-        pass
+        first = ""
+    pairs = (line.partition(":") for line in first.splitlines())
+    values = {name.strip(): value.strip() for name, _, value in pairs}
     name = values.get("model name") or platform.processor() or platform.machine()
     if "cpu family" in values and "model" in values:
         name += f" (family {values['cpu family']}, model {values['model']})"
     return name
-
-
-def cache_bytes() -> int:
-    """The size of the last-level cache; 32 MB where the system does not tell."""
-    largest = 0
-    for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
-        text = path.read_text(encoding="ascii").strip()
-        scale = {"K": 2**10, "M": 2**20}.get(text[-1:], 1)
-        digits = text.rstrip("KM")
-        largest = max(largest, int(digits) * scale if digits.isdigit() else 0)
-    return largest or _ASSUMED_CACHE
 
 
 def commit() -> str | None:
@@ -74,28 +53,26 @@ def _instruction_set() -> str | None:
     return _core.instruction_set()
 
 
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
-
-
 def describe(name: str | None = None) -> Row:
     """The columns that all rows of a run share.
 
     Args:
       name: how to call this machine in the CSV; by default after what it is.
     """
+    versions = [f"cbam_ops {cbam_ops.__version__}"]
+    for package in _PACKAGES:
+        try:
+            versions.append(f"{package} {metadata.version(package)}")
+        except metadata.PackageNotFoundError:
+            pass
     instruction_set = _instruction_set()
-    versions = {"cbam_ops": cbam_ops.__version__} | {p: _version(p) or "" for p in _PACKAGES}
     return {
         "machine": name or f"{processor()}, {cpus()} CPUs, {instruction_set}",
         "processor": processor(),
         "cpus": cpus(),
         "cache_bytes": cache_bytes(),
         "instruction_set": instruction_set,
-        "versions": "; ".join(f"{p} {version}" for p, version in versions.items() if version),
+        "versions": "; ".join(versions),
         "commit": commit(),
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),
     }

@@ -12,9 +12,10 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+from cases import OURS_XLA, NetworkCase
+from measure import peak_bytes, shows_memory
 
-from cbam_ops._bench.cases import OURS, OURS_XLA, NetworkCase
-from cbam_ops._bench.measure import Outcome, interleave, peak_bytes, quantiles, shows_memory
+from cbam_ops._bench import OURS, Outcome, interleave, spread
 
 ATTENTION = {
     "plain": None,
@@ -86,7 +87,7 @@ def measure_network(case: NetworkCase, seconds: float) -> Outcome:
     import cbam_ops
     from cbam_ops import models
 
-    outcome = Outcome([], {}, {})
+    outcome = Outcome()
     random = np.random.default_rng(50)
     shape = (case.n, case.size, case.size, 3)
     images = [tf.constant(random.standard_normal(shape, dtype=np.float32)) for _ in range(2)]
@@ -140,9 +141,9 @@ def measure_network(case: NetworkCase, seconds: float) -> Outcome:
         if outcome.wrong:
             return outcome
     times = interleave(functions, _TIMES_A_ROW * seconds, pairs=True)
-    ours = quantiles(times[OURS])[0] if OURS in times else None
+    ours = spread(times[OURS])["median_s"] if OURS in times else None
     for name, values in times.items():
-        median, low, high = quantiles(values)
+        figures = spread(values)
         share = None
         plain = "plain-xla" if name in _COMPILED else "plain"
         if ATTENTION[name] and plain in times:
@@ -152,13 +153,9 @@ def measure_network(case: NetworkCase, seconds: float) -> Outcome:
             {
                 "mode": case.mode,
                 "provider": name,
-                "median_s": median,
-                "q20_s": low,
-                "q80_s": high,
-                "runs": len(values),
-                "calls": 1,
+                **figures,
                 "inputs": len(images),
-                "ours_is_faster": None if ours is None else median / ours,
+                "ours_is_faster": ours and figures["median_s"] / ours,
                 "error": None if not ATTENTION[name] or np.isnan(difference) else difference,
                 "extra_bytes": extra[name],
                 "module_percent_of_time": share,

@@ -1,0 +1,99 @@
+"""Checks, weighs and times one case; runs in a process of its own."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import gc
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import cases
+from baselines import PROVIDERS
+
+from cbam_ops import _bench
+from cbam_ops._bench import Case, Outcome
+
+# Peaks are read in pages of a process whose counters are a few hundred KB apart.
+_LEAST_MAP_FOR_MEMORY = 4 * 2**20
+
+
+def _status_bytes(field: str) -> int:
+    status = Path("/proc/self/status").read_text(encoding="ascii", errors="replace")
+    for line in status.splitlines():
+        if line.startswith(field + ":"):
+            return int(line.split()[1]) * 1024
+    raise OSError(f"/proc/self/status has no {field}")
+
+
+def _trim() -> None:
+    """Gives free heap memory back to the system, so that its next use shows."""
+    gc.collect()
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+    except (OSError, AttributeError):  # another C library: peaks may come out too low
+        pass
+
+
+def peak_bytes(function: Callable[[], Any], attempts: int = 3) -> int | None:
+    """How many bytes the process has more, at most, during a call than before it.
+
+    The least of some attempts, since other threads of the process allocate too. None where the
+    system does not let a process reset its peak (other than Linux, some containers).
+    """
+    found = []
+    try:
+        for _ in range(attempts):
+            _trim()
+            before = _status_bytes("VmRSS")
+            Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+            result = function()
+            found.append(_status_bytes("VmHWM") - before)
+            del result
+    except OSError:
+        return None
+    return max(0, min(found))
+
+
+@functools.lru_cache
+def shows_memory(framework: str) -> bool:
+    """Whether `peak_bytes` sees what a framework allocates.
+
+    TensorFlow's allocator with oneDNN, the default on processors with AVX512_VNNI, keeps what it
+    has had; with TF_ENABLE_ONEDNN_OPTS=0 the system's is used.
+    """
+    if framework != "tensorflow":
+        return True
+    import tensorflow as tf
+
+    values = 2**24
+    seen = peak_bytes(lambda: tf.ones([values]))
+    return seen is not None and seen >= 2 * values  # half of it
+
+
+def measure(case: Case, seconds: float, cache_bytes: int) -> Outcome:
+    """Checks, weighs and times a case.
+
+    Args:
+      case: what to measure, with a known number of threads.
+      seconds: how long to time each provider in each mode.
+      cache_bytes: the size of the last-level cache, which the rotated inputs must exceed.
+    """
+    inputs = _bench.draw_inputs(case, cache_bytes)
+    prepared, outcome = _bench.prepare(case, inputs, PROVIDERS)
+    # What a step returns is no extra: y, the gradients of the maps and of the weights.
+    returned = len(inputs.sets[0]) * case.map_bytes + case.weight_bytes
+    extra: dict[str, int] = {}
+    for name, candidate in prepared.items():
+        if case.map_bytes >= _LEAST_MAP_FOR_MEMORY and shows_memory(candidate.framework):
+            peak = peak_bytes(candidate.step)
+            if peak is not None:
+                extra[name] = max(0, peak - returned)
+    outcome.rows = _bench.time_prepared(case, inputs, prepared, seconds)
+    for row in outcome.rows:
+        row["operations"] = cases.operations(case, row["mode"])
+        if row["mode"] == "step" and row["provider"] in extra:
+            row["extra_bytes"] = extra[row["provider"]]
+            row["extra_percent_of_x"] = 100 * extra[row["provider"]] / case.map_bytes
+    return outcome
