@@ -89,13 +89,11 @@ class Traced:
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """What one network (or one module) does under both implementations; times in seconds."""
+    """One network, or one module: fused and reference, and the largest difference of the two."""
 
     name: str
-    fused_seconds: float
-    reference_seconds: float
-    fused_bytes: int
-    reference_bytes: int
+    seconds: tuple[float, float]
+    kept_bytes: tuple[int, int]
     output_error: float
     gradient_error: float
 
@@ -136,31 +134,15 @@ def compare_model(
 
 def compare_module(name: str, shape: tuple[int, int, int, int], repeats: int) -> Comparison:
     """Compares one CBAM, forward and backward, on random values (NHWC, float32, ratio 16)."""
-    import tensorflow as tf
-
     import cbam_ops
+    from cbam_ops.testing import Case
 
-    random = np.random.default_rng(0)
-    channels = shape[-1]
-    hidden = channels // 16
-
-    def normal(*size: int, scale: float = 1.0) -> Any:
-        return tf.constant((random.standard_normal(size) * scale).astype("float32"))
-
-    arguments = [
-        normal(*shape),
-        normal(channels, hidden, scale=channels**-0.5),
-        normal(hidden),
-        normal(hidden, channels, scale=hidden**-0.5),
-        normal(channels),
-        normal(7, 7, 2, 1, scale=1 / 7),
-        normal(1),
-    ]
+    tensors = list(Case("cbam", shape, hidden=shape[-1] // 16, kernel_size=7).draw().values())
 
     def prepare() -> tuple[Traced, Any]:
-        return Traced(cbam_ops.cbam, watch=True), cbam_ops.cbam(*arguments)
+        return Traced(cbam_ops.cbam, watch=True), cbam_ops.cbam(*tensors)
 
-    return _compare(name, prepare, arguments, repeats)
+    return _compare(name, prepare, tensors, repeats)
 
 
 def _compare(
@@ -178,14 +160,10 @@ def _compare(
             outputs.append(output)
             gradients.append(step(*inputs)[1])
             kept.append(step.kept_bytes(*inputs))
-    fused_bytes, reference_bytes = kept
-    fused_seconds, reference_seconds = _interleaved_medians(traced, inputs, repeats)
     return Comparison(
         name,
-        fused_seconds,
-        reference_seconds,
-        fused_bytes,
-        reference_bytes,
+        _interleaved_medians(traced, inputs, repeats),
+        (kept[0], kept[1]),
         output_error=_largest_difference(*outputs),
         gradient_error=max(_largest_difference(*pair) for pair in zip(*gradients, strict=True)),
     )
@@ -193,12 +171,13 @@ def _compare(
 
 def _interleaved_medians(
     functions: Sequence[Traced], inputs: list[Any], repeats: int
-) -> list[float]:
-    """Median seconds of each; they take turns, so that a busy moment hits them alike."""
+) -> tuple[float, float]:
+    """Median seconds of both; they take turns, so that a busy moment hits them alike."""
     times = np.empty((repeats + 2, len(functions)))
     for row in times:
         for i, function in enumerate(functions):
             started = time.perf_counter()
             np.asarray(function(*inputs)[0])  # waits
             row[i] = time.perf_counter() - started
-    return list(np.median(times[2:], axis=0))
+    fused, reference = np.median(times[2:], axis=0)
+    return fused, reference
