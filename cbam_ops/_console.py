@@ -128,22 +128,22 @@ def written(path: Path) -> Iterator[Path]:
 def quiet_start_up() -> Iterator[None]:
     """Keeps back TensorFlow's start-up messages, if this process is the command.
 
-    What is written to file descriptor 2 in the block is shown only if the block fails. (Setting
-    TF_CPP_MIN_LOG_LEVEL alone is not enough: it counts after TensorFlow has loaded.) Python imports
-    the package before it runs the command, so this is also where the package imports TensorFlow.
-    Where the user has set TF_CPP_MIN_LOG_LEVEL to 0 or 1, everything is shown.
+    What the block writes to stderr is shown only if the block fails, or if the user has set
+    TF_CPP_MIN_LOG_LEVEL to 0 or 1. (That variable alone does not silence TensorFlow while it
+    loads.) Python imports the package before it runs the command, so the package's import uses this
+    too.
     """
     program = sys.argv[0] if getattr(sys, "argv", None) else ""
     command = Path(program).name == "cbam-ops" or sys.orig_argv[1:3] == ["-m", "cbam_ops"]
     if not command or os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3") in ("0", "1"):
         yield
         return
-    with tempfile.TemporaryFile() as messages:
-        try:
-            kept = os.dup(2)
-        except OSError:  # no stderr at all: nothing to keep back
-            yield
-            return
+    try:
+        kept, messages = os.dup(2), tempfile.TemporaryFile()
+    except OSError:  # no stderr, or nowhere to keep what it gets
+        yield
+        return
+    with messages:
         os.dup2(messages.fileno(), 2)
         try:
             yield
