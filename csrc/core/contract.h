@@ -16,6 +16,8 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "core/checked.h"
+
 namespace cbam_ops {
 
 enum class DataType : int32_t { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2, kFloat64 = 3 };
@@ -178,6 +180,21 @@ inline Status CheckProblem(const Problem& problem) {
   }
   if (problem.batch_norm && !HasSpatialGate(problem))
     return invalid("batch_norm needs a spatial gate");
+  // More than any machine has, and few enough that no offset or count of bytes overflows.
+  const auto too_many = [](CheckedSize elements) { return elements.value() > int64_t{1} << 52; };
+  const CheckedSize batch = problem.batch, channels = problem.channels;
+  const CheckedSize positions = batch * problem.height * problem.width;
+  if (too_many(positions * channels) || too_many(positions * 2) || too_many(batch * channels * 2)) {
+    return invalid(
+        "batch * height * width * channels and each product of less must be at most 2^52");
+  }
+  if (HasChannelGate(problem) &&
+      (too_many(batch * problem.hidden * 2) || too_many(channels * problem.hidden))) {
+    return invalid("batch * hidden and channels * hidden must be at most 2^52");
+  }
+  if (HasSpatialGate(problem) && too_many(CheckedSize(problem.kernel_size) * problem.kernel_size)) {
+    return invalid("kernel_size must be at most 2^26");
+  }
   return {};
 }
 

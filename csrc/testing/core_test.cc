@@ -583,9 +583,71 @@ void TestStatuses() {
   Expect(refused(norm), "a batch norm without a spatial gate is refused");
 }
 
+// Sizes whose products do not fit are refused before anything is multiplied; an empty batch takes no
+// workspace, however large its samples would be, and its weights have gradients of 0.
+void TestSizes() {
+  constexpr int64_t k30 = int64_t{1} << 30, k31 = int64_t{1} << 31, k62 = int64_t{1} << 62;
+  constexpr int64_t kMost = std::numeric_limits<int64_t>::max();
+  const cpu::Parallel parallel;
+  const auto make = [](int64_t n, int64_t h, int64_t w, int64_t c) {
+    Problem p;
+    p.batch = n;
+    p.height = h;
+    p.width = w;
+    p.channels = c;
+    p.batch_norm = true;
+    return p;
+  };
+  for (const Layout layout : {Layout::kNHWC, Layout::kNCHW}) {
+    const Problem refused[] = {
+        make(1, k31, k31, 2), make(2, k30, k30, 1),     make(k62, 1, 1, 1),
+        make(4, k62, 1, 1),   make(1, kMost, kMost, 1), make(k31, 0, 1, k31),
+        make(1, k62, 4, 0),   make(kMost, 1, 1, 0),     make(k31, k31, 0, kMost),
+    };
+    for (Problem p : refused) {
+      p.layout = layout;
+      Expect(cpu::ForwardWorkspace(p, parallel) == 0 && cpu::BackwardWorkspace(p, parallel) == 0 &&
+                 cpu::Forward(p, ForwardArgs(), nullptr, parallel).code ==
+                     StatusCode::kInvalidProblem &&
+                 cpu::Backward(p, BackwardArgs(), nullptr, parallel).code ==
+                     StatusCode::kInvalidProblem,
+             "refused: " + Describe(p));
+    }
+    const Problem empty[] = {make(0, k30, k30, 1), make(0, k62, k62, 3), make(0, kMost, 1, 2)};
+    for (Problem p : empty) {
+      p.layout = layout;
+      Expect(cpu::ForwardWorkspace(p, parallel) == 0 && cpu::BackwardWorkspace(p, parallel) == 0 &&
+                 cpu::ChannelPoolWorkspace(p, parallel) == 0 &&
+                 cpu::SpatialPoolWorkspace(p, parallel) == 0,
+             "no workspace for " + Describe(p));
+      double statistics[2];
+      const float one = 1;
+      ForwardArgs forward;
+      forward.gamma = &one;
+      forward.batch_statistics = statistics;
+      Expect(cpu::Forward(p, forward, nullptr, parallel).ok(), "forward of " + Describe(p));
+      float d[6][2 * 7 * 7];
+      std::fill_n(&d[0][0], 6 * 2 * 7 * 7, 1.0f);
+      BackwardArgs backward;
+      backward.dw0 = d[0];
+      backward.db0 = d[1];
+      backward.dw1 = d[2];
+      backward.db1 = d[3];
+      backward.dkernel = d[4];
+      backward.dbias = &d[5][0];
+      backward.dgamma = &d[5][1];
+      Expect(cpu::Backward(p, backward, nullptr, parallel).ok() && d[0][0] == 0 && d[1][0] == 0 &&
+                 d[2][p.channels - 1] == 0 && d[3][0] == 0 && d[4][2 * 7 * 7 - 1] == 0 &&
+                 d[5][0] == 0 && d[5][1] == 0,
+             "backward of " + Describe(p));
+    }
+  }
+}
+
 int RunAll() {
   TestWorkSharing();
   TestStatuses();
+  TestSizes();
   for (const cpu::InstructionSet set :
        {cpu::InstructionSet::kBaseline, cpu::InstructionSet::kAvx2, cpu::InstructionSet::kAvx512}) {
     if (!cpu::SetInstructionSet(set)) {

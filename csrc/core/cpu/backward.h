@@ -45,26 +45,26 @@ class BackwardPipeline {
     const int64_t n = g_.batch, c = g_.channels, p = g_.positions, h = problem.hidden, w = g_.wave;
     blocks_ = g_.BlocksPerSample(w);
     if (HasChannelGate(problem)) {
-      partial_ = arena.Take<A>(w * g_.units * 2 * c);
-      channel_count_ = arena.Take<A>(w * c);
-      arena.TakePair(n * h, hidden_);
-      arena.TakePair(n * h, d_hidden_);
-      arena.TakePair(w * c, d_channel_);
+      partial_ = arena.Take<A>(w, g_.units, 2, c);
+      channel_count_ = arena.Take<A>(w, c);
+      arena.TakePair(hidden_, n, h);
+      arena.TakePair(d_hidden_, n, h);
+      arena.TakePair(d_channel_, w, c);
       if (problem.mlp_activation == Activation::kRelu) {
-        arena.TakePair(n * c, dz_channel_);
+        arena.TakePair(dz_channel_, n, c);
       } else {
-        dz_channel_[0] = dz_channel_[1] = arena.Take<A>(n * c);
+        dz_channel_[0] = dz_channel_[1] = arena.Take<A>(n, c);
       }
     }
     if (HasSpatialGate(problem)) {
-      const int64_t k2 = 2 * problem.kernel_size * problem.kernel_size;
-      dz_ = arena.Take<A>((problem.batch_norm ? n : w) * p);
-      d_position_mean_ = arena.Take<A>(w * p);
-      d_position_max_ = arena.Take<A>(w * p);
-      dkernel_ = arena.Take<A>(n * k2);
+      const int64_t k = problem.kernel_size;
+      dz_ = arena.Take<A>(problem.batch_norm ? n : w, p);
+      d_position_mean_ = arena.Take<A>(w, p);
+      d_position_max_ = arena.Take<A>(w, p);
+      dkernel_ = arena.Take<A>(n, k, k, 2);
       dbias_ = arena.Take<double>(n);
       if (problem.batch_norm) {
-        normalized_ = arena.Take<A>(n * p);
+        normalized_ = arena.Take<A>(n, p);
         dgamma_ = arena.Take<double>(n);
       }
       line_size_ = RoundUp(g_.width, dense_.lanes);
@@ -75,7 +75,7 @@ class BackwardPipeline {
       kernel_size_ =
           3 * PaddedPlane<A>::Size(g_, dense_.lanes, g_.height + 2 * g_.half) + line_size_;
       scratch_size_ = RoundUp(std::max(block_size_, CeilDiv(kernel_size_, blocks_)), 64);
-      scratch_ = arena.Take<A>(w * blocks_ * scratch_size_);
+      scratch_ = arena.Take<A>(w, blocks_, scratch_size_);
     }
     bytes_ = arena.bytes();
   }
@@ -83,6 +83,7 @@ class BackwardPipeline {
   size_t workspace_bytes() const { return bytes_; }
 
   void Run(const BackwardArgs& args) {
+    if (g_.batch == 0) return ZeroWeightGradients(args);
     // Where y is rectified, the masked dy takes dy's place; it is also the residual's gradient.
     // Without one it waits in dx, which pass C overwrites element by element.
     dy_ = args.dy;
@@ -444,6 +445,23 @@ class BackwardPipeline {
                         PositionsAt(args, first, n, positions.begin), ChannelsAt(args, first, n),
                         positions, stream_, g_.At(args.dx, n));
     });
+  }
+
+  void ZeroWeightGradients(const BackwardArgs& args) const {
+    const auto zero = [](void* gradient, int64_t size) {
+      std::fill_n(static_cast<A*>(gradient), size, A{0});
+    };
+    if (HasSpatialGate(problem_)) {
+      zero(args.dkernel, 2 * problem_.kernel_size * problem_.kernel_size);
+      zero(args.dbias, 1);
+      if (problem_.batch_norm) zero(args.dgamma, 1);
+    }
+    if (HasChannelGate(problem_)) {
+      zero(args.dw0, g_.channels * problem_.hidden);
+      zero(args.db0, problem_.hidden);
+      zero(args.dw1, problem_.hidden * g_.channels);
+      zero(args.db1, g_.channels);
+    }
   }
 
   void WeightGradients(const BackwardArgs& args) {

@@ -26,8 +26,7 @@ class ChannelDescriptors {
   ChannelDescriptors(const Geometry& g, const MapPasses<A>& map, const Parallel& parallel,
                      Arena* arena)
       : g_(g), map_(map), parallel_(parallel) {
-    if (g.sample.layout == Layout::kNHWC)
-      partial_ = arena->Take<A>(g.wave * g.units * 2 * g.channels);
+    if (g.sample.layout == Layout::kNHWC) partial_ = arena->Take<A>(g.wave, g.units, 2, g.channels);
   }
 
   // mean[c] and maximum[c] of `samples` samples from x on, whose results are C apart.
@@ -101,10 +100,10 @@ class ForwardPipeline {
         channel_descriptors_(g_, map_, parallel_, &arena_) {
     if (HasChannelGate(problem)) {
       for (int q = 0; q < 2; ++q) {
-        hidden_[q] = arena_.Take<A>(g_.wave * problem.hidden);
-        logits_[q] = arena_.Take<A>(g_.wave * g_.channels);
+        hidden_[q] = arena_.Take<A>(g_.wave, problem.hidden);
+        logits_[q] = arena_.Take<A>(g_.wave, g_.channels);
       }
-      if (MeetEarly()) hidden_sum_ = arena_.Take<A>(g_.wave * problem.hidden);
+      if (MeetEarly()) hidden_sum_ = arena_.Take<A>(g_.wave, problem.hidden);
     }
     if (HasSpatialGate(problem)) {
       blocks_ = g_.BlocksPerSample(g_.wave);
@@ -114,7 +113,7 @@ class ForwardPipeline {
       line_size_ = RoundUp(g_.width, dense_.lanes);
       halo_size_ = 2 * g_.step_rows * g_.width;
       scratch_size_ = RoundUp(2 * plane_size_ + line_size_ + halo_size_, 64);
-      scratch_ = arena_.Take<A>(g_.wave * blocks_ * scratch_size_);
+      scratch_ = arena_.Take<A>(g_.wave, blocks_, scratch_size_);
     }
     if (problem.batch_norm) sums_ = arena_.Take<double>(g_.batch);
   }

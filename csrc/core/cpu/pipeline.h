@@ -23,6 +23,7 @@
 #include <xmmintrin.h>
 #endif
 
+#include "core/checked.h"
 #include "core/contract.h"
 #include "core/cpu/kernels.h"
 #include "core/cpu/passes.h"
@@ -85,40 +86,18 @@ void ForEach(const Parallel& parallel, int64_t tasks, const Body& body) {
   parallel.run(parallel.context, tasks, task, const_cast<Context*>(&context));
 }
 
-// Hands out the workspace. With a null base it only counts, so one function both sizes and lays
-// out.
-class Arena {
- public:
-  explicit Arena(void* base) : base_(static_cast<char*>(base)) {}
+using Arena = WorkspaceArena<64>;
 
-  template <typename T>
-  T* Take(int64_t count) {
-    constexpr size_t kAlignment = 64;
-    T* p = reinterpret_cast<T*>(base_ == nullptr ? nullptr : base_ + bytes_);
-    bytes_ += (static_cast<size_t>(count) * sizeof(T) + kAlignment - 1) / kAlignment * kAlignment;
-    return p;
-  }
-  // Two arrays of `count`, the second right behind the first.
-  template <typename T>
-  void TakePair(int64_t count, T* pair[2]) {
-    pair[0] = Take<T>(2 * count);
-    pair[1] = pair[0] == nullptr ? nullptr : pair[0] + count;
-  }
-  size_t bytes() const { return bytes_; }
-
- private:
-  char* base_;
-  size_t bytes_ = 0;
-};
-
-// How a problem is cut. `maps` is how many maps of a sample a wave must keep in the cache.
+// How a problem is cut. `maps` is how many maps of a sample a wave must keep in the cache. An empty
+// batch has no positions, however high and wide it says it is, and takes no workspace; nor does a
+// problem that is refused.
 struct Geometry {
   Geometry(const Problem& problem, const Parallel& parallel, int maps)
-      : batch(problem.batch),
-        height(problem.height),
-        width(problem.width),
+      : batch(CheckProblem(problem).ok() ? problem.batch : 0),
+        height(batch > 0 ? problem.height : 0),
+        width(batch > 0 ? problem.width : 0),
         channels(problem.channels),
-        positions(problem.height * problem.width),
+        positions(height * width),
         threads(std::max(1, parallel.threads)),
         half(HasSpatialGate(problem) ? problem.kernel_size / 2 : 0),
         sample{problem.layout, positions, channels},
@@ -127,7 +106,7 @@ struct Geometry {
     // Waves of the same size: the last of them is no remainder too small for the MLP's products.
     const int64_t samples = std::max<int64_t>(1, batch);
     const int64_t waves = CeilDiv(samples, std::clamp<int64_t>(kWaveBytes / bytes, 1, samples));
-    wave = CeilDiv(samples, waves);
+    wave = CeilDiv(batch, waves);
 
     if (width > kUnitPositions) {
       unit_rows = 1;

@@ -30,8 +30,8 @@ class ChannelPoolPipeline {
         stream_(ShouldStream(g_)),
         arena_(workspace),
         descriptors_(g_, map_, parallel_, &arena_) {
-    for (auto& values : values_) values = arena_.Take<A>(g_.wave * g_.channels);
-    partial_ = arena_.Take<A>(g_.wave * g_.units * 2 * g_.channels);
+    for (auto& values : values_) values = arena_.Take<A>(g_.wave, g_.channels);
+    partial_ = arena_.Take<A>(g_.wave, g_.units, 2, g_.channels);
   }
 
   size_t workspace_bytes() const { return arena_.bytes(); }
@@ -110,7 +110,7 @@ class SpatialPoolPipeline {
     Arena arena(workspace);
     scratch_size_ = RoundUp(4 * g_.step_rows * g_.width, 64);
     steps_ = CeilDiv(g_.height, g_.step_rows);
-    scratch_ = arena.Take<A>(g_.wave * steps_ * scratch_size_);
+    scratch_ = arena.Take<A>(g_.wave, steps_, scratch_size_);
     bytes_ = arena.bytes();
   }
 

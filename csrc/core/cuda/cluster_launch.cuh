@@ -186,7 +186,7 @@ struct ClusterBuffers {
     hidden = arena.Take<A>(HasChannelGate(problem) ? problem.batch * 2 * problem.hidden : 0);
     d_hidden = arena.Take<A>(HasChannelGate(problem) ? problem.batch * 2 * problem.hidden : 0);
     d_logits = arena.Take<A>(HasChannelGate(problem) ? problem.batch * 2 * problem.channels : 0);
-    bytes = arena.used();
+    bytes = arena.bytes();
   }
 };
 

@@ -7,6 +7,7 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "core/checked.h"
 #include "core/contract.h"
 
 namespace cbam_ops {
@@ -19,22 +20,7 @@ inline int64_t AtLeast(int64_t a, int64_t b) { return a > b ? a : b; }
 inline int64_t Positions(const Problem& problem) { return problem.height * problem.width; }
 inline bool ChannelsLast(const Problem& problem) { return problem.layout == Layout::kNHWC; }
 
-// Takes arrays out of one piece of memory, or, without memory, adds up how much they need.
-class Arena {
- public:
-  explicit Arena(void* base) : base_(static_cast<unsigned char*>(base)) {}
-  template <typename A>
-  A* Take(int64_t count) {
-    A* const result = base_ != nullptr ? reinterpret_cast<A*>(base_ + used_) : nullptr;
-    used_ += (static_cast<size_t>(count) * sizeof(A) + 255) / 256 * 256;
-    return result;
-  }
-  size_t used() const { return used_; }
-
- private:
-  unsigned char* base_;
-  size_t used_ = 0;
-};
+using Arena = WorkspaceArena<256>;
 
 // Column reductions over positions are cut into slices of at least 128 rows (16 per thread with 8
 // threads to a column), so that the partial results are at most 1/64 of the map; at most 256

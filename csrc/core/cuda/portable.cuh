@@ -280,7 +280,7 @@ struct ForwardBuffers {
       tile_sums = arena.Take<A>(n * tiling.tiles);
       tile_squares = arena.Take<A>(n * tiling.tiles);
     }
-    bytes = arena.used();
+    bytes = arena.bytes();
   }
 };
 
@@ -434,7 +434,7 @@ struct BackwardBuffers {
     hidden = arena.Take<A>(hidden_values);
     d_hidden = arena.Take<A>(hidden_values);
     d_logits = arena.Take<A>(2 * channel);
-    bytes = arena.used();
+    bytes = arena.bytes();
   }
 };
 
@@ -623,7 +623,7 @@ struct PoolBuffers {
     second = arena.Take<A>(results);
     maximum = arena.Take<A>(results);
     sides = arena.Take<Side<A>>(results);
-    bytes = arena.used();
+    bytes = arena.bytes();
   }
 };
 
