@@ -20,6 +20,7 @@ if TYPE_CHECKING:
         channel_attention,
         channel_pool,
         spatial_attention,
+        spatial_attention_with_batch_norm,
         spatial_pool,
     )
     from .options import NativeUnavailableError, build_info, set_implementation, use_implementation
@@ -43,6 +44,7 @@ __all__ = [
     "reference",
     "set_implementation",
     "spatial_attention",
+    "spatial_attention_with_batch_norm",
     "spatial_pool",
     "testing",
     "use_implementation",
@@ -59,6 +61,7 @@ _HOME = {
     "channel_attention": "ops",
     "channel_pool": "ops",
     "spatial_attention": "ops",
+    "spatial_attention_with_batch_norm": "ops",
     "spatial_pool": "ops",
     "NativeUnavailableError": "options",
     "build_info": "options",
