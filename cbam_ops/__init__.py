@@ -1,29 +1,18 @@
 """Fused CBAM attention for TensorFlow and Keras.
 
-The names below load what they need when they are first used: importing the package itself does no
-work and cannot fail, with or without TensorFlow and with or without the compiled parts.
+The import loads TensorFlow, Keras and the native ops, and registers the ops' gradients and the
+layers: SavedModels and ``.keras`` files load after it. It never fails. Native ops that do not load
+are reported by the first call that would use them; where TensorFlow or Keras does not load, the
+names that need it raise ``ImportError``.
 """
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from . import _keras_registration
-
-if TYPE_CHECKING:
-    from . import layers, models, ops, reference, testing
-    from .layers import CBAM, ChannelAttention, SpatialAttention
-    from .ops import (
-        cbam,
-        cbam_with_batch_norm,
-        channel_attention,
-        channel_pool,
-        spatial_attention,
-        spatial_attention_with_batch_norm,
-        spatial_pool,
-    )
-    from .options import NativeUnavailableError, build_info, set_implementation, use_implementation
+from . import _loader
+from ._console import quiet_start_up
+from .options import NativeUnavailableError, build_info, set_implementation, use_implementation
 
 __version__ = "0.1.0"
 
@@ -50,38 +39,34 @@ __all__ = [
     "use_implementation",
 ]
 
-_SUBMODULES = ("layers", "models", "ops", "reference", "testing")
+try:
+    with quiet_start_up():
+        from . import _gradients, ops, reference, testing  # noqa: F401
+        from .ops import (
+            cbam,
+            cbam_with_batch_norm,
+            channel_attention,
+            channel_pool,
+            spatial_attention,
+            spatial_attention_with_batch_norm,
+            spatial_pool,
+        )
 
-_HOME = {
-    "CBAM": "layers",
-    "ChannelAttention": "layers",
-    "SpatialAttention": "layers",
-    "cbam": "ops",
-    "cbam_with_batch_norm": "ops",
-    "channel_attention": "ops",
-    "channel_pool": "ops",
-    "spatial_attention": "ops",
-    "spatial_attention_with_batch_norm": "ops",
-    "spatial_pool": "ops",
-    "NativeUnavailableError": "options",
-    "build_info": "options",
-    "set_implementation": "options",
-    "use_implementation": "options",
-}
+        _loader.load_ops()
+        # Last, since Keras may be set to another backend than TensorFlow.
+        from . import layers, models
+        from .layers import CBAM, ChannelAttention, SpatialAttention
+except Exception as error:  # what a broken installation raises is of any type
+    _error: Exception | None = error
+else:
+    _error = None
 
 
 def __getattr__(name: str) -> Any:
-    if name in _SUBMODULES:
-        return importlib.import_module(f"{__name__}.{name}")
-    if name in _HOME:
-        value = getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
-        globals()[name] = value
-        return value
+    if name in __all__:
+        raise ImportError(f"cbam_ops.{name} cannot be used: {_error}") from _error
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
     return sorted(__all__)
-
-
-_keras_registration.install()

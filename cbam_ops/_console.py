@@ -65,7 +65,7 @@ def check_environment() -> None:
     except ValueError as error:
         raise CommandError(str(error)) from error
     try:
-        from cbam_ops import _core
+        import cbam_ops._core as _core
     except ImportError:  # the commands say so themselves
         return
     variable, known = "CBAM_OPS_INSTRUCTION_SET", _core.available_instruction_sets()

@@ -16,18 +16,13 @@ from typing import Any, NamedTuple
 import keras
 import tensorflow as tf
 
-from cbam_ops import _checks, _loader, ops, options
+from cbam_ops import _call, _loader, ops, options
 
 __all__ = ["CBAM", "ChannelAttention", "SpatialAttention"]
 
 _DATA_FORMATS = {"channels_last": "NHWC", "channels_first": "NCHW"}
 # The constructors' arguments that the ops take too, and the words they may be.
-_WORDS: dict[str, tuple[str | None, ...]] = {
-    "order": _checks.ORDERS,
-    "pooling": _checks.POOLINGS,
-    "mlp_activation": _checks.ACTIVATIONS,
-    "activation": _checks.ACTIVATIONS,
-}
+_WORDS = {name: words for name, words in _call.WORDS.items() if name != "data_format"}
 # ... and those that describe a weight, by the end of their names.
 _DESCRIPTIONS = {
     "initializer": keras.initializers,
@@ -317,7 +312,7 @@ class _Attention(keras.layers.Layer):
         """
         if not self._supports_jit:
             return False
-        cause = ops.cause_in_xla() if _native_runs() else None
+        cause = _call.cause_in_xla() if _native_runs() else None
         if cause is not None:
             options.warn_once(cause, "Keras leaves XLA out for models with cbam_ops layers.")
         return cause is None
@@ -331,7 +326,7 @@ def _native_runs() -> bool:
     """Whether an op called now, outside XLA, would run the native kernels."""
     if options.implementation() == "reference":
         return False
-    return not isinstance(_loader.load_ops(), _loader.Cause) and ops._cause_of_the_place() is None
+    return not isinstance(_loader.load_ops(), _loader.Cause) and _call.cause_of_the_place() is None
 
 
 @keras.saving.register_keras_serializable(package="cbam_ops")

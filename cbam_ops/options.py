@@ -167,6 +167,18 @@ def native_ops(
     return None
 
 
+def loaded_ops() -> ModuleType:
+    """The module of native ops, where there is no choice: for an op that is native itself.
+
+    Raises:
+      NativeUnavailableError: the ops cannot be loaded.
+    """
+    loaded = _loader.load_ops()
+    if isinstance(loaded, _loader.Cause):
+        raise NativeUnavailableError(loaded)
+    return loaded
+
+
 def _version(distribution: str) -> str | None:
     try:
         return metadata.version(distribution)

@@ -12,6 +12,7 @@ import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from unittest import mock
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 os.environ.setdefault("MPLBACKEND", "Agg")
@@ -54,14 +55,14 @@ def _other_library() -> str:
     if library:
         import tensorflow as tf
 
-        from cbam_ops import _loader
-
-        _loader.load_from = lambda directory: tf.load_op_library(library)
+        load = tf.load_op_library
+        with mock.patch.object(tf, "load_op_library", lambda installed: load(library)):
+            import cbam_ops  # noqa: F401
     return library
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.stash[_HEADER] = " ".join(filter(None, [_tested_package(), _other_library()]))
+    config.stash[_HEADER] = " ".join(filter(None, [_other_library(), _tested_package()]))
 
 
 def pytest_report_header(config: pytest.Config) -> str:

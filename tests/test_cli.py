@@ -473,19 +473,6 @@ def test_version(capsys):
     assert capsys.readouterr().out.strip() == f"cbam-ops {__version__}"
 
 
-def test_help_loads_no_tensorflow(tmp_path):
-    """Fails when --help takes the seconds that importing TensorFlow takes."""
-    program = (
-        "import sys\n"
-        "from cbam_ops.__main__ import main\n"
-        "try: main(['demo', '--help'])\n"
-        "except SystemExit: pass\n"
-        "assert 'tensorflow' not in sys.modules and 'numpy' not in sys.modules"
-    )
-    result = _run(cwd=tmp_path, program=("-c", program))
-    assert result.returncode == 0, result.stderr
-
-
 def test_console_command_is_the_same_program():
     """Fails when `cbam-ops` and `python -m cbam_ops` go apart."""
     from importlib.metadata import entry_points

@@ -80,8 +80,8 @@ def run_python(library: Path, code: str, **environment: str) -> str:
     head = """
 import sys
 import tensorflow as tf
-from cbam_ops import _loader
-_loader.load_from = lambda directory: tf.load_op_library(sys.argv[1])
+load = tf.load_op_library
+tf.load_op_library = lambda installed: load(sys.argv[1])
 import cbam_ops
 cbam_ops.set_implementation("native")
 """

@@ -311,7 +311,6 @@ def test_a_saved_model_runs_and_trains_in_a_fresh_process(tmp_path):
         import numpy as np
         import tensorflow as tf
         import cbam_ops
-        cbam_ops.ops.load_library()
         folder = Path(sys.argv[1])
         x = tf.constant(np.load(folder / "x.npy"))
         module = tf.saved_model.load(str(folder / "saved"))

@@ -1,0 +1,346 @@
+"""A call of a public function: its arguments are checked, who computes is chosen, and it runs.
+
+:mod:`cbam_ops.ops` states the functions and :mod:`cbam_ops.reference` defines them. Everything that
+both need for a call stands here, once: what the arguments may be, the words for what is wrong with
+them, whether native ops run here, and what a function returns of an op's outputs.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from types import ModuleType, SimpleNamespace
+from typing import Any, NamedTuple, NoReturn, ParamSpec, TypeVar
+
+import numpy as np
+import tensorflow as tf
+
+from cbam_ops import _gpu, _loader, options
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+FLOATING: tuple[tf.DType, ...] = (tf.float16, tf.bfloat16, tf.float32, tf.float64)
+HALF = (tf.float16, tf.bfloat16)
+
+# The arguments that are tensors, with the names of their dimensions; those of maps are written in
+# the order of NHWC. All but the maps are weights.
+DIMENSIONS = {
+    "x": ("N", "H", "W", "C"),
+    "residual": ("N", "H", "W", "C"),
+    "w0": ("C", "hidden"),
+    "b0": ("hidden",),
+    "w1": ("hidden", "C"),
+    "b1": ("C",),
+    "kernel": ("k", "k", "2", "1"),
+    "bias": ("1",),
+    "gamma": ("1",),
+    "beta": ("1",),
+}
+MAPS = ("x", "residual")
+MAY_BE_NONE = ("b0", "b1", "bias", "residual")
+WORDS: dict[str, tuple[str | None, ...]] = {
+    "data_format": ("NHWC", "NCHW"),
+    "pooling": ("avg+max", "avg", "max"),
+    "mlp_activation": (None, "relu"),
+    "activation": (None, "relu"),
+    "order": ("channel_first", "spatial_first", "parallel"),
+}
+
+
+class Arguments(SimpleNamespace):
+    """The arguments of a call by name; as tensors, or None, where they are tensors."""
+
+    # What some functions lack.
+    residual: tf.Tensor | None = None
+    bias: tf.Tensor | None = None
+    gamma: tf.Tensor | None = None
+    activation: str | None = None
+    pooling = "avg+max"
+    order = "channel_first"
+
+    @property
+    def compute_type(self) -> tf.DType:
+        """The type of sums, descriptors and returned gates: float64 for float64, else float32."""
+        return tf.float64 if self.x.dtype is tf.float64 else tf.float32
+
+
+Outputs = dict[str, Any]
+_definitions: dict[str, Callable[[Arguments], Outputs]] = {}
+
+
+def call(function: str, values: dict[str, Any]) -> Any:
+    """What the public ``function`` returns for its arguments ``values``."""
+    native = options.native_ops(cause_of_the_place)
+    args = Arguments(**values)
+    _convert(function, args)
+    op = _op_of(function)
+    if native is None:
+        _check_shapes(function, args)
+        return _results(_definitions[op](args), args)
+    if not tf.executing_eagerly():
+        _check_shapes(function, args)
+        return _results(_native(native, op, args), args)
+    # The op checks the shapes itself. What it refuses is then explained in the function's words.
+    try:
+        return _results(_native(native, op, args), args)
+    except tf.errors.InvalidArgumentError as error:
+        refused = error
+    _check_shapes(function, args)
+    raise refused
+
+
+def reference_of(
+    statement: Callable[P, R], definition: Callable[[Arguments], Outputs]
+) -> Callable[P, R]:
+    """The function that :mod:`cbam_ops.ops` states, always computed by its ``definition``."""
+    _definitions[_op_of(statement.__name__)] = definition
+
+    @tf.autograph.experimental.do_not_convert
+    @functools.wraps(statement)
+    def reference(*args: P.args, **keywords: P.kwargs) -> R:
+        with options.use_implementation("reference"):
+            return statement(*args, **keywords)
+
+    reference.__module__ = definition.__module__
+    return reference
+
+
+def definition_of(op: str) -> Callable[[Arguments], Outputs]:
+    """The definition of a native op in plain TensorFlow."""
+    return _definitions[op]
+
+
+def _op_of(function: str) -> str:
+    """The native op that computes a function: "CbamOps>Cbam" for "cbam_with_batch_norm"."""
+    name = function.removesuffix("_with_batch_norm").title().replace("_", "")
+    return f"CbamOps>{name}"
+
+
+def _results(outputs: Outputs, args: Arguments) -> Any:
+    """What a function returns of the outputs."""
+    if "y" in outputs:
+        results = [outputs["y"]]
+        if args.gamma is not None:
+            results += outputs["batch_statistics"]
+        if args.return_gates:
+            gates = [outputs[name] for name in ("channel_gate", "spatial_gate") if name in outputs]
+            results += [tf.cast(gate, args.compute_type) for gate in gates]
+    else:
+        results = list(outputs.values())
+    return tuple(results) if len(results) > 1 else results[0]
+
+
+# --- checks ---------------------------------------------------------------------------------------
+
+
+def _convert(function: str, args: Arguments) -> None:
+    """Makes tensors of what should be, and checks everything but the shapes."""
+    for name, value in vars(args).items():
+        if name in WORDS:
+            # An array or a tensor compares elementwise: the type is looked at first.
+            if not (value is None or isinstance(value, str)) or value not in WORDS[name]:
+                choices = " or ".join(repr(choice) for choice in WORDS[name])
+                _refuse(function, name, f"be {choices}, got {value!r}")
+        elif name == "epsilon":
+            args.epsilon = _epsilon(function, value)
+        elif name in DIMENSIONS and (value is not None or name not in MAY_BE_NONE):
+            if not isinstance(value, tf.Tensor):
+                value = _tensor(function, name, value, None if name == "x" else args.x.dtype)
+                setattr(args, name, value)
+            _check_type(function, args, name, value.dtype)
+
+
+def _epsilon(function: str, value: Any) -> float:
+    # Rounded to float32, the type of the ops' attribute: so the fused ops and the reference are
+    # the same function in float64 too.
+    try:
+        epsilon = float(np.float32(value))
+    except (TypeError, ValueError):
+        epsilon = -1.0
+    if not 0.0 <= epsilon < float("inf"):
+        _refuse(function, "epsilon", f"be a number >= 0, got {value!r}")
+    return epsilon
+
+
+def _tensor(function: str, name: str, value: Any, preferred: tf.DType | None) -> tf.Tensor:
+    if value is None:
+        _refuse(function, name, "be a tensor, got None")
+    if hasattr(value, "dtype"):
+        preferred = None  # what has a type keeps it; only Python numbers take the map's
+    try:
+        return tf.convert_to_tensor(value, dtype_hint=preferred)
+    except (TypeError, ValueError) as error:
+        kind = type(value).__name__
+        _refuse(function, name, f"be a tensor or what converts to one, got {kind}: {error}", error)
+
+
+def _check_type(function: str, args: Arguments, name: str, dtype: tf.DType) -> None:
+    """The residual has the type of the map; weights have one type, the map's or float32."""
+    first = "w0" if hasattr(args, "w0") else "kernel"  # of the weights
+    like = "x" if name in MAPS else first
+    expected = getattr(args, like).dtype
+    if dtype is expected and name not in ("x", first):  # every type is one object
+        return
+    if name != "residual":
+        map_type = args.x.dtype
+        allowed, beside = FLOATING, ""
+        if name != "x":
+            allowed = (map_type, tf.float32) if map_type in HALF else (map_type,)
+            beside = f" beside `x` of dtype {map_type.name}"
+        if dtype not in allowed:
+            names = " or ".join(dtype.name for dtype in allowed)
+            _refuse(function, name, f"have dtype {names}{beside}, got {dtype.name}")
+    if dtype is not expected:
+        must = f"have the dtype of `{like}`, {expected.name}, got {dtype.name}"
+        _refuse(function, name, must)
+
+
+def _check_shapes(function: str, args: Arguments) -> None:
+    """Checks that the shapes fit each other, as far as they are known."""
+    known: dict[str, int] = {"1": 1, "2": 2}
+    for name, dimensions in DIMENSIONS.items():
+        tensor = getattr(args, name, None)
+        if tensor is None or tensor.shape.rank is None:
+            continue
+        if name in MAPS:
+            dimensions = tuple(args.data_format)
+        sizes = tensor.shape.as_list()
+        if not _learn(known, dimensions, sizes):
+            wanted = f"[{', '.join(dimensions)}]"
+            expected = f"[{', '.join(str(known.get(letter, letter)) for letter in dimensions)}]"
+            if expected != wanted:
+                wanted += f" = {expected}"
+            _refuse(function, name, f"have shape {wanted}, got {_text(sizes)}")
+        for letter in dimensions:
+            if letter == "k" and known.get(letter, 1) % 2 == 0:
+                _refuse(function, name, f"have an odd k, got shape {_text(sizes)}")
+            if letter != "N" and known.get(letter) == 0:
+                _refuse(function, name, f"have {letter} >= 1, got shape {_text(sizes)}")
+
+
+def _learn(known: dict[str, int], dimensions: tuple[str, ...], sizes: list[int | None]) -> bool:
+    """Whether sizes fit what is known of their dimensions; then they are known too."""
+    if len(sizes) != len(dimensions):
+        return False
+    given = [(d, size) for d, size in zip(dimensions, sizes, strict=True) if size is not None]
+    if any(known.get(dimension, size) != size for dimension, size in given):
+        return False
+    return all(known.setdefault(dimension, size) == size for dimension, size in given)
+
+
+def _refuse(function: str, name: str, must: str, cause: Exception | None = None) -> NoReturn:
+    raise ValueError(f"{function}: `{name}` must {must}") from cause
+
+
+def _text(sizes: list[int | None]) -> str:
+    return "[" + ", ".join("?" if size is None else str(size) for size in sizes) + "]"
+
+
+# --- where the native ops can run -----------------------------------------------------------------
+
+
+def cause_of_the_place() -> _loader.Cause | None:
+    """Why the library, though loaded, has no kernel for the place where the op would run."""
+    if not tf.executing_eagerly():
+        from tensorflow.python.ops import control_flow_util
+
+        if control_flow_util.GraphOrParentsInXlaContext(tf.compat.v1.get_default_graph()):
+            return cause_in_xla()
+    return _cause_of_the_device()
+
+
+def cause_in_xla() -> _loader.Cause | None:
+    """Why XLA, compiling for the place where the op would run, cannot compile it."""
+    return _loader.load_xla() or _cause_of_the_device()
+
+
+def _cause_of_the_device() -> _loader.Cause | None:
+    if not tf.config.list_logical_devices("GPU"):
+        return None
+    reason = _gpu.why_not_under_tensorflow()
+    if reason is None:
+        return None
+    # Where TensorFlow would put a stock op now: the innermost tf.device, or by default the GPU. An
+    # op without a kernel there would quietly run on the CPU, with copies either way.
+    place = tf.zeros(()).device
+    device = tf.DeviceSpec.from_string(place).device_type if place else "GPU"
+    if device != "GPU":
+        return None
+    return _loader.Cause(
+        "no_kernel",
+        f"The op would run on a GPU, where the kernels cannot. {reason}",
+        'Put it under tf.device("CPU") to use the native ones there.',
+    )
+
+
+# --- native ops -----------------------------------------------------------------------------------
+
+
+class Signature(NamedTuple):
+    """What TensorFlow knows of an op: its arguments and the attributes that calls give.
+
+    An argument that may be absent is a list of no or one tensor; its value here is the name of the
+    attribute with the length, "" for all others.
+    """
+
+    inputs: dict[str, str]
+    outputs: dict[str, str]
+    attributes: tuple[str, ...]
+
+
+@functools.cache
+def signature(op: str) -> Signature:
+    """The signature of a loaded op by its registered name."""
+    from tensorflow.python.framework import op_def_registry
+
+    definition = op_def_registry.get(op)
+    inputs = {argument.name: argument.number_attr for argument in definition.input_arg}
+    outputs = {argument.name: argument.number_attr for argument in definition.output_arg}
+    # Types, and lengths of inputs, TensorFlow takes from the inputs.
+    given = (a.name for a in definition.attr if a.type != "type" and a.name not in inputs.values())
+    return Signature(inputs, outputs, tuple(given))
+
+
+def run(native: ModuleType, op: str, values: dict[str, Any]) -> Outputs:
+    """Runs an op on those of the values that it takes; its outputs by name."""
+    inputs, outputs, attributes = signature(op)
+    function = getattr(native, op.replace(">", "_"))
+    result = function(**{name: values[name] for name in (*inputs, *attributes) if name in values})
+    return dict(zip(outputs, result if isinstance(result, tuple) else (result,), strict=True))
+
+
+def _native(native: ModuleType, op: str, args: Arguments) -> Outputs:
+    """The outputs of a native op, which takes weights in the compute type, with all biases."""
+    values = {"gamma": [], **vars(args)}
+    compute_type = args.compute_type
+    for name, value in vars(args).items():
+        if name in WORDS:
+            values[name] = value or "none"
+        elif name == "residual":
+            values[name] = [] if value is None else [value]
+        elif name in DIMENSIONS and name != "x":
+            if value is None:
+                weight = getattr(args, {"b0": "w0", "b1": "w1", "bias": "kernel"}[name])
+                values[name] = _zero_bias(weight, compute_type)
+            elif value.dtype is not compute_type:
+                values[name] = tf.cast(value, compute_type)
+    if args.gamma is not None:
+        values.update(gamma=[values["gamma"]], bias=values["beta"])
+    if args.order == "spatial_first":
+        without = {"residual": [], "activation": "none"}
+        outputs = run(native, "CbamOps>SpatialAttention", {**values, **without})
+        outputs |= run(native, "CbamOps>ChannelAttention", {**values, "x": outputs["y"]})
+    else:
+        outputs = run(native, op, values)
+    if args.gamma is not None:
+        outputs["batch_statistics"] = tf.split(tf.stop_gradient(outputs["batch_statistics"]), 2)
+    return outputs
+
+
+def _zero_bias(weight: tf.Tensor, dtype: tf.DType) -> tf.Tensor:
+    """Zeros for a bias that was not given, beside its weight."""
+    size = weight.shape[-1:]
+    if size.is_fully_defined():
+        return tf.constant(np.zeros(size, dtype.as_numpy_dtype))  # tf.zeros takes six times as long
+    return tf.zeros(tf.shape(weight)[-1:], dtype)
