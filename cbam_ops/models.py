@@ -22,11 +22,11 @@ what comparisons need.
 
 from __future__ import annotations
 
-import math
 import operator
 import os
+import re
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import keras
 import numpy as np
@@ -47,16 +47,15 @@ __all__ = [
     "preprocess_input",
 ]
 
-# Blocks per stage. 18 and 34 are built of basic blocks (two 3x3), the others of bottlenecks.
-_BLOCKS_PER_STAGE = {
-    18: (2, 2, 2, 2),
-    34: (3, 4, 6, 3),
-    50: (3, 4, 6, 3),
-    101: (3, 4, 23, 3),
-    152: (3, 8, 36, 3),
-}
-_BASIC_DEPTHS = (18, 34)
 _STAGE_FILTERS = (64, 128, 256, 512)
+# Blocks per stage, and whether they are bottlenecks (1x1, 3x3, 1x1) or basic (two 3x3).
+_DEPTHS = {
+    18: ((2, 2, 2, 2), False),
+    34: ((3, 4, 6, 3), False),
+    50: ((3, 4, 6, 3), True),
+    101: ((3, 4, 23, 3), True),
+    152: ((3, 8, 36, 3), True),
+}
 _BOTTLENECK_EXPANSION = 4
 _MINIMUM_SIZE = 32  # five halvings, as in keras.applications
 _DEFAULT_SIZE = 224
@@ -89,23 +88,16 @@ _ARGUMENTS_DOC = """
         W/32]` for `channels_first`; sizes rounded up) or `[N, F]`, F = {features}.
 
     Raises:
-        ValueError: for a `weights` that is neither `None` nor an existing file, an `input_shape` or
-            `input_tensor` that does not fit, an unknown `pooling`, `classes` below 1, a
-            `ratio` larger than the narrowest block's {narrowest} channels, an even `kernel_size`.
+        ValueError: for a `weights` that is neither `None` nor a file of this very network, an
+            `input_shape` or `input_tensor` that does not fit, an unknown `pooling`, `classes` below
+            1, a `ratio` larger than the narrowest block's {narrowest} channels, an even
+            `kernel_size`.
 
     TensorFlow's CPU kernels convolve `channels_last` images only: a `channels_first` model can be
     built anywhere, and runs on a GPU.
 
     Source: {source}
     """
-_RELEASED_SOURCE = (
-    "Woo et al., CBAM: Convolutional Block Attention Module, ECCV 2018, sections 3 and 4.1;\n"
-    "    the authors' release, Jongchan/attention-module, `MODELS/model_resnet.py`."
-)
-_SEED_SOURCE = (
-    "the Keras network this project grew from (module docstring); the module itself is\n"
-    "    Woo et al. 2018, section 3, with a ReLU added after the MLP."
-)
 
 
 def preprocess_input(x: Any, data_format: str | None = None) -> Any:
@@ -194,25 +186,23 @@ def _no_module(x: Any, shortcut: Any, name: str, out_name: str, options: dict[st
 
 def _stock_module(x: Any, shortcut: Any, name: str, out_name: str, options: dict[str, Any]) -> Any:
     """The stock layers that one CBAM layer stands for, with weights of the same shapes."""
-    data_format = options["data_format"]
-    channel_axis = _channel_axis(data_format)
-    channels = x.shape[channel_axis]
-    column = (1, 1, channels) if channel_axis == -1 else (channels, 1, 1)
+    cbam = CBAM(name=name, **options)
+    axis = _channel_axis(cbam.data_format)
+    channels = x.shape[axis]
+    column = (1, 1, channels) if axis == -1 else (channels, 1, 1)
 
-    average = keras.layers.GlobalAveragePooling2D(data_format, name=f"{name}_channel_mean")(x)
-    maximum = keras.layers.GlobalMaxPooling2D(data_format, name=f"{name}_channel_max")(x)
-    hidden_layer = keras.layers.Dense(
-        channels // options["ratio"],
-        activation="relu",
-        kernel_initializer=options.get("mlp_kernel_initializer", "glorot_uniform"),
-        name=f"{name}_mlp_0",
-    )
-    logits_layer = keras.layers.Dense(
-        channels,
-        activation=options.get("mlp_activation"),
-        kernel_initializer=options.get("mlp_kernel_initializer", "glorot_uniform"),
-        name=f"{name}_mlp_1",
-    )
+    def dense(units: int, activation: str | None, part: str) -> Any:
+        return keras.layers.Dense(
+            units,
+            activation,
+            kernel_initializer=cbam.mlp_kernel_initializer.clone(),
+            name=f"{name}_{part}",
+        )
+
+    average = keras.layers.GlobalAveragePooling2D(cbam.data_format, name=f"{name}_channel_mean")(x)
+    maximum = keras.layers.GlobalMaxPooling2D(cbam.data_format, name=f"{name}_channel_max")(x)
+    hidden_layer = dense(channels // cbam.ratio, "relu", "mlp_0")
+    logits_layer = dense(channels, cbam.mlp_activation, "mlp_1")
     logits = keras.layers.Add(name=f"{name}_mlp_sum")(
         [logits_layer(hidden_layer(average)), logits_layer(hidden_layer(maximum))]
     )
@@ -220,28 +210,24 @@ def _stock_module(x: Any, shortcut: Any, name: str, out_name: str, options: dict
     gate = keras.layers.Reshape(column, name=f"{name}_channel_gate_map")(gate)
     x = keras.layers.Multiply(name=f"{name}_channel_scale")([x, gate])
 
-    descriptors = keras.layers.Concatenate(axis=channel_axis, name=f"{name}_spatial_descriptors")(
-        [
-            keras.ops.mean(x, axis=channel_axis, keepdims=True),
-            keras.ops.max(x, axis=channel_axis, keepdims=True),
-        ]
+    descriptors = keras.layers.Concatenate(axis, name=f"{name}_spatial_descriptors")(
+        [keras.ops.mean(x, axis, keepdims=True), keras.ops.max(x, axis, keepdims=True)]
     )
-    batch_norm = options.get("spatial_batch_norm", False)
     gate = keras.layers.Conv2D(
         1,
-        options["kernel_size"],
+        cbam.kernel_size,
         padding="same",
-        use_bias=not batch_norm,
-        data_format=data_format,
-        kernel_initializer=options.get("spatial_kernel_initializer", "glorot_uniform"),
+        use_bias=not cbam.spatial_batch_norm,
+        data_format=cbam.data_format,
+        kernel_initializer=cbam.spatial_kernel_initializer,
         name=f"{name}_spatial_conv",
     )(descriptors)
-    if batch_norm:
+    if cbam.spatial_batch_norm:
         gate = keras.layers.BatchNormalization(
-            axis=channel_axis,
-            epsilon=options["batch_norm_epsilon"],
-            momentum=options["batch_norm_momentum"],
-            gamma_initializer=options["batch_norm_gamma_initializer"],
+            axis,
+            cbam.batch_norm_momentum,
+            cbam.batch_norm_epsilon,
+            gamma_initializer=cbam.batch_norm_gamma_initializer,
             name=f"{name}_spatial_bn",
         )(gate)
     gate = keras.layers.Activation("sigmoid", name=f"{name}_spatial_gate")(gate)
@@ -255,16 +241,17 @@ _MODULES: dict[str | None, Callable[[Any, Any, str, str, dict[str, Any]], Any]] 
     None: _no_module,
 }
 
-# --- the released network -------------------------------------------------------------------------
+
+# --- the networks ---------------------------------------------------------------------------------
 
 
 def _channel_axis(data_format: str) -> int:
     return -1 if data_format == "channels_last" else 1
 
 
-def _he_normal_fan_out() -> Any:
+def _he_normal(mode: str = "fan_out") -> Any:
     # A new object every time: a Keras initializer draws the same values again at every call.
-    return keras.initializers.VarianceScaling(2.0, "fan_out", "untruncated_normal")
+    return keras.initializers.VarianceScaling(2.0, mode, "untruncated_normal")
 
 
 def _torch_default() -> Any:
@@ -272,140 +259,155 @@ def _torch_default() -> Any:
     return keras.initializers.VarianceScaling(1.0 / 3.0, "fan_in", "uniform")
 
 
-def _released_conv(
-    x: Any, filters: int, size: int, stride: int, name: str, data_format: str, initializer: Any
-) -> Any:
-    """Convolution without bias, zero padding of size // 2 on every side (not TensorFlow's same)."""
-    if stride > 1 and size > 1:
-        x = keras.layers.ZeroPadding2D(size // 2, data_format=data_format, name=f"{name}_pad")(x)
-        padding = "valid"
-    else:  # at stride 1, TensorFlow's same padding is symmetric
-        padding = "same"
-    return keras.layers.Conv2D(
-        filters,
-        size,
-        strides=stride,
-        padding=padding,
-        use_bias=False,
-        data_format=data_format,
-        kernel_initializer=initializer,
-        name=f"{name}_conv",
-    )(x)
+class _Network:
+    """The layers of a network, from the images to the last feature map."""
+
+    depths: tuple[int, ...]
+    prefix: str  # of its name
+    title: str  # in the constructors' docstrings
+    source: str
+    classifier: str  # name of the last layer
+
+    def __init__(self, depth: int, attention: str | None, ratio: int, kernel_size: int) -> None:
+        self.blocks_per_stage, self.bottleneck = _DEPTHS[depth]
+        self.module = _MODULES[attention]
+        self.data_format = _data_format()
+        self.channel_axis = _channel_axis(self.data_format)
+        self.options = {
+            "ratio": ratio,
+            "kernel_size": kernel_size,
+            "data_format": self.data_format,
+        }
+
+    def features(self, x: Any) -> Any:
+        x = self.stem(x)
+        stages = zip(_STAGE_FILTERS, self.blocks_per_stage, strict=True)
+        for stage, (filters, blocks) in enumerate(stages):
+            for block in range(blocks):
+                x = self.block(x, stage, block, filters, 2 if stage > 0 and block == 0 else 1)
+        return x
+
+    def stem(self, x: Any) -> Any:
+        raise NotImplementedError
+
+    def block(self, x: Any, stage: int, block: int, filters: int, stride: int) -> Any:
+        raise NotImplementedError
+
+    def classifier_initializer(self) -> Any:
+        return "glorot_uniform"
 
 
-def _released_batch_norm(x: Any, name: str, data_format: str) -> Any:
-    return keras.layers.BatchNormalization(
-        axis=_channel_axis(data_format), momentum=0.9, epsilon=1e-5, name=f"{name}_bn"
-    )(x)
+class _Released(_Network):
+    depths = tuple(_DEPTHS)
+    prefix = ""
+    title = "ResNet-{depth} with a CBAM in every block, as the paper's authors released it"
+    source = (
+        "Woo et al., CBAM: Convolutional Block Attention Module, ECCV 2018, sections 3 and 4.1;\n"
+        "    the authors' release, Jongchan/attention-module, `MODELS/model_resnet.py`."
+    )
+    classifier = "predictions"
 
-
-def _released_features(
-    x: Any, depth: int, module: Any, ratio: int, kernel_size: int, data_format: str
-) -> Any:
-    x = _released_conv(x, 64, 7, 2, "conv1", data_format, _he_normal_fan_out())
-    x = _released_batch_norm(x, "conv1", data_format)
-    x = keras.layers.ReLU(name="conv1_relu")(x)
-    # The release pads its max-pool with -inf. After a ReLU zeros give the same output, and the same
-    # gradient: where a padded zero wins the window is all zeros, whose gradient the ReLU stops.
-    x = keras.layers.ZeroPadding2D(1, data_format=data_format, name="pool1_pad")(x)
-    x = keras.layers.MaxPooling2D(3, 2, data_format=data_format, name="pool1_pool")(x)
-
-    for stage, blocks in enumerate(_BLOCKS_PER_STAGE[depth]):
-        filters = _STAGE_FILTERS[stage]
-        for block in range(blocks):
-            name = f"conv{stage + 2}_block{block + 1}"
-            stride = 2 if stage > 0 and block == 0 else 1
-            if depth in _BASIC_DEPTHS:
-                convs = [(filters, 3, stride), (filters, 3, 1)]
-            else:
-                convs = [
-                    (filters, 1, 1),
-                    (filters, 3, stride),
-                    (filters * _BOTTLENECK_EXPANSION, 1, 1),
-                ]
-            x = _released_block(x, convs, name, module, ratio, kernel_size, data_format)
-    return x
-
-
-def _released_block(
-    x: Any,
-    convs: Sequence[tuple[int, int, int]],
-    name: str,
-    module: Any,
-    ratio: int,
-    kernel_size: int,
-    data_format: str,
-) -> Any:
-    """One block; `convs` lists (filters, kernel size, stride)."""
-    filters = convs[-1][0]
-    stride = math.prod(conv[2] for conv in convs)
-    shortcut = x
-    if stride != 1 or x.shape[_channel_axis(data_format)] != filters:
-        shortcut = _released_conv(x, filters, 1, stride, f"{name}_0", data_format, _torch_default())
-        shortcut = _released_batch_norm(shortcut, f"{name}_0", data_format)
-    for index, (conv_filters, size, conv_stride) in enumerate(convs, start=1):
-        conv_name = f"{name}_{index}"
-        if index > 1:
-            x = keras.layers.ReLU(name=f"{name}_{index - 1}_relu")(x)
-        x = _released_conv(
-            x, conv_filters, size, conv_stride, conv_name, data_format, _he_normal_fan_out()
-        )
-        x = _released_batch_norm(x, conv_name, data_format)
-    options = {
-        "ratio": ratio,
-        "kernel_size": kernel_size,
-        "data_format": data_format,
-        "mlp_kernel_initializer": _torch_default(),
-        "spatial_kernel_initializer": _he_normal_fan_out(),
-        "spatial_batch_norm": True,
-        "batch_norm_epsilon": 1e-5,
-        "batch_norm_momentum": 0.99,
-        "batch_norm_gamma_initializer": "zeros",  # every spatial gate starts at 0.5
-    }
-    return module(x, shortcut, f"{name}_cbam", f"{name}_out", options)
-
-
-# --- the seed's network ---------------------------------------------------------------------------
-
-
-def _seed_features(
-    x: Any, depth: int, module: Any, ratio: int, kernel_size: int, data_format: str
-) -> Any:
-    def conv(x: Any, filters: int, size: int, stride: int, name: str) -> Any:
-        return keras.layers.Conv2D(
-            filters, size, stride, padding="same", data_format=data_format, name=name
+    def conv(
+        self, x: Any, filters: int, size: int, stride: int, name: str, initializer: Any
+    ) -> Any:
+        """Convolution and batch norm; no bias, zeros of size // 2 on every side (not `same`)."""
+        padding = "same"  # at stride 1, TensorFlow's is symmetric
+        if stride > 1 and size > 1:
+            x = keras.layers.ZeroPadding2D(
+                size // 2, data_format=self.data_format, name=f"{name}_pad"
+            )(x)
+            padding = "valid"
+        x = keras.layers.Conv2D(
+            filters,
+            size,
+            strides=stride,
+            padding=padding,
+            use_bias=False,
+            data_format=self.data_format,
+            kernel_initializer=initializer,
+            name=f"{name}_conv",
+        )(x)
+        return keras.layers.BatchNormalization(
+            axis=self.channel_axis, momentum=0.9, epsilon=1e-5, name=f"{name}_bn"
         )(x)
 
-    def batch_norm(x: Any, name: str) -> Any:
-        return keras.layers.BatchNormalization(axis=_channel_axis(data_format), name=name)(x)
+    def stem(self, x: Any) -> Any:
+        x = self.conv(x, 64, 7, 2, "conv1", _he_normal())
+        x = keras.layers.ReLU(name="conv1_relu")(x)
+        # The release pads its max-pool with -inf. After a ReLU zeros give the same output, and the
+        # same gradient: where a padded zero wins the window is all zeros, whose gradient the ReLU
+        # stops.
+        x = keras.layers.ZeroPadding2D(1, data_format=self.data_format, name="pool1_pad")(x)
+        return keras.layers.MaxPooling2D(3, 2, data_format=self.data_format, name="pool1_pool")(x)
 
-    x = conv(x, 64, 7, 2, "stem_conv")
-    x = batch_norm(x, "stem_bn")
-    x = keras.layers.ReLU(name="stem_relu")(x)
-    x = keras.layers.MaxPooling2D(3, 2, "same", data_format=data_format, name="stem_pool")(x)
+    def block(self, x: Any, stage: int, block: int, filters: int, stride: int) -> Any:
+        name = f"conv{stage + 2}_block{block + 1}"
+        if self.bottleneck:
+            out = filters * _BOTTLENECK_EXPANSION
+            convs = [(filters, 1, 1), (filters, 3, stride), (out, 1, 1)]
+        else:
+            out = filters
+            convs = [(filters, 3, stride), (filters, 3, 1)]
+        shortcut = x
+        if stride != 1 or x.shape[self.channel_axis] != out:
+            shortcut = self.conv(x, out, 1, stride, f"{name}_0", _torch_default())
+        for index, conv in enumerate(convs, start=1):
+            if index > 1:
+                x = keras.layers.ReLU(name=f"{name}_{index - 1}_relu")(x)
+            x = self.conv(x, *conv, f"{name}_{index}", _he_normal())
+        options = {
+            **self.options,
+            "mlp_kernel_initializer": _torch_default(),
+            "spatial_kernel_initializer": _he_normal(),
+            "spatial_batch_norm": True,
+            "batch_norm_gamma_initializer": "zeros",  # every spatial gate starts at 0.5
+        }
+        return self.module(x, shortcut, f"{name}_cbam", f"{name}_out", options)
 
-    for stage, blocks in enumerate(_BLOCKS_PER_STAGE[depth]):
-        filters = _STAGE_FILTERS[stage]
-        for block in range(blocks):
-            name = f"conv{stage + 1}" + (f"_block{block}" if block else "")
-            stride = 2 if stage > 0 and block == 0 else 1
-            shortcut = conv(x, filters * _BOTTLENECK_EXPANSION, 1, stride, f"{name}_residual")
-            x = conv(x, filters, 1, stride, f"{name}_conv1")
-            x = batch_norm(x, f"{name}_bn1")
-            x = keras.layers.ReLU(name=f"{name}_relu1")(x)
-            x = conv(x, filters, 3, 1, f"{name}_conv2")
-            x = batch_norm(x, f"{name}_bn2")
-            x = keras.layers.ReLU(name=f"{name}_relu2")(x)
-            x = conv(x, filters * _BOTTLENECK_EXPANSION, 1, 1, f"{name}_conv3")
-            x = batch_norm(x, f"{name}_bn3")
-            options = {
-                "ratio": ratio,
-                "kernel_size": kernel_size,
-                "data_format": data_format,
-                "mlp_activation": "relu",
-            }
-            x = module(x, shortcut, f"{name}_cbam", f"{name}_relu3", options)
-    return x
+    def classifier_initializer(self) -> Any:
+        return _he_normal("fan_in")
+
+
+class _Seed(_Network):
+    depths = (50, 101, 152)
+    prefix = "seed_"
+    title = "the seed's ResNet-{depth} with a CBAM in every block"
+    source = (
+        "the Keras network this project grew from (module docstring); the module itself is\n"
+        "    Woo et al. 2018, section 3, with a ReLU added after the MLP."
+    )
+    classifier = "fc"
+
+    def conv(self, x: Any, filters: int, size: int, stride: int, name: str) -> Any:
+        return keras.layers.Conv2D(
+            filters, size, stride, padding="same", data_format=self.data_format, name=name
+        )(x)
+
+    def batch_norm(self, x: Any, name: str) -> Any:
+        return keras.layers.BatchNormalization(axis=self.channel_axis, name=name)(x)
+
+    def stem(self, x: Any) -> Any:
+        x = self.batch_norm(self.conv(x, 64, 7, 2, "stem_conv"), "stem_bn")
+        x = keras.layers.ReLU(name="stem_relu")(x)
+        return keras.layers.MaxPooling2D(
+            3, 2, "same", data_format=self.data_format, name="stem_pool"
+        )(x)
+
+    def block(self, x: Any, stage: int, block: int, filters: int, stride: int) -> Any:
+        name = f"conv{stage + 1}" + (f"_block{block}" if block else "")
+        out = filters * _BOTTLENECK_EXPANSION
+        shortcut = self.conv(x, out, 1, stride, f"{name}_residual")
+        convs = [(filters, 1, stride), (filters, 3, 1), (out, 1, 1)]
+        for index, conv in enumerate(convs, start=1):
+            if index > 1:
+                x = keras.layers.ReLU(name=f"{name}_relu{index - 1}")(x)
+            x = self.conv(x, *conv, f"{name}_conv{index}")
+            x = self.batch_norm(x, f"{name}_bn{index}")
+        options = {**self.options, "mlp_activation": "relu"}
+        return self.module(x, shortcut, f"{name}_cbam", f"{name}_relu3", options)
+
+
+_NETWORKS: dict[str, type[_Network]] = {"released": _Released, "seed": _Seed}
 
 
 # --- around the network ---------------------------------------------------------------------------
@@ -504,15 +506,13 @@ def build_resnet(
     Raises:
         ValueError: for an argument that is none of the above, and as `CBAMResNet50` raises.
     """
-    families = {
-        "released": (_released_features, tuple(_BLOCKS_PER_STAGE)),
-        "seed": (_seed_features, (50, 101, 152)),
-    }
-    if network not in families:
+    if network not in _NETWORKS:
         raise ValueError(f'`network` must be "released" or "seed", got {network!r}')
-    features, depths = families[network]
-    if depth not in depths:
-        raise ValueError(f"`depth` must be one of {depths} for the {network} network, got {depth}")
+    family = _NETWORKS[network]
+    if depth not in family.depths:
+        raise ValueError(
+            f"`depth` must be one of {family.depths} for the {network} network, got {depth}"
+        )
     if attention not in _MODULES:
         raise ValueError(f'`attention` must be "cbam", "stock" or None, got {attention!r}')
     if weights is not None and not os.path.isfile(weights):
@@ -526,26 +526,21 @@ def build_resnet(
         raise ValueError(f"`classes` must be at least 1, got {classes!r}")
     if name is None:
         prefix = {"cbam": "cbam_", "stock": "stock_cbam_", None: ""}[attention]
-        name = f"{'seed_' if network == 'seed' else ''}{prefix}resnet{depth}"
+        name = f"{family.prefix}{prefix}resnet{depth}"
 
     data_format = _data_format()
     images = _image_input(input_tensor, input_shape, include_top, data_format)
-    x = features(images, depth, _MODULES[attention], ratio, kernel_size, data_format)
+    layers = family(depth, attention, ratio, kernel_size)
+    x = layers.features(images)
 
     if include_top:
         x = keras.layers.GlobalAveragePooling2D(data_format, name="avg_pool")(x)
-        # The release draws the classifier He-normal; the seed leaves it to Keras.
-        initializer = (
-            keras.initializers.VarianceScaling(2.0, "fan_in", "untruncated_normal")
-            if network == "released"
-            else "glorot_uniform"
-        )
         x = keras.layers.Dense(
             classes,
             activation=classifier_activation,
-            kernel_initializer=initializer,
+            kernel_initializer=layers.classifier_initializer(),
             dtype=keras.config.dtype_policy().variable_dtype,
-            name="predictions" if network == "released" else "fc",
+            name=layers.classifier,
         )(x)
     elif pooling == "avg":
         x = keras.layers.GlobalAveragePooling2D(data_format, name="avg_pool")(x)
@@ -558,258 +553,94 @@ def build_resnet(
         inputs = inputs[0] if len(inputs) == 1 else inputs
     model = keras.Model(inputs, x, name=name)
     if weights is not None:
-        model.load_weights(weights)
+        _load_weights(model, weights, keras.Model(inputs, images))
     return model
 
 
-def CBAMResNet18(
-    include_top: bool = True,
-    weights: str | os.PathLike[str] | None = None,
-    input_tensor: Any = None,
-    input_shape: Sequence[int | None] | None = None,
-    pooling: str | None = None,
-    classes: int = 1000,
-    classifier_activation: Any = "softmax",
-    name: str = "cbam_resnet18",
-    *,
-    ratio: int = 16,
-    kernel_size: int = 7,
-) -> keras.Model:
-    """Instantiates ResNet-18 with a CBAM in every block, as the paper's authors released it."""
-    return build_resnet(
-        18,
-        include_top=include_top,
-        weights=weights,
-        input_tensor=input_tensor,
-        input_shape=input_shape,
-        pooling=pooling,
-        classes=classes,
-        classifier_activation=classifier_activation,
-        name=name,
-        ratio=ratio,
-        kernel_size=kernel_size,
+def _load_weights(
+    model: keras.Model, path: str | os.PathLike[str], before_images: keras.Model
+) -> None:
+    """Loads the weights; if that fails, the layers that the user put before stay as they were."""
+    own = before_images.get_weights()
+    try:
+        model.load_weights(path)
+    except Exception as error:  # Keras raises many kinds, after some layers have been loaded
+        before_images.set_weights(own)
+        # Whole arrays and lists of layers follow what Keras says first.
+        cause = re.split("Target variable:|List of objects", str(error))[0]
+        raise ValueError(
+            f"`weights` must be a weights file of {model.name} with these arguments, got "
+            f"{os.fspath(path)!r}: {' '.join(cause.split())}"
+        ) from error
+
+
+class _Constructor(Protocol):
+    def __call__(
+        self,
+        include_top: bool = True,
+        weights: str | os.PathLike[str] | None = None,
+        input_tensor: Any = None,
+        input_shape: Sequence[int | None] | None = None,
+        pooling: str | None = None,
+        classes: int = 1000,
+        classifier_activation: Any = "softmax",
+        name: str = ...,
+        *,
+        ratio: int = 16,
+        kernel_size: int = 7,
+    ) -> keras.Model: ...
+
+
+def _constructor(network: str, depth: int) -> _Constructor:
+    """The public function that builds a network with CBAM; the protocol is for type checkers."""
+    family = _NETWORKS[network]
+
+    def construct(
+        include_top: bool = True,
+        weights: str | os.PathLike[str] | None = None,
+        input_tensor: Any = None,
+        input_shape: Sequence[int | None] | None = None,
+        pooling: str | None = None,
+        classes: int = 1000,
+        classifier_activation: Any = "softmax",
+        name: str = f"{family.prefix}cbam_resnet{depth}",
+        *,
+        ratio: int = 16,
+        kernel_size: int = 7,
+    ) -> keras.Model:
+        return build_resnet(
+            depth,
+            network=network,
+            include_top=include_top,
+            weights=weights,
+            input_tensor=input_tensor,
+            input_shape=input_shape,
+            pooling=pooling,
+            classes=classes,
+            classifier_activation=classifier_activation,
+            name=name,
+            ratio=ratio,
+            kernel_size=kernel_size,
+        )
+
+    construct.__name__ = construct.__qualname__ = (
+        f"{'Seed' if network == 'seed' else ''}CBAMResNet{depth}"
     )
-
-
-def CBAMResNet34(
-    include_top: bool = True,
-    weights: str | os.PathLike[str] | None = None,
-    input_tensor: Any = None,
-    input_shape: Sequence[int | None] | None = None,
-    pooling: str | None = None,
-    classes: int = 1000,
-    classifier_activation: Any = "softmax",
-    name: str = "cbam_resnet34",
-    *,
-    ratio: int = 16,
-    kernel_size: int = 7,
-) -> keras.Model:
-    """Instantiates ResNet-34 with a CBAM in every block, as the paper's authors released it."""
-    return build_resnet(
-        34,
-        include_top=include_top,
-        weights=weights,
-        input_tensor=input_tensor,
-        input_shape=input_shape,
-        pooling=pooling,
-        classes=classes,
-        classifier_activation=classifier_activation,
-        name=name,
-        ratio=ratio,
-        kernel_size=kernel_size,
+    expansion = _BOTTLENECK_EXPANSION if _DEPTHS[depth][1] else 1
+    title = family.title.format(depth=depth)
+    construct.__doc__ = f"Instantiates {title}.\n" + _ARGUMENTS_DOC.format(
+        features=_STAGE_FILTERS[-1] * expansion,
+        narrowest=_STAGE_FILTERS[0] * expansion,
+        source=family.source,
     )
+    return construct
 
 
-def CBAMResNet50(
-    include_top: bool = True,
-    weights: str | os.PathLike[str] | None = None,
-    input_tensor: Any = None,
-    input_shape: Sequence[int | None] | None = None,
-    pooling: str | None = None,
-    classes: int = 1000,
-    classifier_activation: Any = "softmax",
-    name: str = "cbam_resnet50",
-    *,
-    ratio: int = 16,
-    kernel_size: int = 7,
-) -> keras.Model:
-    """Instantiates ResNet-50 with a CBAM in every block, as the paper's authors released it."""
-    return build_resnet(
-        50,
-        include_top=include_top,
-        weights=weights,
-        input_tensor=input_tensor,
-        input_shape=input_shape,
-        pooling=pooling,
-        classes=classes,
-        classifier_activation=classifier_activation,
-        name=name,
-        ratio=ratio,
-        kernel_size=kernel_size,
-    )
-
-
-def CBAMResNet101(
-    include_top: bool = True,
-    weights: str | os.PathLike[str] | None = None,
-    input_tensor: Any = None,
-    input_shape: Sequence[int | None] | None = None,
-    pooling: str | None = None,
-    classes: int = 1000,
-    classifier_activation: Any = "softmax",
-    name: str = "cbam_resnet101",
-    *,
-    ratio: int = 16,
-    kernel_size: int = 7,
-) -> keras.Model:
-    """Instantiates ResNet-101 with a CBAM in every block, as the paper's authors released it."""
-    return build_resnet(
-        101,
-        include_top=include_top,
-        weights=weights,
-        input_tensor=input_tensor,
-        input_shape=input_shape,
-        pooling=pooling,
-        classes=classes,
-        classifier_activation=classifier_activation,
-        name=name,
-        ratio=ratio,
-        kernel_size=kernel_size,
-    )
-
-
-def CBAMResNet152(
-    include_top: bool = True,
-    weights: str | os.PathLike[str] | None = None,
-    input_tensor: Any = None,
-    input_shape: Sequence[int | None] | None = None,
-    pooling: str | None = None,
-    classes: int = 1000,
-    classifier_activation: Any = "softmax",
-    name: str = "cbam_resnet152",
-    *,
-    ratio: int = 16,
-    kernel_size: int = 7,
-) -> keras.Model:
-    """Instantiates ResNet-152 with a CBAM in every block, as the paper's authors released it."""
-    return build_resnet(
-        152,
-        include_top=include_top,
-        weights=weights,
-        input_tensor=input_tensor,
-        input_shape=input_shape,
-        pooling=pooling,
-        classes=classes,
-        classifier_activation=classifier_activation,
-        name=name,
-        ratio=ratio,
-        kernel_size=kernel_size,
-    )
-
-
-def SeedCBAMResNet50(
-    include_top: bool = True,
-    weights: str | os.PathLike[str] | None = None,
-    input_tensor: Any = None,
-    input_shape: Sequence[int | None] | None = None,
-    pooling: str | None = None,
-    classes: int = 1000,
-    classifier_activation: Any = "softmax",
-    name: str = "seed_cbam_resnet50",
-    *,
-    ratio: int = 16,
-    kernel_size: int = 7,
-) -> keras.Model:
-    """Instantiates the seed's ResNet-50 with a CBAM in every block."""
-    return build_resnet(
-        50,
-        network="seed",
-        include_top=include_top,
-        weights=weights,
-        input_tensor=input_tensor,
-        input_shape=input_shape,
-        pooling=pooling,
-        classes=classes,
-        classifier_activation=classifier_activation,
-        name=name,
-        ratio=ratio,
-        kernel_size=kernel_size,
-    )
-
-
-def SeedCBAMResNet101(
-    include_top: bool = True,
-    weights: str | os.PathLike[str] | None = None,
-    input_tensor: Any = None,
-    input_shape: Sequence[int | None] | None = None,
-    pooling: str | None = None,
-    classes: int = 1000,
-    classifier_activation: Any = "softmax",
-    name: str = "seed_cbam_resnet101",
-    *,
-    ratio: int = 16,
-    kernel_size: int = 7,
-) -> keras.Model:
-    """Instantiates the seed's ResNet-101 with a CBAM in every block."""
-    return build_resnet(
-        101,
-        network="seed",
-        include_top=include_top,
-        weights=weights,
-        input_tensor=input_tensor,
-        input_shape=input_shape,
-        pooling=pooling,
-        classes=classes,
-        classifier_activation=classifier_activation,
-        name=name,
-        ratio=ratio,
-        kernel_size=kernel_size,
-    )
-
-
-def SeedCBAMResNet152(
-    include_top: bool = True,
-    weights: str | os.PathLike[str] | None = None,
-    input_tensor: Any = None,
-    input_shape: Sequence[int | None] | None = None,
-    pooling: str | None = None,
-    classes: int = 1000,
-    classifier_activation: Any = "softmax",
-    name: str = "seed_cbam_resnet152",
-    *,
-    ratio: int = 16,
-    kernel_size: int = 7,
-) -> keras.Model:
-    """Instantiates the seed's ResNet-152 with a CBAM in every block."""
-    return build_resnet(
-        152,
-        network="seed",
-        include_top=include_top,
-        weights=weights,
-        input_tensor=input_tensor,
-        input_shape=input_shape,
-        pooling=pooling,
-        classes=classes,
-        classifier_activation=classifier_activation,
-        name=name,
-        ratio=ratio,
-        kernel_size=kernel_size,
-    )
-
-
-def _complete_docstrings() -> None:
-    """Appends to every constructor's line the arguments that all of them share."""
-    for depth in _BLOCKS_PER_STAGE:
-        for prefix, source in (("", _RELEASED_SOURCE), ("Seed", _SEED_SOURCE)):
-            constructor = globals().get(f"{prefix}CBAMResNet{depth}")
-            if constructor is None or constructor.__doc__ is None:  # no docstrings under python -OO
-                continue
-            basic = depth in _BASIC_DEPTHS
-            constructor.__doc__ += "\n" + _ARGUMENTS_DOC.format(
-                features=512 if basic else 2048,
-                narrowest=64 if basic else 256,
-                source=source,
-            )
-
-
-_complete_docstrings()
+CBAMResNet18 = _constructor("released", 18)
+CBAMResNet34 = _constructor("released", 34)
+CBAMResNet50 = _constructor("released", 50)
+CBAMResNet101 = _constructor("released", 101)
+CBAMResNet152 = _constructor("released", 152)
+SeedCBAMResNet50 = _constructor("seed", 50)
+SeedCBAMResNet101 = _constructor("seed", 101)
+SeedCBAMResNet152 = _constructor("seed", 152)
