@@ -70,6 +70,16 @@ def test_a_network_in_a_keras_file(saved, tmp_path):
         assert_as_before(model(arrays["x"]), arrays["y"], "classes")
 
 
+def test_weights_of_every_network(saved):
+    """Files of weights alone, and optimizers, go by paths, shapes and order."""
+    for name, expected in np.load(saved / "weights.npz").items():
+        with keras.StatelessScope(initialize_variables=False):  # shapes, without values
+            model = getattr(models, name)(input_shape=(32, 32, 3), classes=5)
+        actual = [f"{weight.path} {tuple(weight.shape)}" for weight in model.weights]
+        assert actual == expected.tolist(), name
+    keras.backend.clear_session()  # forgets the variables that wait for a value
+
+
 def test_functions_in_a_saved_model(saved):
     """A graph names ops, attributes and arguments, and leaves out attributes at their defaults."""
     cbam_ops.ops.load_library()
