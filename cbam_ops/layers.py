@@ -10,6 +10,7 @@ TensorFlow backend.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -29,6 +30,8 @@ _DESCRIPTIONS = {
     "regularizer": keras.regularizers,
     "constraint": keras.constraints,
 }
+# From here on, one hidden unit is more likely a mistake (`CBAM(channels)`) than meant.
+_MANY_CHANNELS = 32
 
 
 class _Weight(NamedTuple):
@@ -104,6 +107,8 @@ class _Attention(keras.layers.Layer):
         if end in _DESCRIPTIONS:
             return _DESCRIPTIONS[end].get(value)
         if name in _WORDS:
+            if name.endswith("activation") and isinstance(value, str) and value == "linear":
+                value = None  # Keras's name of it
             return self._word(name, value, _WORDS[name])
         match name:
             case "data_format":
@@ -191,6 +196,13 @@ class _Attention(keras.layers.Layer):
                 f"C = {channels}, so that the hidden layer has C // ratio >= 1 units, got "
                 f"ratio={self.ratio}; give a smaller `ratio`, or the size itself as `hidden`."
             )
+        if hidden == 1 and self.hidden is None and channels >= _MANY_CHANNELS:
+            warnings.warn(
+                f"{type(self).__name__}: ratio={self.ratio} leaves one hidden unit of C = "
+                f"{channels} channels. `ratio` is what C is divided by; the number of channels is "
+                "taken from the input. Give `hidden=1` if one unit is meant.",
+                stacklevel=2,
+            )
         return hidden
 
     # --- batch norm --------------------------------------------------------------------------
@@ -256,6 +268,13 @@ class _Attention(keras.layers.Layer):
         return_gates: bool = False,
     ) -> Any:
         """See the class."""
+        for name, tensor in (("inputs", inputs), ("residual", residual)):
+            if type(tensor).__name__ == "KerasTensor":  # those of Keras 3 do not come here
+                raise ValueError(
+                    f"{type(self).__name__}: `{name}` must be a tensor of Keras 3, got one of "
+                    f"Keras 2 ({type(tensor).__module__}), whose models would not train this "
+                    "layer; build the model with `import keras` and without TF_USE_LEGACY_KERAS."
+                )
         keywords = {name: getattr(self, name) for name in self._arguments if name in _WORDS}
         keywords.update(data_format=self._layout, residual=residual, return_gates=True)
         arguments = [inputs, *(getattr(self, w.attribute) for w in self._table if w in _MLP)]
@@ -339,8 +358,8 @@ class CBAM(_Attention):
     and the maximum over channels. The layer replaces ten stock layers.
 
     Args:
-        ratio: Integer, reduction ratio of the MLP: it has `C // ratio` hidden units. At most C.
-            Defaults to 16.
+        ratio: Integer, what the input's C is divided by: the MLP has `C // ratio` hidden units. At
+            most C. Defaults to 16.
         kernel_size: Odd integer, size of the spatial convolution. Defaults to 7.
         spatial_batch_norm: Boolean, whether to normalise the spatial convolution's output before
             its sigmoid, as the paper's released code does. In training the batch's own statistics
@@ -358,7 +377,7 @@ class CBAM(_Attention):
         spatial_use_bias: Boolean or `None`, whether the spatial convolution has a bias. `None`
             means one exactly without `spatial_batch_norm`, with which there can be none (`beta`
             takes its place). Defaults to `None`.
-        activation: `None` or `"relu"`, applied last. Defaults to `None`.
+        activation: `None` (or `"linear"`) or `"relu"`, applied last. Defaults to `None`.
         data_format: `"channels_last"`, `"channels_first"` or `None` for
             `keras.config.image_data_format()`. Both work on CPUs. Defaults to `None`.
         mlp_kernel_initializer: Initializer of both MLP kernels. Defaults to `"glorot_uniform"`.
@@ -473,15 +492,15 @@ class ChannelAttention(_Attention):
     of a two-layer MLP of the chosen descriptors over positions, summed if there are two.
 
     Args:
-        ratio: Integer, reduction ratio of the MLP: it has `C // ratio` hidden units. At most C.
-            Defaults to 16.
+        ratio: Integer, what the input's C is divided by: the MLP has `C // ratio` hidden units. At
+            most C. Defaults to 16.
         pooling: `"avg+max"` (CBAM), `"avg"` (squeeze and excitation) or `"max"`. Defaults to
             `"avg+max"`.
         hidden: Integer or `None`, number of hidden units; overrides `ratio`. Defaults to `None`.
         mlp_activation: `None` or `"relu"`, applied to each MLP output before their sum. Defaults to
             `None`.
         use_bias: Boolean, whether the MLP has biases. Defaults to `True`.
-        activation: `None` or `"relu"`, applied last. Defaults to `None`.
+        activation: `None` (or `"linear"`) or `"relu"`, applied last. Defaults to `None`.
         data_format: `"channels_last"`, `"channels_first"` or `None` for
             `keras.config.image_data_format()`. Defaults to `None`.
         mlp_kernel_initializer: Initializer of both MLP kernels. Defaults to `"glorot_uniform"`.
@@ -560,7 +579,7 @@ class SpatialAttention(_Attention):
             sigmoid; see :class:`CBAM`. Defaults to `False`.
         spatial_use_bias: Boolean or `None`, whether the convolution has a bias; `None` means one
             exactly without `spatial_batch_norm`. Defaults to `None`.
-        activation: `None` or `"relu"`, applied last. Defaults to `None`.
+        activation: `None` (or `"linear"`) or `"relu"`, applied last. Defaults to `None`.
         data_format: `"channels_last"`, `"channels_first"` or `None` for
             `keras.config.image_data_format()`. Defaults to `None`.
         spatial_kernel_initializer: Initializer of the kernel. Defaults to `"glorot_uniform"`.

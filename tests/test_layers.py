@@ -6,6 +6,7 @@ import inspect
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import keras
 import numpy as np
@@ -92,6 +93,15 @@ def test_every_argument_is_documented(layer_class):
         assert f"        {name}: " in layer_class.__doc__, name
     for name in ("inputs", "residual", "training", "return_gates"):
         assert f"        {name}: " in layer_class.__doc__, name
+
+
+def test_the_default_epsilon_is_that_of_the_ops():
+    for layer, function in (
+        (cbam_ops.CBAM, cbam_ops.cbam_with_batch_norm),
+        (cbam_ops.SpatialAttention, cbam_ops.spatial_attention_with_batch_norm),
+    ):
+        default = inspect.signature(function).parameters["epsilon"].default
+        assert layer().batch_norm_epsilon == default
 
 
 UNUSUAL = {
@@ -482,23 +492,35 @@ def test_mixed_precision_is_near_float32(policy, implementation):
     testing.assert_close(tf.cast(y, tf.float32), exact(x), error, policy)
 
 
-SAVED = """
-import sys
+KERAS_FILE = """
 import numpy as np
-import {first}
-import {second}
-path, name = sys.argv[1:]
-model = keras.models.load_model(path + "/model.keras")
-data = np.load(path + "/data.npz")
-np.testing.assert_array_equal(model.predict([data["x"], data["r"]], verbose=0), data[name])
-model.fit([data["x"], data["r"]], data[name], verbose=0)
-print("same")
+import cbam_ops
+import keras
+model = keras.models.load_model("model.keras")
+data = np.load("data.npz")
+np.testing.assert_array_equal(model.predict([data["x"], data["r"]], verbose=0), data["y"])
+model.fit([data["x"], data["r"]], data["y"], verbose=0)
+"""
+SERVED = """
+import numpy as np
+import tensorflow as tf
+data = np.load("data.npz")
+def check(name):
+    model = tf.saved_model.load(name)
+    y = model.serve([data["x"], data["r"]])
+    np.testing.assert_allclose(y, data["y"], rtol=1e-5, atol=1e-6)
+check("reference")
+import keras
+import cbam_ops
+check("native")
+keras.models.load_model("model.keras")
 """
 
 
-@pytest.mark.parametrize("imports", [("cbam_ops", "keras"), ("keras", "cbam_ops")])
-def test_a_saved_model_loads_in_a_fresh_process(imports, tmp_path):
-    """`import cbam_ops` and nothing else must be enough for keras.models.load_model."""
+@pytest.fixture(scope="module")
+def saved_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model in every form that leaves the process, with inputs and outputs."""
+    folder = tmp_path_factory.mktemp("saved")
     inputs, shortcut = keras.Input((None, None, 8)), keras.Input((None, None, 8))
     y = make(spatial_batch_norm=True)(inputs)
     y = make(cbam_ops.ChannelAttention)(y)
@@ -506,43 +528,22 @@ def test_a_saved_model_loads_in_a_fresh_process(imports, tmp_path):
     model = keras.Model([inputs, shortcut], y)
     model.compile("sgd", "mse")
     x, r = feature_map(20), feature_map(21)
-    model.save(tmp_path / "model.keras")
-    np.savez(tmp_path / "data.npz", x=x, r=r, y=model.predict([x, r], verbose=0))
-    code = SAVED.format(first=imports[0], second=imports[1])
+    model.save(folder / "model.keras")
+    np.savez(folder / "data.npz", x=x, r=r, y=model.predict([x, r], verbose=0))
+    for implementation in ("native", "reference"):
+        with cbam_ops.use_implementation(implementation):
+            model.export(folder / implementation, verbose=False)
+    return folder
+
+
+@pytest.mark.parametrize("code", [KERAS_FILE, SERVED], ids=["keras", "served"])
+def test_a_fresh_process_takes_a_saved_model(code, saved_model):
+    """`import cbam_ops` is enough, before or after Keras; a reference's export needs not even it."""
     result = subprocess.run(
-        [sys.executable, "-W", "error::RuntimeWarning", "-c", code, str(tmp_path), "y"],
-        capture_output=True, text=True, check=False, cwd=tmp_path,
+        [sys.executable, "-W", "error::RuntimeWarning", "-c", code],
+        capture_output=True, text=True, check=False, cwd=saved_model,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
-    assert result.stdout.split()[-1] == "same"
-
-
-EXPORTED = """
-import sys
-import numpy as np
-import tensorflow as tf
-import cbam_ops
-if sys.argv[2] == "native":
-    cbam_ops.ops.load_library()
-served = tf.saved_model.load(sys.argv[1] + "/exported")
-data = np.load(sys.argv[1] + "/data.npz")
-np.testing.assert_allclose(served.serve(data["x"]), data["y"], rtol=1e-5, atol=1e-6)
-print("same")
-"""
-
-
-def test_an_exported_model_is_served_in_a_fresh_process(implementation, tmp_path):
-    """The native one needs the library loaded first, the reference's needs nothing of ours."""
-    model = functional(make(spatial_batch_norm=True))
-    model.export(tmp_path / "exported", verbose=False)
-    x = feature_map(22)
-    np.savez(tmp_path / "data.npz", x=x, y=model.predict(x, verbose=0))
-    result = subprocess.run(
-        [sys.executable, "-c", EXPORTED, str(tmp_path), implementation],
-        capture_output=True, text=True, check=False, cwd=tmp_path,
-    )  # fmt: skip
-    assert result.returncode == 0, result.stderr
-    assert result.stdout.split()[-1] == "same"
 
 
 def test_weights_alone_are_saved_and_loaded(tmp_path):
@@ -626,6 +627,37 @@ def test_bad_pooling_is_named():
 def test_a_ratio_larger_than_the_channels_is_explained():
     with pytest.raises(ValueError, match=r"C = 8, .* got ratio=16; give a smaller `ratio`, or"):
         cbam_ops.CBAM(ratio=16)(feature_map())
+
+
+@pytest.mark.parametrize("layer_class", [cbam_ops.CBAM, cbam_ops.ChannelAttention])
+def test_the_number_of_channels_as_ratio_warns(layer_class):
+    """As in PyTorch's modules, whose first argument is the number of channels."""
+    with pytest.warns(UserWarning, match="ratio=32 leaves one hidden unit of C = 32 channels.*`h"):
+        layer_class(32).build((None, None, None, 32))
+    # Nobody is warned of what is asked for, of few channels, and of two units.
+    for arguments, channels in (({"hidden": 1}, 32), ({"ratio": 31}, 31), ({"ratio": 16}, 32)):
+        layer_class(**arguments).build((None, None, None, channels))
+
+
+def test_linear_activations_are_none():
+    layer = cbam_ops.CBAM(4, activation="linear", mlp_activation="linear")
+    assert layer.activation is layer.mlp_activation is layer.get_config()["activation"] is None
+    with pytest.raises(ValueError, match="`order` must be .*, got 'linear'"):
+        cbam_ops.CBAM(order="linear")
+
+
+def test_tensors_of_keras_2_are_refused():
+    """Its functional models take the layer, count no parameters of it and never train it."""
+
+    class KerasTensor:  # what Keras 3 sees of one
+        shape, dtype, is_tensor_like = SHAPE, "float32", True
+
+    for arguments, name in (
+        ((KerasTensor(),), "inputs"),
+        ((feature_map(), KerasTensor()), "resid"),
+    ):
+        with pytest.raises(ValueError, match=f"CBAM: `{name}.* of Keras 3, got one of Keras 2"):
+            make()(*arguments)
 
 
 @pytest.mark.parametrize("layer_class", LAYERS)

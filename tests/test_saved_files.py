@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-import cbam_ops
 from cbam_ops import models, testing
 
 ARCHIVES = sorted((Path(__file__).parent / "saved").glob("*.tar.xz"))
@@ -82,7 +81,6 @@ def test_weights_of_every_network(saved):
 
 def test_functions_in_a_saved_model(saved):
     """A graph names ops, attributes and arguments, and leaves out attributes at their defaults."""
-    cbam_ops.ops.load_library()
     cases = tf.saved_model.load(saved / "functions").cases
     arrays = np.load(saved / "functions.npz")
     assert {name.partition("/")[0] for name in arrays.files} == set(cases)
