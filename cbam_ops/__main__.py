@@ -115,7 +115,7 @@ def _parser() -> argparse.ArgumentParser:
             "code 1 if any case fails."
         ),
     )
-    check.add_argument("--quick", action="store_true", help="a third of the cases")
+    check.add_argument("--quick", action="store_true", help="a fifth of the cases")
 
     bench = commands.add_parser(
         "bench",
