@@ -538,7 +538,7 @@ def saved_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("code", [KERAS_FILE, SERVED], ids=["keras", "served"])
 def test_a_fresh_process_takes_a_saved_model(code, saved_model):
-    """`import cbam_ops` is enough, before or after Keras; a reference's export needs not even it."""
+    """`import cbam_ops` is enough, before or after Keras; a reference's export needs nothing."""
     result = subprocess.run(
         [sys.executable, "-W", "error::RuntimeWarning", "-c", code],
         capture_output=True, text=True, check=False, cwd=saved_model,
