@@ -69,6 +69,11 @@ Outputs = dict[str, Any]
 _definitions: dict[str, Callable[[Arguments], Outputs]] = {}
 
 
+def not_converted(function: Callable[P, R]) -> Callable[P, R]:
+    """The function, which AutoGraph leaves as it is; type checkers see its signature."""
+    return tf.autograph.experimental.do_not_convert(function)
+
+
 def call(function: str, values: dict[str, Any]) -> Any:
     """What the public ``function`` returns for its arguments ``values``."""
     native = options.native_ops(cause_of_the_place)
@@ -96,7 +101,7 @@ def reference_of(
     """The function that :mod:`cbam_ops.ops` states, always computed by its ``definition``."""
     _definitions[_op_of(statement.__name__)] = definition
 
-    @tf.autograph.experimental.do_not_convert
+    @not_converted
     @functools.wraps(statement)
     def reference(*args: P.args, **keywords: P.kwargs) -> R:
         with options.use_implementation("reference"):
@@ -178,22 +183,21 @@ def _tensor(function: str, name: str, value: Any, preferred: tf.DType | None) ->
 def _check_type(function: str, args: Arguments, name: str, dtype: tf.DType) -> None:
     """The residual has the type of the map; weights have one type, the map's or float32."""
     first = "w0" if hasattr(args, "w0") else "kernel"  # of the weights
-    like = "x" if name in MAPS else first
-    expected = getattr(args, like).dtype
-    if dtype is expected and name not in ("x", first):  # every type is one object
-        return
-    if name != "residual":
-        map_type = args.x.dtype
+    like = "x" if name in ("residual", first) else first
+    map_type = args.x.dtype
+    if name == "x":
         allowed, beside = FLOATING, ""
-        if name != "x":
-            allowed = (map_type, tf.float32) if map_type in HALF else (map_type,)
-            beside = f" beside `x` of dtype {map_type.name}"
-        if dtype not in allowed:
-            names = " or ".join(dtype.name for dtype in allowed)
-            _refuse(function, name, f"have dtype {names}{beside}, got {dtype.name}")
-    if dtype is not expected:
-        must = f"have the dtype of `{like}`, {expected.name}, got {dtype.name}"
-        _refuse(function, name, must)
+    elif dtype is getattr(args, like).dtype:  # every type is one object
+        return
+    else:
+        allowed = (map_type, tf.float32) if map_type in HALF else (map_type,)
+        beside = f" beside `x` of dtype {map_type.name}"
+    if dtype not in allowed and name != "residual":
+        names = " or ".join(dtype.name for dtype in allowed)
+        _refuse(function, name, f"have dtype {names}{beside}, got {dtype.name}")
+    if name not in ("x", first):
+        expected = getattr(args, like).dtype.name
+        _refuse(function, name, f"have the dtype of `{like}`, {expected}, got {dtype.name}")
 
 
 def _check_shapes(function: str, args: Arguments) -> None:

@@ -36,7 +36,7 @@ __all__ = [
 ]
 
 
-@tf.autograph.experimental.do_not_convert
+@_call.not_converted
 def cbam(
     x: Any,
     w0: Any,
@@ -86,7 +86,7 @@ def cbam(
     return _call.call("cbam", locals())
 
 
-@tf.autograph.experimental.do_not_convert
+@_call.not_converted
 def cbam_with_batch_norm(
     x: Any,
     w0: Any,
@@ -139,7 +139,7 @@ def cbam_with_batch_norm(
     return _call.call("cbam_with_batch_norm", locals())
 
 
-@tf.autograph.experimental.do_not_convert
+@_call.not_converted
 def channel_attention(
     x: Any,
     w0: Any,
@@ -181,7 +181,7 @@ def channel_attention(
     return _call.call("channel_attention", locals())
 
 
-@tf.autograph.experimental.do_not_convert
+@_call.not_converted
 def spatial_attention(
     x: Any,
     kernel: Any,
@@ -215,7 +215,7 @@ def spatial_attention(
     return _call.call("spatial_attention", locals())
 
 
-@tf.autograph.experimental.do_not_convert
+@_call.not_converted
 def spatial_attention_with_batch_norm(
     x: Any,
     kernel: Any,
@@ -251,7 +251,7 @@ def spatial_attention_with_batch_norm(
     return _call.call("spatial_attention_with_batch_norm", locals())
 
 
-@tf.autograph.experimental.do_not_convert
+@_call.not_converted
 def channel_pool(x: Any, *, data_format: str = "NHWC") -> tuple[tf.Tensor, tf.Tensor]:
     """Mean and maximum over positions, in one read of ``x``.
 
@@ -268,7 +268,7 @@ def channel_pool(x: Any, *, data_format: str = "NHWC") -> tuple[tf.Tensor, tf.Te
     return _call.call("channel_pool", locals())
 
 
-@tf.autograph.experimental.do_not_convert
+@_call.not_converted
 def spatial_pool(x: Any, *, data_format: str = "NHWC") -> tf.Tensor:
     """Mean and maximum over channels, mean first, in one read of ``x``.
 
@@ -285,7 +285,7 @@ def spatial_pool(x: Any, *, data_format: str = "NHWC") -> tf.Tensor:
     return _call.call("spatial_pool", locals())
 
 
-@tf.autograph.experimental.do_not_convert
+@_call.not_converted
 def load_library() -> None:
     """Raises where the native ops are not loaded, for a program whose graphs contain them.
 

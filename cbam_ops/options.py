@@ -117,9 +117,10 @@ class use_implementation:
 
 def _level_of_the_caller() -> int:
     """The `stacklevel` that makes a warning point at the code that called this package."""
+    # Between the two stands AutoGraph, which is told to leave the public functions as they are.
+    passed_over = (f"{__package__}.", "tensorflow.python.autograph.")
     frame, level = sys._getframe(1), 0
-    package = os.path.dirname(__file__) + os.sep
-    while frame.f_back is not None and frame.f_code.co_filename.startswith(package):
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith(passed_over):
         frame, level = frame.f_back, level + 1
     return level + 1
 

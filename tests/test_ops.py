@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import subprocess
 import sys
@@ -12,9 +13,10 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from numpy_oracle import gradient_magnitudes
+from tensorflow.python.framework import op_def_registry
 
 import cbam_ops
-from cbam_ops import _gpu, ops, reference
+from cbam_ops import _call, _gpu, ops, reference
 from cbam_ops.testing import (
     FLOAT32,
     OPTIONS,
@@ -131,6 +133,36 @@ def test_python_numbers_and_arrays_are_taken():
     y = cbam_ops.cbam(x, *w, np.zeros((1, 1, 2, 1), np.float32), [0.0])
     gate = 1 / (1 + np.exp(-np.array([18.0, 24.0])))
     assert_close(y, np.broadcast_to(gate / 2, (1, 2, 2, 2)), FLOAT32, "y")
+
+
+# --- the statement --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("function", reference.__all__)
+def test_the_statement_is_the_registered_op_s(function):
+    """Fails where Python's names, words or defaults of a function and its op go apart."""
+    op = f"CbamOps>{function.removesuffix('_with_batch_norm').title().replace('_', '')}"
+    parameters = inspect.signature(getattr(ops, function)).parameters
+    definition = op_def_registry.get(op)
+    inputs = {argument.name for argument in definition.input_arg}
+    assert inputs - {"gamma"} == {
+        {"beta": "bias"}.get(name, name)
+        for name in parameters
+        if name in _call.DIMENSIONS and name != "gamma"
+    }
+    for attribute in definition.attr:
+        if attribute.type == "string":
+            default = parameters[attribute.name].default
+            words = ["none" if word is None else word for word in _call.WORDS[attribute.name]]
+            allowed = [word.decode() for word in attribute.allowed_values.list.s]
+            assert attribute.default_value.s.decode() == (default or "none")
+            if attribute.name == "order":
+                words.remove("spatial_first")  # a composition of the other two ops
+            assert words == allowed, attribute.name
+    if "gamma" in parameters:
+        assert parameters["epsilon"].default == 1e-5 == cbam_ops.CBAM().batch_norm_epsilon
+    assert parameters == inspect.signature(getattr(reference, function)).parameters
+    assert getattr(reference, function).__doc__ == getattr(ops, function).__doc__
 
 
 # --- bits -----------------------------------------------------------------------------------------

@@ -189,8 +189,9 @@ def test_auto_falls_back_with_one_warning_per_cause(monkeypatch):
         warnings.simplefilter("error")
         assert options.native_ops() is None, "the same cause must not warn again"
     _pretend(monkeypatch, Cause("corrupt", "They are damaged.", "Build them: pip install ."))
-    with pytest.warns(RuntimeWarning, match="They are damaged"):
-        options.native_ops()
+    with pytest.warns(RuntimeWarning, match="They are damaged") as caught:
+        cbam_ops.spatial_pool(np.zeros((1, 1, 1, 1)))
+    assert caught[0].filename == __file__, "it points at the code that called the package"
 
 
 def test_native_raises_the_cause_and_the_cure(monkeypatch):
