@@ -72,7 +72,7 @@ def _print_figures(rows: Sequence[Row]) -> None:
     print_table(lines, "<<<" + ">" * (len(lines[0]) - 3))
 
 
-def _write(path: Path, rows: Sequence[Row]) -> None:
+def write_rows(path: Path, rows: Sequence[Row]) -> None:
     """The rows as the suite's reports read them."""
     names = list(dict.fromkeys(name for row in rows for name in row))
     with written(path) as part:
@@ -106,24 +106,29 @@ def run(output: Path | None, allow_reference: bool = False) -> int:
     warn_if_busy()
     rows: list[Row] = []
     if output is not None:  # an unwritable folder should not show at the end
-        _write(output, rows)
+        write_rows(output, rows)
     say(f"{len(chosen)} cases, about two minutes. Every result is checked before it is timed.")
     failed = _time(chosen, rows)
     _print_figures(rows)
     say(_LEGEND)
     if output is not None:
-        _write(output, rows)
+        write_rows(output, rows)
         say(f"{len(rows)} rows in {output}")
     return 1 if failed else 0
 
 
 def _time(chosen: Sequence[Case], rows: list[Row]) -> bool:
     """Adds the cases' rows to `rows`; whether anything went wrong, which it says."""
+    from rich.progress import track
+
     failed = False
     machine = f"{platform.processor() or platform.machine()}, {_bench.cpus()} CPUs"
     deadline = time.monotonic() + 60 * MINUTES
     left = sum(len(case.modes) * len(case.providers) for case in chosen)
-    for case in chosen:
+    for case in track(chosen, "Timing", transient=True):
+        if time.monotonic() > deadline:
+            say(f"Not timed: {case.name}: no time was left")
+            continue
         inputs = _bench.draw_inputs(case, _bench.cache_bytes())
         prepared, outcome = _bench.prepare(case, inputs)
         seconds = seconds_each(deadline, left, overhead=0.5)
