@@ -266,7 +266,7 @@ def test_the_eager_op_checks_itself(native):
 def test_the_op_refuses_weights_of_another_type(native):
     tensors = SPATIAL.draw()
     tensors["x"] = tf.cast(tensors["x"], tf.float64)
-    message = "the weights must have type DT_DOUBLE beside `x` of type DT_DOUBLE, got DT_FLOAT"
+    message = "the weights must have type float64 beside `x` of type float64, got float32"
     with pytest.raises(tf.errors.InvalidArgumentError, match=message):
         native.cbam_ops_spatial_attention(**tensors, gamma=[], residual=[])
 

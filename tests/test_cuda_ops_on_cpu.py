@@ -1,7 +1,7 @@
 """The ops for GPUs, executed without one: TensorFlow's side of the CUDA kernels.
 
 An op library is built in which the very code that registers the kernels for GPUs (csrc/tf/ops.cc,
-checks.cc, fused_op.h, gpu_device.h) registers them for CPUs, over the CUDA kernels' sources as
+fused_op.h, gpu_device.h) registers them for CPUs, over the CUDA kernels' sources as
 csrc/testing/cuda_on_cpu.h runs them. The tests of the public functions then run anew with that
 library. What stays for a real GPU: the stream (csrc/tf/gpu_kernels.cc) and what nvcc makes of the
 sources.
@@ -36,7 +36,7 @@ def library() -> Path:
     flags = ["-D_GLIBCXX_USE_CXX11_ABI=1", "-DEIGEN_MAX_ALIGN_BYTES=64", "-DNDEBUG"]
     flags.append("-DCBAM_HAVE_CUDA=1")
     return build(
-        glue=["tf/ops.cc", "tf/checks.cc", "testing/cuda_on_cpu_ops.cc"],
+        glue=["ops/dimensions.cc", "ops/options.cc", "tf/ops.cc", "testing/cuda_on_cpu_ops.cc"],
         glue_flags=[*flags, "-isystem", include],
         glue_link=[str(framework)],
     )

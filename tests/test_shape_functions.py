@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import itertools
+import re
 
+import numpy as np
 import pytest
 import tensorflow as tf
+from tensorflow.core.framework import types_pb2
+from tensorflow.python.framework import op_def_registry
 
 from cbam_ops import _loader
 from cbam_ops.testing import ARGUMENTS
@@ -21,7 +25,7 @@ def native():
 
 
 def shapes(data_format: str) -> dict[str, list[int]]:
-    """The shape of every input and output of every op; see csrc/tf/signature.h."""
+    """The shape of every input and output of every op; see csrc/ops/signature.h."""
     x = [N, H, W, C] if data_format == "NHWC" else [N, C, H, W]
     weights = {
         "w0": [C, HIDDEN],
@@ -205,3 +209,106 @@ def test_every_function_s_op_is_here():
     """Fails where a new op has no test of its shape function."""
     functions = {name.removesuffix("_with_batch_norm") for name in ARGUMENTS}
     assert functions | {f"{name}_grad" for name in functions} == set(OPS)
+
+
+# Arguments in their order, and attributes: saved graphs name both, and leave out an attribute that
+# has its default. They may grow at the end; nothing that is here may change.
+WEIGHTS = "w0: U, b0: U, w1: U, b1: U"
+GATED = (
+    "T: type = None of half, bfloat16, float, double; U: type = None of float, double; "
+    "data_format: string = NHWC of NHWC, NCHW; "
+)
+MLP_ACTIVATION = "mlp_activation: string = none of none, relu; "
+POOLING = "pooling: string = avg+max of avg+max, avg, max; "
+ORDER = "order: string = channel_first of channel_first, parallel; "
+ACTIVATION = "activation: string = none of none, relu"
+# What a graph meant when it left epsilon out; everywhere else the default is 1e-5.
+EPSILON = "; epsilon: float = 0.001"
+COUNT = "num_{}: int >= 0 = 0; "
+NUM_GAMMA, NUM_RESIDUAL = COUNT.format("gamma"), COUNT.format("residual")
+NUM_Y, NUM_D_RESIDUAL = COUNT.format("y"), COUNT.format("d_residual")
+POOL = "T: type = None of half, bfloat16, float, double; data_format: string = NHWC of NHWC, NCHW"
+DEFINITIONS = {
+    "Cbam": (
+        f"x: T, {WEIGHTS}, kernel: U, bias: U, gamma: num_gamma * U, residual: num_residual * T",
+        "y: T, channel_gate: U, spatial_gate: U, channel_descriptors: U, spatial_descriptors: U, "
+        "batch_statistics: U",
+        NUM_GAMMA + NUM_RESIDUAL + GATED + MLP_ACTIVATION + ORDER + ACTIVATION + EPSILON,
+    ),
+    "CbamGrad": (
+        f"x: T, dy: T, y: num_y * T, {WEIGHTS}, kernel: U, bias: U, gamma: num_gamma * U, "
+        "channel_gate: U, spatial_gate: U, channel_descriptors: U, spatial_descriptors: U, "
+        "batch_statistics: U, d_channel_gate: U, d_spatial_gate: U",
+        "dx: T, dw0: U, db0: U, dw1: U, db1: U, dkernel: U, dbias: U, dgamma: num_gamma * U, "
+        "d_residual: num_d_residual * T",
+        NUM_Y + NUM_GAMMA + NUM_D_RESIDUAL + GATED + MLP_ACTIVATION + ORDER + ACTIVATION + EPSILON,
+    ),
+    "ChannelAttention": (
+        f"x: T, {WEIGHTS}, residual: num_residual * T",
+        "y: T, channel_gate: U, channel_descriptors: U",
+        NUM_RESIDUAL + GATED + MLP_ACTIVATION + POOLING + ACTIVATION,
+    ),
+    "ChannelAttentionGrad": (
+        f"x: T, dy: T, y: num_y * T, {WEIGHTS}, channel_gate: U, channel_descriptors: U, "
+        "d_channel_gate: U",
+        "dx: T, dw0: U, db0: U, dw1: U, db1: U, d_residual: num_d_residual * T",
+        NUM_Y + NUM_D_RESIDUAL + GATED + MLP_ACTIVATION + POOLING + ACTIVATION,
+    ),
+    "SpatialAttention": (
+        "x: T, kernel: U, bias: U, gamma: num_gamma * U, residual: num_residual * T",
+        "y: T, spatial_gate: U, spatial_descriptors: U, batch_statistics: U",
+        NUM_GAMMA + NUM_RESIDUAL + GATED + ACTIVATION + EPSILON,
+    ),
+    "SpatialAttentionGrad": (
+        "x: T, dy: T, y: num_y * T, kernel: U, bias: U, gamma: num_gamma * U, spatial_gate: U, "
+        "spatial_descriptors: U, batch_statistics: U, d_spatial_gate: U",
+        "dx: T, dkernel: U, dbias: U, dgamma: num_gamma * U, d_residual: num_d_residual * T",
+        NUM_Y + NUM_GAMMA + NUM_D_RESIDUAL + GATED + ACTIVATION + EPSILON,
+    ),
+    "ChannelPool": ("x: T", "mean: T, maximum: T", POOL),
+    "ChannelPoolGrad": ("x: T, maximum: T, d_mean: T, d_maximum: T", "dx: T", POOL),
+    "SpatialPool": ("x: T", "descriptors: T", POOL),
+    "SpatialPoolGrad": ("x: T, descriptors: T, d_descriptors: T", "dx: T", POOL),
+}
+
+
+def arguments_of(arguments) -> str:
+    return ", ".join(
+        f"{a.name}: {f'{a.number_attr} * ' if a.number_attr else ''}{a.type_attr}"
+        for a in arguments
+    )
+
+
+def attribute_of(attribute) -> str:
+    allowed = attribute.allowed_values.list
+    names = [types_pb2.DataType.Name(t).removeprefix("DT_").lower() for t in allowed.type]
+    names += [word.decode() for word in allowed.s]
+    default = None
+    if attribute.HasField("default_value"):
+        default = getattr(attribute.default_value, attribute.default_value.WhichOneof("value"))
+    if isinstance(default, float):
+        default = str(np.float32(default))
+    return (
+        f"{attribute.name}: {attribute.type}"
+        f"{f' >= {attribute.minimum}' if attribute.has_minimum else ''}"
+        f" = {default.decode() if isinstance(default, bytes) else default}"
+        f"{' of ' if names else ''}{', '.join(names)}"
+    )
+
+
+@pytest.mark.usefixtures("native")
+@pytest.mark.parametrize("op", DEFINITIONS)
+def test_definitions_are_those_that_saved_graphs_rely_on(op):
+    """Fails where a graph that was saved before does not load, or computes something else."""
+    registered = op_def_registry.get(f"CbamOps>{op}")
+    inputs, outputs, attributes = DEFINITIONS[op]
+    assert arguments_of(registered.input_arg) == inputs
+    assert arguments_of(registered.output_arg) == outputs
+    assert "; ".join(map(attribute_of, registered.attr)) == attributes
+    assert not registered.is_stateful
+
+
+def test_every_op_is_defined_here():
+    """Fails where a new op is not held to its definition."""
+    snake = {re.sub("(?<=[a-z])(?=[A-Z])", "_", op).lower() for op in DEFINITIONS}
+    assert snake == set(OPS)

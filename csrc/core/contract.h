@@ -1,10 +1,10 @@
 // The contract between the kernels and whoever calls them.
 //
 // A caller describes the problem (`Problem`), fills in raw pointers (`ForwardArgs`, ...), asks how
-// much workspace the call needs, and passes the means to run: a `Parallel` on CPUs (cpu/kernels.h),
-// a stream on NVIDIA GPUs (cuda/kernels.h). The kernels allocate nothing, throw nothing, log
-// nothing and never synchronise with anything but their own tasks; they return a `Status`. Nothing
-// here knows TensorFlow, Eigen, pybind11 or Python.
+// much workspace a call with such arguments needs, and passes the means to run: a `Parallel` on
+// CPUs (cpu/kernels.h), a stream on NVIDIA GPUs (cuda/kernels.h). The kernels allocate nothing,
+// throw nothing, log nothing and never synchronise with anything but their own tasks; they return a
+// `Status`. Nothing here knows TensorFlow, Eigen, pybind11 or Python.
 //
 // Words (see README): `x` is the feature map, N samples of P = H·W positions and C channels. The
 // *compute type* is float for float32, float16 and bfloat16 maps and double for float64 maps;
@@ -18,9 +18,16 @@
 
 #include "core/checked.h"
 
+// The entry points are templates over types of this file, and no more visible than these.
+#pragma GCC visibility push(default)
+
 namespace cbam_ops {
 
 enum class DataType : int32_t { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2, kFloat64 = 3 };
+
+constexpr DataType ComputeType(DataType map) {
+  return map == DataType::kFloat64 ? DataType::kFloat64 : DataType::kFloat32;
+}
 
 // kNHWC: a sample is a row-major matrix positions x channels; kNCHW: channels x positions.
 enum class Layout : int32_t { kNHWC = 0, kNCHW = 1 };
@@ -28,22 +35,32 @@ enum class Layout : int32_t { kNHWC = 0, kNCHW = 1 };
 // Which channel descriptors feed the MLP.
 enum class Pooling : int32_t { kAvgMax = 0, kAvg = 1, kMax = 2 };
 
+constexpr bool UsesMean(Pooling pooling) { return pooling != Pooling::kMax; }
+constexpr bool UsesMax(Pooling pooling) { return pooling != Pooling::kAvg; }
+
 enum class Activation : int32_t { kNone = 0, kRelu = 1 };
 
-// Which gates the module has and what the spatial descriptors are taken from.
-enum class Gates : int32_t {
-  kChannelFirst = 0,  // y = u * g_s(u),         u = x * g_c(x)      (CBAM)
-  kParallel = 1,      // y = x * g_c(x) * g_s(x)
-  kChannelOnly = 2,   // y = x * g_c(x)
-  kSpatialOnly = 3,   // y = x * g_s(x)
+// What is computed.
+enum class Module : int32_t {
+  kChannelFirst = 0,      // y = u * g_s(u), u = x * g_c(x)   (CBAM)
+  kParallel = 1,          // y = x * g_c(x) * g_s(x)
+  kChannelAttention = 2,  // y = x * g_c(x)
+  kSpatialAttention = 3,  // y = x * g_s(x)
+  kChannelPool = 4,       // mean and max of x over positions
+  kSpatialPool = 5,       // mean and max of x over channels
 };
+
+constexpr bool HasChannelGate(Module module) { return module <= Module::kChannelAttention; }
+constexpr bool HasSpatialGate(Module module) {
+  return module <= Module::kParallel || module == Module::kSpatialAttention;
+}
 
 // Sizes are elements; a size may be 0 (an empty batch is legal, so are empty positions or
 // channels).
 struct Problem {
   DataType dtype = DataType::kFloat32;
   Layout layout = Layout::kNHWC;
-  Gates gates = Gates::kChannelFirst;
+  Module module = Module::kChannelFirst;
   int64_t batch = 0;
   int64_t height = 0;
   int64_t width = 0;
@@ -60,14 +77,18 @@ struct Problem {
   // gamma * (conv - mean) / sqrt(variance + epsilon) + bias.
   int64_t kernel_size = 7;
   bool batch_norm = false;
-  double epsilon = 1e-3;
+  double epsilon = 1e-5;
 
   // y = activation(gated x + residual); the residual is there when its pointer is.
   Activation activation = Activation::kNone;
 };
 
-inline bool HasChannelGate(const Problem& problem) { return problem.gates != Gates::kSpatialOnly; }
-inline bool HasSpatialGate(const Problem& problem) { return problem.gates != Gates::kChannelOnly; }
+inline bool HasChannelGate(const Problem& problem) { return HasChannelGate(problem.module); }
+inline bool HasSpatialGate(const Problem& problem) { return HasSpatialGate(problem.module); }
+
+// What workspaces are aligned to, on CPUs and on GPUs.
+inline constexpr size_t kHostAlignment = 64;
+inline constexpr size_t kCudaAlignment = 256;
 
 // Optional pointers are marked; the others are required when the problem has the gate they belong
 // to, and ignored when not.
@@ -125,8 +146,8 @@ struct BackwardArgs {
   void* dgamma = nullptr;  // with batch_norm
 };
 
-// The pools on their own. Outputs have the map's type. Only dtype, layout and the four sizes of the
-// problem are read.
+// The pools on their own. Outputs have the map's type. Only module, dtype, layout and the four
+// sizes of the problem are read.
 struct ChannelPoolArgs {
   const void* x = nullptr;
   void* mean = nullptr;     // [N, C]
@@ -150,6 +171,15 @@ struct SpatialPoolGradArgs {
   const void* d_descriptors = nullptr;  // like descriptors
   void* dx = nullptr;
 };
+
+// What is written once per struct.
+#define CBAM_OPS_FOR_EACH_ARGS(DO) \
+  DO(ForwardArgs)                  \
+  DO(BackwardArgs)                 \
+  DO(ChannelPoolArgs)              \
+  DO(ChannelPoolGradArgs)          \
+  DO(SpatialPoolArgs)              \
+  DO(SpatialPoolGradArgs)
 
 enum class StatusCode : int32_t {
   kOk = 0,
@@ -199,5 +229,7 @@ inline Status CheckProblem(const Problem& problem) {
 }
 
 }  // namespace cbam_ops
+
+#pragma GCC visibility pop
 
 #endif  // CBAM_OPS_CORE_CONTRACT_H_

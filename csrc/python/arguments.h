@@ -91,12 +91,12 @@ inline Activation ParseActivation(const std::string& function, const char* argum
                                  {{"none", Activation::kNone}, {"relu", Activation::kRelu}});
 }
 
-inline Gates ParseGates(const std::string& function, const std::string& value) {
-  return ParseChoice<Gates>(function, "gates", value,
-                            {{"channel_first", Gates::kChannelFirst},
-                             {"parallel", Gates::kParallel},
-                             {"channel_only", Gates::kChannelOnly},
-                             {"spatial_only", Gates::kSpatialOnly}});
+inline Module ParseGates(const std::string& function, const std::string& value) {
+  return ParseChoice<Module>(function, "gates", value,
+                             {{"channel_first", Module::kChannelFirst},
+                              {"parallel", Module::kParallel},
+                              {"channel_only", Module::kChannelAttention},
+                              {"spatial_only", Module::kSpatialAttention}});
 }
 
 inline Pooling ParsePooling(const std::string& function, const std::string& value) {
@@ -119,7 +119,7 @@ struct Options {
 inline Problem ParseOptions(const std::string& function, const Options& options) {
   Problem problem;
   problem.layout = ParseLayout(function, options.layout);
-  problem.gates = ParseGates(function, options.gates);
+  problem.module = ParseGates(function, options.gates);
   problem.pooling = ParsePooling(function, options.pooling);
   problem.mlp_activation = ParseActivation(function, "mlp_activation", options.mlp_activation);
   problem.activation = ParseActivation(function, "activation", options.activation);
@@ -146,10 +146,6 @@ inline const char* TypeName(DataType type) {
       return "float64";
   }
   return "unknown";
-}
-
-inline DataType ComputeType(DataType map) {
-  return map == DataType::kFloat64 ? DataType::kFloat64 : DataType::kFloat32;
 }
 
 // uint16 stands for the bits of a bfloat16: numpy itself has no such type.

@@ -262,9 +262,11 @@ py::dict Forward(const py::object& x, const Weights& weights, const py::object& 
     }
   }
   return call.Run(
-      [&](const cpu::Parallel& parallel) { return cpu::ForwardWorkspace(problem, parallel); },
+      [&](const cpu::Parallel& parallel) {
+        return cpu::WorkspaceBytes<ForwardArgs>(problem, parallel);
+      },
       [&](void* workspace, const cpu::Parallel& parallel) {
-        return cpu::Forward(problem, args, workspace, parallel);
+        return cpu::Run(problem, args, workspace, parallel);
       });
 }
 
@@ -324,9 +326,11 @@ py::dict Backward(const py::object& x, const py::object& dy, const Weights& weig
     }
   }
   return call.Run(
-      [&](const cpu::Parallel& parallel) { return cpu::BackwardWorkspace(problem, parallel); },
+      [&](const cpu::Parallel& parallel) {
+        return cpu::WorkspaceBytes<BackwardArgs>(problem, parallel);
+      },
       [&](void* workspace, const cpu::Parallel& parallel) {
-        return cpu::Backward(problem, args, workspace, parallel);
+        return cpu::Run(problem, args, workspace, parallel);
       });
 }
 
@@ -348,9 +352,11 @@ py::dict ChannelPool(const py::object& x, const std::string& layout, const Runni
   args.mean = call.Output("mean", map.dtype(), ChannelGateDimensions(problem));
   args.maximum = call.Output("maximum", map.dtype(), ChannelGateDimensions(problem));
   return call.Run(
-      [&](const cpu::Parallel& parallel) { return cpu::ChannelPoolWorkspace(problem, parallel); },
+      [&](const cpu::Parallel& parallel) {
+        return cpu::WorkspaceBytes<ChannelPoolArgs>(problem, parallel);
+      },
       [&](void* workspace, const cpu::Parallel& parallel) {
-        return cpu::ChannelPool(problem, args, workspace, parallel);
+        return cpu::Run(problem, args, workspace, parallel);
       });
 }
 
@@ -368,9 +374,11 @@ py::dict ChannelPoolGrad(const py::object& x, const py::object& maximum, const p
   args.d_maximum = call.Input("d_maximum", d_maximum, problem.dtype, pooled);
   args.dx = call.Output("dx", map.dtype(), MapDimensions(problem));
   return call.Run(
-      [&](const cpu::Parallel& parallel) { return cpu::ChannelPoolWorkspace(problem, parallel); },
+      [&](const cpu::Parallel& parallel) {
+        return cpu::WorkspaceBytes<ChannelPoolArgs>(problem, parallel);
+      },
       [&](void* workspace, const cpu::Parallel& parallel) {
-        return cpu::ChannelPoolGrad(problem, args, workspace, parallel);
+        return cpu::Run(problem, args, workspace, parallel);
       });
 }
 
@@ -382,9 +390,11 @@ py::dict SpatialPool(const py::object& x, const std::string& layout, const Runni
   args.x = map.data();
   args.descriptors = call.Output("descriptors", map.dtype(), SpatialPoolDimensions(problem));
   return call.Run(
-      [&](const cpu::Parallel& parallel) { return cpu::SpatialPoolWorkspace(problem, parallel); },
+      [&](const cpu::Parallel& parallel) {
+        return cpu::WorkspaceBytes<SpatialPoolArgs>(problem, parallel);
+      },
       [&](void* workspace, const cpu::Parallel& parallel) {
-        return cpu::SpatialPool(problem, args, workspace, parallel);
+        return cpu::Run(problem, args, workspace, parallel);
       });
 }
 
@@ -401,9 +411,11 @@ py::dict SpatialPoolGrad(const py::object& x, const py::object& descriptors,
   args.d_descriptors = call.Input("d_descriptors", d_descriptors, problem.dtype, pooled);
   args.dx = call.Output("dx", map.dtype(), MapDimensions(problem));
   return call.Run(
-      [&](const cpu::Parallel& parallel) { return cpu::SpatialPoolWorkspace(problem, parallel); },
+      [&](const cpu::Parallel& parallel) {
+        return cpu::WorkspaceBytes<SpatialPoolArgs>(problem, parallel);
+      },
       [&](void* workspace, const cpu::Parallel& parallel) {
-        return cpu::SpatialPoolGrad(problem, args, workspace, parallel);
+        return cpu::Run(problem, args, workspace, parallel);
       });
 }
 

@@ -196,19 +196,19 @@ Problem MakeProblem(const char* function, const Shape& shape, const std::string&
 
 using OptionalString = std::optional<std::string>;
 
-// Defines `name` and `name`_workspace for a kernel whose entry point and workspace query are given.
-template <typename Args, typename Run, typename Workspace>
-void Define(py::module_& module, const char* name, Run run, Workspace workspace) {
+// Defines `name` and `name`_workspace for the kernels that take these arguments.
+template <typename Args>
+void Define(py::module_& module, const char* name) {
   using namespace py::literals;  // NOLINT: the _a of keyword arguments
   const py::none none;
   const std::string workspace_name = std::string(name) + "_workspace";
   module.def(
       name,
-      [name, run](const Shape& shape, const std::string& dtype, const Pointers& pointers,
-                  uintptr_t workspace_pointer, uintptr_t stream, int64_t hidden,
-                  int64_t kernel_size, const std::string& layout, const std::string& gates,
-                  const std::string& pooling, const OptionalString& mlp_activation,
-                  const OptionalString& activation, bool batch_norm, double epsilon) {
+      [name](const Shape& shape, const std::string& dtype, const Pointers& pointers,
+             uintptr_t workspace_pointer, uintptr_t stream, int64_t hidden, int64_t kernel_size,
+             const std::string& layout, const std::string& gates, const std::string& pooling,
+             const OptionalString& mlp_activation, const OptionalString& activation,
+             bool batch_norm, double epsilon) {
         const Options options{layout,     gates,      pooling, mlp_activation,
                               activation, batch_norm, epsilon};
         const Problem problem = MakeProblem(name, shape, dtype, options, hidden, kernel_size);
@@ -216,8 +216,8 @@ void Define(py::module_& module, const char* name, Run run, Workspace workspace)
         Status status;
         {
           py::gil_scoped_release release;
-          status = run(problem, args, reinterpret_cast<void*>(workspace_pointer),
-                       reinterpret_cast<void*>(stream));
+          status = cuda::Run(problem, args, reinterpret_cast<void*>(workspace_pointer),
+                             reinterpret_cast<void*>(stream));
         }
         Raise(name, status);
       },
@@ -228,11 +228,12 @@ void Define(py::module_& module, const char* name, Run run, Workspace workspace)
       "Enqueues the kernels on `stream`. `pointers`: names of core/contract.h to addresses.");
   module.def(
       workspace_name.c_str(),
-      [name, workspace](const Shape& shape, const std::string& dtype, int64_t hidden,
-                        int64_t kernel_size, const std::string& layout, const std::string& gates,
-                        const std::string& pooling, bool batch_norm) {
+      [name](const Shape& shape, const std::string& dtype, int64_t hidden, int64_t kernel_size,
+             const std::string& layout, const std::string& gates, const std::string& pooling,
+             bool batch_norm) {
         const Options options{layout, gates, pooling, std::nullopt, std::nullopt, batch_norm, 1e-3};
-        return workspace(MakeProblem(name, shape, dtype, options, hidden, kernel_size));
+        return cuda::WorkspaceBytes<Args>(
+            MakeProblem(name, shape, dtype, options, hidden, kernel_size));
       },
       "shape"_a, "dtype"_a, py::kw_only(), "hidden"_a = 1, "kernel_size"_a = 7, "layout"_a = "NHWC",
       "gates"_a = "channel_first", "pooling"_a = "avg+max", "batch_norm"_a = false,
@@ -270,16 +271,12 @@ void BindCuda(py::module_& module) {
                                                {"cluster", cuda::Path::kCluster}}));
       },
       "Which kernels run: 'auto', 'portable' or 'cluster'.");
-  Define<ForwardArgs>(submodule, "forward", &cuda::Forward, &cuda::ForwardWorkspace);
-  Define<BackwardArgs>(submodule, "backward", &cuda::Backward, &cuda::BackwardWorkspace);
-  Define<ChannelPoolArgs>(submodule, "channel_pool", &cuda::ChannelPool,
-                          &cuda::ChannelPoolWorkspace);
-  Define<ChannelPoolGradArgs>(submodule, "channel_pool_grad", &cuda::ChannelPoolGrad,
-                              &cuda::ChannelPoolWorkspace);
-  Define<SpatialPoolArgs>(submodule, "spatial_pool", &cuda::SpatialPool,
-                          &cuda::SpatialPoolWorkspace);
-  Define<SpatialPoolGradArgs>(submodule, "spatial_pool_grad", &cuda::SpatialPoolGrad,
-                              &cuda::SpatialPoolWorkspace);
+  Define<ForwardArgs>(submodule, "forward");
+  Define<BackwardArgs>(submodule, "backward");
+  Define<ChannelPoolArgs>(submodule, "channel_pool");
+  Define<ChannelPoolGradArgs>(submodule, "channel_pool_grad");
+  Define<SpatialPoolArgs>(submodule, "spatial_pool");
+  Define<SpatialPoolGradArgs>(submodule, "spatial_pool_grad");
 }
 
 #else

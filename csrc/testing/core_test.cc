@@ -53,7 +53,7 @@ std::string Describe(const Problem& p) {
   static const char* const kTypes[] = {"float32", "float16", "bfloat16", "float64"};
   static const char* const kGates[] = {"channel_first", "parallel", "channel_only", "spatial_only"};
   return std::string(kTypes[static_cast<int>(p.dtype)]) +
-         (p.layout == Layout::kNHWC ? " NHWC " : " NCHW ") + kGates[static_cast<int>(p.gates)] +
+         (p.layout == Layout::kNHWC ? " NHWC " : " NCHW ") + kGates[static_cast<int>(p.module)] +
          " " + std::to_string(p.batch) + "x" + std::to_string(p.height) + "x" +
          std::to_string(p.width) + "x" + std::to_string(p.channels) + " k" +
          std::to_string(p.kernel_size) + (p.batch_norm ? " batch_norm" : "") +
@@ -209,8 +209,8 @@ Tensors<double> RunKernels(const Problem& p, const Tensors<double>& inputs, int 
   f.spatial_gate = t.spatial_gate.data();
   f.batch_statistics = t.batch_statistics.data();
   {
-    Workspace workspace(cpu::ForwardWorkspace(p, parallel));
-    const Status status = cpu::Forward(p, f, workspace.get(), parallel);
+    Workspace workspace(cpu::WorkspaceBytes<ForwardArgs>(p, parallel));
+    const Status status = cpu::Run(p, f, workspace.get(), parallel);
     Expect(status.ok(), "forward of " + Describe(p) + ": " + status.message);
   }
 
@@ -239,8 +239,8 @@ Tensors<double> RunKernels(const Problem& p, const Tensors<double>& inputs, int 
   b.dbias = t.dbias.data();
   b.dgamma = t.dgamma.data();
   {
-    Workspace workspace(cpu::BackwardWorkspace(p, parallel));
-    const Status status = cpu::Backward(p, b, workspace.get(), parallel);
+    Workspace workspace(cpu::WorkspaceBytes<BackwardArgs>(p, parallel));
+    const Status status = cpu::Run(p, b, workspace.get(), parallel);
     Expect(status.ok(), "backward of " + Describe(p) + ": " + status.message);
   }
 
@@ -318,7 +318,7 @@ Values<double> Define(const Problem& p, const Tensors<double>& t) {
   }
   if (HasSpatialGate(p)) {
     const auto source = [&](int64_t i, int64_t q, int64_t j) {
-      const double gate = p.gates == Gates::kChannelFirst ? gate_c[index(i * c + j)] : 1.0;
+      const double gate = p.module == Module::kChannelFirst ? gate_c[index(i * c + j)] : 1.0;
       return t.x[at(i, q, j)] * gate;
     };
     double total = 0, squares = 0;
@@ -445,7 +445,7 @@ void TestAgainstDefinition() {
         for (int option = 0; option < 4; ++option, ++number) {
           Problem p;
           p.layout = layout;
-          p.gates = static_cast<Gates>(gates);
+          p.module = static_cast<Module>(gates);
           p.batch = shape[0];
           p.height = shape[1];
           p.width = shape[2];
@@ -486,13 +486,13 @@ void TestThreads() {
         Problem p;
         p.dtype = static_cast<DataType>(type);
         p.layout = layout;
-        p.gates = static_cast<Gates>(gates);
+        p.module = static_cast<Module>(gates);
         p.batch = 3;
         p.height = 19;
         p.width = 23;
         p.channels = 37;
         p.hidden = 4;
-        p.batch_norm = p.gates == Gates::kChannelFirst;
+        p.batch_norm = p.module == Module::kChannelFirst;
         const Tensors<double> inputs = MakeInputs(p, 11);
         const Tensors<double> one = Run(p, inputs, 1);
         for (const int threads : {2, 4}) {
@@ -518,7 +518,7 @@ void TestNotFinite() {
         Problem p;
         p.dtype = static_cast<DataType>(type);
         p.layout = layout;
-        p.gates = static_cast<Gates>(gates);
+        p.module = static_cast<Module>(gates);
         p.batch = 2;
         p.height = 5;
         p.width = 7;
@@ -563,10 +563,9 @@ void TestStatuses() {
   p.batch = p.height = p.width = p.channels = 1;
   const cpu::Parallel parallel;
   const auto refused = [&](const Problem& problem) {
-    const Status status = cpu::Forward(problem, ForwardArgs(), nullptr, parallel);
+    const Status status = cpu::Run(problem, ForwardArgs(), nullptr, parallel);
     return status.code == StatusCode::kInvalidProblem && status.message[0] != '\0' &&
-           cpu::Backward(problem, BackwardArgs(), nullptr, parallel).code ==
-               StatusCode::kInvalidProblem;
+           cpu::Run(problem, BackwardArgs(), nullptr, parallel).code == StatusCode::kInvalidProblem;
   };
   Problem even = p;
   even.kernel_size = 4;
@@ -578,7 +577,7 @@ void TestStatuses() {
   none.hidden = 0;
   Expect(refused(none), "no hidden units are refused");
   Problem norm = p;
-  norm.gates = Gates::kChannelOnly;
+  norm.module = Module::kChannelAttention;
   norm.batch_norm = true;
   Expect(refused(norm), "a batch norm without a spatial gate is refused");
 }
@@ -606,26 +605,27 @@ void TestSizes() {
     };
     for (Problem p : refused) {
       p.layout = layout;
-      Expect(cpu::ForwardWorkspace(p, parallel) == 0 && cpu::BackwardWorkspace(p, parallel) == 0 &&
-                 cpu::Forward(p, ForwardArgs(), nullptr, parallel).code ==
-                     StatusCode::kInvalidProblem &&
-                 cpu::Backward(p, BackwardArgs(), nullptr, parallel).code ==
-                     StatusCode::kInvalidProblem,
-             "refused: " + Describe(p));
+      Expect(
+          cpu::WorkspaceBytes<ForwardArgs>(p, parallel) == 0 &&
+              cpu::WorkspaceBytes<BackwardArgs>(p, parallel) == 0 &&
+              cpu::Run(p, ForwardArgs(), nullptr, parallel).code == StatusCode::kInvalidProblem &&
+              cpu::Run(p, BackwardArgs(), nullptr, parallel).code == StatusCode::kInvalidProblem,
+          "refused: " + Describe(p));
     }
     const Problem empty[] = {make(0, k30, k30, 1), make(0, k62, k62, 3), make(0, kMost, 1, 2)};
     for (Problem p : empty) {
       p.layout = layout;
-      Expect(cpu::ForwardWorkspace(p, parallel) == 0 && cpu::BackwardWorkspace(p, parallel) == 0 &&
-                 cpu::ChannelPoolWorkspace(p, parallel) == 0 &&
-                 cpu::SpatialPoolWorkspace(p, parallel) == 0,
+      Expect(cpu::WorkspaceBytes<ForwardArgs>(p, parallel) == 0 &&
+                 cpu::WorkspaceBytes<BackwardArgs>(p, parallel) == 0 &&
+                 cpu::WorkspaceBytes<ChannelPoolArgs>(p, parallel) == 0 &&
+                 cpu::WorkspaceBytes<SpatialPoolArgs>(p, parallel) == 0,
              "no workspace for " + Describe(p));
       double statistics[2];
       const float one = 1;
       ForwardArgs forward;
       forward.gamma = &one;
       forward.batch_statistics = statistics;
-      Expect(cpu::Forward(p, forward, nullptr, parallel).ok(), "forward of " + Describe(p));
+      Expect(cpu::Run(p, forward, nullptr, parallel).ok(), "forward of " + Describe(p));
       float d[6][2 * 7 * 7];
       std::fill_n(&d[0][0], 6 * 2 * 7 * 7, 1.0f);
       BackwardArgs backward;
@@ -636,7 +636,7 @@ void TestSizes() {
       backward.dkernel = d[4];
       backward.dbias = &d[5][0];
       backward.dgamma = &d[5][1];
-      Expect(cpu::Backward(p, backward, nullptr, parallel).ok() && d[0][0] == 0 && d[1][0] == 0 &&
+      Expect(cpu::Run(p, backward, nullptr, parallel).ok() && d[0][0] == 0 && d[1][0] == 0 &&
                  d[2][p.channels - 1] == 0 && d[3][0] == 0 && d[4][2 * 7 * 7 - 1] == 0 &&
                  d[5][0] == 0 && d[5][1] == 0,
              "backward of " + Describe(p));

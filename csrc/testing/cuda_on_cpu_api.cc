@@ -31,29 +31,29 @@ namespace cuda = cbam_ops::cuda;
 using cbam_ops::Problem;
 
 CBAM_EXPORT size_t cbam_forward_workspace(const Problem* problem) {
-  return cuda::ForwardWorkspace(*problem);
+  return cuda::WorkspaceBytes<cbam_ops::ForwardArgs>(*problem);
 }
 CBAM_EXPORT size_t cbam_backward_workspace(const Problem* problem) {
-  return cuda::BackwardWorkspace(*problem);
+  return cuda::WorkspaceBytes<cbam_ops::BackwardArgs>(*problem);
 }
 CBAM_EXPORT size_t cbam_channel_pool_workspace(const Problem* problem) {
-  return cuda::ChannelPoolWorkspace(*problem);
+  return cuda::WorkspaceBytes<cbam_ops::ChannelPoolArgs>(*problem);
 }
 CBAM_EXPORT size_t cbam_spatial_pool_workspace(const Problem* problem) {
-  return cuda::SpatialPoolWorkspace(*problem);
+  return cuda::WorkspaceBytes<cbam_ops::SpatialPoolArgs>(*problem);
 }
 
-#define CBAM_CALL(name, Function, Args)                                                     \
+#define CBAM_CALL(name, Args)                                                               \
   CBAM_EXPORT int name(const Problem* problem, const cbam_ops::Args* args, void* workspace, \
                        void* stream, char* message, size_t size) {                          \
-    return Report(cuda::Function(*problem, *args, workspace, stream), message, size);       \
+    return Report(cuda::Run(*problem, *args, workspace, stream), message, size);            \
   }
-CBAM_CALL(cbam_forward, Forward, ForwardArgs)
-CBAM_CALL(cbam_backward, Backward, BackwardArgs)
-CBAM_CALL(cbam_channel_pool, ChannelPool, ChannelPoolArgs)
-CBAM_CALL(cbam_channel_pool_grad, ChannelPoolGrad, ChannelPoolGradArgs)
-CBAM_CALL(cbam_spatial_pool, SpatialPool, SpatialPoolArgs)
-CBAM_CALL(cbam_spatial_pool_grad, SpatialPoolGrad, SpatialPoolGradArgs)
+CBAM_CALL(cbam_forward, ForwardArgs)
+CBAM_CALL(cbam_backward, BackwardArgs)
+CBAM_CALL(cbam_channel_pool, ChannelPoolArgs)
+CBAM_CALL(cbam_channel_pool_grad, ChannelPoolGradArgs)
+CBAM_CALL(cbam_spatial_pool, SpatialPoolArgs)
+CBAM_CALL(cbam_spatial_pool_grad, SpatialPoolGradArgs)
 
 CBAM_EXPORT void cbam_set_path(int path) { cuda::SetPath(static_cast<cuda::Path>(path)); }
 CBAM_EXPORT int cbam_forward_path(const Problem* problem) {

@@ -18,8 +18,8 @@
 namespace {
 
 using cbam_ops::Activation;
-using cbam_ops::Gates;
 using cbam_ops::Layout;
+using cbam_ops::Module;
 using cbam_ops::Problem;
 using cbam_ops::Status;
 namespace cuda = cbam_ops::cuda;
@@ -51,10 +51,10 @@ struct Shape {
 
 class Check {
  public:
-  Check(const Shape& shape, Layout layout, Gates gates, Activation activation, bool batch_norm)
+  Check(const Shape& shape, Layout layout, Module gates, Activation activation, bool batch_norm)
       : s(shape), random(7) {
     problem.layout = layout;
-    problem.gates = gates;
+    problem.module = gates;
     problem.activation = activation;
     problem.batch_norm = batch_norm;
     problem.batch = s.n;
@@ -82,8 +82,8 @@ class Check {
     Pointer y = made(map), descriptors = made(2 * s.n * s.c), channel_gate = made(s.n * s.c);
     Pointer planes = made(s.n * 2 * positions), spatial_gate = made(s.n * positions),
             statistics = made(2);
-    Pointer forward_space =
-        made(static_cast<int64_t>(cuda::ForwardWorkspace(problem) / sizeof(float)));
+    Pointer forward_space = made(
+        static_cast<int64_t>(cuda::WorkspaceBytes<cbam_ops::ForwardArgs>(problem) / sizeof(float)));
     cbam_ops::ForwardArgs args;
     args.x = x->data;
     args.residual = residual->data;
@@ -100,13 +100,14 @@ class Check {
     args.spatial_descriptors = planes->data;
     args.spatial_gate = spatial_gate->data;
     args.batch_statistics = statistics->data;
-    Expect(cuda::Forward(problem, args, forward_space->data, nullptr), label);
+    Expect(cuda::Run(problem, args, forward_space->data, nullptr), label);
 
     Pointer dx = made(map), d_residual = made(map), dw0 = made(s.c * s.hidden),
             db0 = made(s.hidden);
     Pointer dw1 = made(s.hidden * s.c), db1 = made(s.c), dkernel = made(s.k * s.k * 2),
             dbias = made(1), dgamma = made(1);
-    Pointer space = made(static_cast<int64_t>(cuda::BackwardWorkspace(problem) / sizeof(float)));
+    Pointer space = made(static_cast<int64_t>(
+        cuda::WorkspaceBytes<cbam_ops::BackwardArgs>(problem) / sizeof(float)));
     cbam_ops::BackwardArgs back;
     back.x = x->data;
     back.dy = dy->data;
@@ -131,7 +132,7 @@ class Check {
     back.dkernel = dkernel->data;
     back.dbias = dbias->data;
     back.dgamma = dgamma->data;
-    Expect(cuda::Backward(problem, back, space->data, nullptr), label);
+    Expect(cuda::Run(problem, back, space->data, nullptr), label);
     if (!compare) return;
 
     // The gradients as differences of the plain evaluation, along the direction of each input. (The
@@ -251,7 +252,7 @@ class Check {
       for (int64_t c = 0; c < s.c; ++c) gate[n * s.c + c] = Sigmoid(logits[c]);
     }
     if (spatial) {
-      const bool parallel = problem.gates == Gates::kParallel;
+      const bool parallel = problem.module == Module::kParallel;
       std::vector<double> planes(s.n * 2 * positions);
       for (int64_t n = 0; n < s.n; ++n) {
         for (int64_t p = 0; p < positions; ++p) {
@@ -352,18 +353,18 @@ int main(int argc, char** argv) {
   const int schedules = mode == "quick" ? 2 : 1;
   for (const Problems& one : problems) {
     for (const Layout layout : {Layout::kNHWC, Layout::kNCHW}) {
-      for (const Gates gates :
-           {Gates::kChannelFirst, Gates::kParallel, Gates::kChannelOnly, Gates::kSpatialOnly}) {
+      for (const Module gates : {Module::kChannelFirst, Module::kParallel,
+                                 Module::kChannelAttention, Module::kSpatialAttention}) {
         for (const bool batch_norm : {false, true}) {
-          if (batch_norm && (gates != Gates::kChannelFirst || one.cluster)) continue;
-          if (mode == "quick" && gates != Gates::kChannelFirst) continue;
+          if (batch_norm && (gates != Module::kChannelFirst || one.cluster)) continue;
+          if (mode == "quick" && gates != Module::kChannelFirst) continue;
           for (int schedule = 0; schedule < schedules; ++schedule) {
             cuda::SetPath(one.cluster ? cuda::Path::kCluster : cuda::Path::kPortable);
             device.shared_bytes =
                 one.cluster && one.shape.n > 4 ? 24000 : 232448;  // several blocks to a sample
             cbam_ops::cuda_on_cpu::SetSchedule(static_cast<uint64_t>(schedule) * 3 +
                                                (quick ? 1 : 5));
-            const Activation activation = gates == Gates::kChannelFirst && !batch_norm
+            const Activation activation = gates == Module::kChannelFirst && !batch_norm
                                               ? Activation::kRelu
                                               : Activation::kNone;
             const std::string label =

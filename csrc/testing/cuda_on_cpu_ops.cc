@@ -1,9 +1,10 @@
 // The ops as gpu_kernels.cc registers them for GPUs, but for CPUs and over kernels that run on a
 // CPU (cuda_on_cpu.h): the glue between TensorFlow and the CUDA kernels, executed without a GPU.
-// Linked with tf/ops.cc and tf/checks.cc into an op library that takes the place of the real one.
+// Linked with tf/ops.cc and csrc/ops into an op library that takes the place of the real one.
 #include <mutex>
 
 #include "core/contract.h"
+#include "ops/signature.h"
 #include "tensorflow/core/framework/op_kernel.h"
 #include "testing/cuda_on_cpu.h"
 #include "tf/fused_op.h"
@@ -28,7 +29,8 @@ class PretendedStream {
   std::lock_guard<std::mutex> lock_;
 };
 
-CBAM_OPS_REGISTER_KERNELS(tensorflow::DEVICE_CPU, GpuDevice<PretendedStream>);
+[[maybe_unused]] const bool registered =
+    RegisterKernels<GpuDevice<PretendedStream>>(tensorflow::DEVICE_CPU, ops::AllOps());
 
 }  // namespace
 }  // namespace tf

@@ -8,11 +8,11 @@
 #include "core/cpu/kernels.h"
 #include "core/cpu/pages.h"
 #include "core/cpu/work_sharing.h"
+#include "ops/signature.h"
 #include "tensorflow/core/framework/device_base.h"
 #include "tensorflow/core/framework/op_kernel.h"
 #include "tensorflow/core/framework/tensor.h"
 #include "tensorflow/core/lib/core/threadpool.h"
-#include "tf/entry_points.h"
 #include "tf/fused_op.h"
 
 namespace cbam_ops {
@@ -31,20 +31,22 @@ struct CpuDevice {
       pool->Schedule(std::move(work));
     });
     const cpu::Parallel parallel = sharing.parallel();
-    // TensorFlow's CPU allocator aligns to 64 bytes, what the core asks for.
+    // TensorFlow's CPU allocator aligns to 64 bytes.
+    static_assert(kHostAlignment <= 64);
     tensorflow::Tensor workspace;
-    const size_t bytes = Workspace(problem, args, parallel);
+    const size_t bytes = cpu::WorkspaceBytes<Args>(problem, parallel);
     if (bytes > 0) {
       TF_RETURN_IF_ERROR(context->allocate_temp(
           tensorflow::DT_UINT8, tensorflow::TensorShape({static_cast<int64_t>(bytes)}),
           &workspace));
     }
-    *status = Call(problem, args, bytes > 0 ? workspace.data() : nullptr, parallel);
+    *status = cpu::Run(problem, args, bytes > 0 ? workspace.data() : nullptr, parallel);
     return absl::OkStatus();
   }
 };
 
-CBAM_OPS_REGISTER_KERNELS(tensorflow::DEVICE_CPU, CpuDevice);
+[[maybe_unused]] const bool registered =
+    RegisterKernels<CpuDevice>(tensorflow::DEVICE_CPU, ops::AllOps());
 
 }  // namespace
 }  // namespace tf

@@ -7,9 +7,12 @@
 
 #include "absl/status/status.h"
 #include "core/contract.h"
+#include "ops/dimensions.h"
+#include "ops/options.h"
+#include "ops/signature.h"
 #include "tensorflow/core/framework/op_kernel.h"
-#include "tf/checks.h"
-#include "tf/signature.h"
+#include "tf/attributes.h"
+#include "tf/kernel_registration.h"
 #include "tf/status.h"
 
 namespace cbam_ops {
@@ -22,7 +25,7 @@ template <const auto& kSignature, typename Device>
 class FusedOp final : public tensorflow::OpKernel {
  public:
   explicit FusedOp(tensorflow::OpKernelConstruction* context) : OpKernel(context) {
-    OP_REQUIRES_OK(context, ReadOptions(kSignature, context, &options_));
+    OP_REQUIRES_OK(context, ReadAttributes(kSignature, context, &options_));
   }
 
   void Compute(tensorflow::OpKernelContext* context) override {
@@ -35,27 +38,24 @@ class FusedOp final : public tensorflow::OpKernel {
   absl::Status Run(tensorflow::OpKernelContext* context) const {
     Args args;
     // Shape functions do not run before eager ops: everything is checked here.
-    Dimensions dimensions(kSignature.op, options_);
+    ops::Dimensions dimensions(options_.problem);
     for (const auto& input : kSignature.inputs) {
-      if (!Has(kSignature.kind, input.argument.part)) continue;
-      tensorflow::OpInputList tensors;
-      TF_RETURN_IF_ERROR(context->input_list(input.argument.name, &tensors));
-      if (tensors.size() == 0) continue;
-      const tensorflow::TensorShape& shape = tensors[0].shape();
-      const auto sizes = shape.dim_sizes();
-      TF_RETURN_IF_ERROR(dimensions.Learn(input.argument, sizes.data(), shape.dims()));
-      if (input.pointer != nullptr) args.*input.pointer = tensors[0].data();
+      if (!ops::IsPresent(input.argument, options_)) continue;
+      const tensorflow::Tensor* tensor = nullptr;
+      TF_RETURN_IF_ERROR(context->input(input.argument.name, &tensor));
+      const tensorflow::TensorShape& shape = tensor->shape();
+      TF_RETURN_IF_ERROR(ToAbslStatus(
+          kSignature.op, dimensions.Learn(input.argument, shape.dim_sizes().data(), shape.dims())));
+      if (input.pointer != nullptr) args.*input.pointer = tensor->data();
     }
     // An output never takes over an input's buffer: kernels read x after they began to write y, and
     // the gradient reads x again.
     for (const auto& output : kSignature.outputs) {
-      if (!Has(kSignature.kind, output.argument.part)) continue;
-      tensorflow::OpOutputList tensors;
-      TF_RETURN_IF_ERROR(context->output_list(output.argument.name, &tensors));
-      if (tensors.size() == 0) continue;
+      if (!ops::IsPresent(output.argument, options_)) continue;
       tensorflow::Tensor* tensor = nullptr;
-      TF_RETURN_IF_ERROR(
-          tensors.allocate(0, tensorflow::TensorShape(dimensions.Shape(output.argument)), &tensor));
+      TF_RETURN_IF_ERROR(context->allocate_output(
+          output.argument.name, tensorflow::TensorShape(dimensions.ShapeOf(output.argument)),
+          &tensor));
       Device::PrepareOutput(tensor->data(), tensor->TotalBytes());
       args.*output.pointer = tensor->data();
     }
@@ -64,27 +64,17 @@ class FusedOp final : public tensorflow::OpKernel {
     return ToAbslStatus(kSignature.op, status);
   }
 
-  Problem options_;
+  ops::Options options_;
 };
+
+// Registers the kernels of all ops for a device.
+template <typename Device, const auto&... kSignatures>
+bool RegisterKernels(const char* device_type, ops::OpList<kSignatures...>) {
+  (RegisterKernel<FusedOp<kSignatures, Device>>(kSignatures.op, device_type), ...);
+  return true;
+}
 
 }  // namespace tf
 }  // namespace cbam_ops
-
-// Registers the kernels of all ops for a device.
-#define CBAM_OPS_REGISTER_KERNELS(device_type, Device)                 \
-  CBAM_OPS_REGISTER_KERNEL(Cbam, device_type, Device);                 \
-  CBAM_OPS_REGISTER_KERNEL(CbamGrad, device_type, Device);             \
-  CBAM_OPS_REGISTER_KERNEL(ChannelAttention, device_type, Device);     \
-  CBAM_OPS_REGISTER_KERNEL(ChannelAttentionGrad, device_type, Device); \
-  CBAM_OPS_REGISTER_KERNEL(SpatialAttention, device_type, Device);     \
-  CBAM_OPS_REGISTER_KERNEL(SpatialAttentionGrad, device_type, Device); \
-  CBAM_OPS_REGISTER_KERNEL(ChannelPool, device_type, Device);          \
-  CBAM_OPS_REGISTER_KERNEL(ChannelPoolGrad, device_type, Device);      \
-  CBAM_OPS_REGISTER_KERNEL(SpatialPool, device_type, Device);          \
-  CBAM_OPS_REGISTER_KERNEL(SpatialPoolGrad, device_type, Device)
-
-#define CBAM_OPS_REGISTER_KERNEL(name, device_type, DeviceClass)      \
-  REGISTER_KERNEL_BUILDER(Name("CbamOps>" #name).Device(device_type), \
-                          ::cbam_ops::tf::FusedOp<::cbam_ops::tf::k##name, DeviceClass>)
 
 #endif  // CBAM_OPS_TF_FUSED_OP_H_

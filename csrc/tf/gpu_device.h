@@ -11,9 +11,9 @@
 
 #include "absl/status/status.h"
 #include "core/contract.h"
+#include "core/cuda/kernels.h"
 #include "tensorflow/core/framework/op_kernel.h"
 #include "tensorflow/core/framework/tensor.h"
-#include "tf/entry_points.h"
 #include "tf/gpu_status.h"
 
 namespace cbam_ops {
@@ -30,19 +30,19 @@ struct GpuDevice {
     // The workspace may be freed and given to the next op as soon as this returns: its kernels come
     // later on the same stream. What TensorFlow promises of its alignment is less than the core
     // asks for.
-    constexpr size_t kAlignment = 256;
     tensorflow::Tensor tensor;
     void* workspace = nullptr;
-    const size_t bytes = gpu::Workspace(problem, args);
+    const size_t bytes = cuda::WorkspaceBytes<Args>(problem);
     if (bytes > 0) {
       TF_RETURN_IF_ERROR(context->allocate_temp(
           tensorflow::DT_UINT8,
-          tensorflow::TensorShape({static_cast<int64_t>(bytes + kAlignment - 1)}), &tensor));
+          tensorflow::TensorShape({static_cast<int64_t>(bytes + kCudaAlignment - 1)}), &tensor));
       const auto address = reinterpret_cast<uintptr_t>(tensor.data());
-      workspace = reinterpret_cast<void*>((address + kAlignment - 1) / kAlignment * kAlignment);
+      workspace =
+          reinterpret_cast<void*>((address + kCudaAlignment - 1) / kCudaAlignment * kCudaAlignment);
     }
     const Stream stream(context);
-    *status = gpu::Call(problem, args, workspace, stream.handle());
+    *status = cuda::Run(problem, args, workspace, stream.handle());
     return gpu::ToAbslStatus(context->op_kernel().type_string().c_str(), *status);
   }
 };

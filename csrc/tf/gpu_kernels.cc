@@ -2,6 +2,7 @@
 // has CUDA kernels.
 #include <memory>
 
+#include "ops/signature.h"
 #include "tensorflow/core/framework/device_base.h"
 #include "tensorflow/core/framework/op_kernel.h"
 #include "tf/fused_op.h"
@@ -33,7 +34,8 @@ class TensorFlowStream {
   std::unique_ptr<stream_executor::ActivateContext> activation_;
 };
 
-CBAM_OPS_REGISTER_KERNELS(tensorflow::DEVICE_GPU, GpuDevice<TensorFlowStream>);
+[[maybe_unused]] const bool registered =
+    RegisterKernels<GpuDevice<TensorFlowStream>>(tensorflow::DEVICE_GPU, ops::AllOps());
 
 }  // namespace
 }  // namespace tf

@@ -1,12 +1,18 @@
-// Definitions of the ops and their shape functions, made from the tables in signature.h.
+// Definitions of the ops and their shape functions, made from the table in ops/signature.h.
+#include <algorithm>
 #include <string>
 #include <vector>
 
+#include "absl/status/status.h"
 #include "absl/strings/str_cat.h"
+#include "absl/strings/str_join.h"
+#include "ops/dimensions.h"
+#include "ops/options.h"
+#include "ops/signature.h"
 #include "tensorflow/core/framework/op.h"
 #include "tensorflow/core/framework/shape_inference.h"
-#include "tf/checks.h"
-#include "tf/signature.h"
+#include "tf/attributes.h"
+#include "tf/status.h"
 
 namespace cbam_ops {
 namespace tf {
@@ -16,108 +22,87 @@ using tensorflow::shape_inference::DimensionHandle;
 using tensorflow::shape_inference::InferenceContext;
 using tensorflow::shape_inference::ShapeHandle;
 
-template <typename SignatureT>
-absl::Status InferShapes(const SignatureT& signature, InferenceContext* context) {
-  Problem options;
-  absl::Status status = ReadOptions(signature, context, &options);
-  if (!status.ok()) return status;
+template <typename Args>
+absl::Status InferShapes(const ops::Signature<Args>& signature, InferenceContext* context) {
+  ops::Options options;
+  TF_RETURN_IF_ERROR(ReadAttributes(signature, context, &options));
 
-  Dimensions dimensions(signature.op, options);
+  ops::Dimensions dimensions(options.problem);
   for (const auto& input : signature.inputs) {
-    if (!Has(signature.kind, input.argument.part)) continue;
+    if (!ops::IsPresent(input.argument, options)) continue;
     std::vector<ShapeHandle> handles;
-    status = context->input(input.argument.name, &handles);
-    if (!status.ok()) return status;
+    TF_RETURN_IF_ERROR(context->input(input.argument.name, &handles));
     for (const ShapeHandle handle : handles) {
       if (!context->RankKnown(handle)) continue;
       std::vector<int64_t> sizes;
       for (int i = 0; i < context->Rank(handle); ++i) {
         const DimensionHandle size = context->Dim(handle, i);
-        sizes.push_back(context->ValueKnown(size) ? context->Value(size) : kUnknown);
+        sizes.push_back(context->ValueKnown(size) ? context->Value(size) : ops::kUnknown);
       }
-      status = dimensions.Learn(input.argument, sizes.data(), static_cast<int>(sizes.size()));
-      if (!status.ok()) return status;
+      TF_RETURN_IF_ERROR(ToAbslStatus(
+          signature.op,
+          dimensions.Learn(input.argument, sizes.data(), static_cast<int>(sizes.size()))));
     }
   }
   for (const auto& output : signature.outputs) {
-    if (!Has(signature.kind, output.argument.part)) continue;
+    if (!ops::IsPresent(output.argument, options)) continue;
     std::vector<DimensionHandle> sizes;
-    for (const int64_t size : dimensions.Shape(output.argument)) {
-      sizes.push_back(size == kUnknown ? context->UnknownDim() : context->MakeDim(size));
+    for (const int64_t size : dimensions.ShapeOf(output.argument)) {
+      sizes.push_back(size == ops::kUnknown ? context->UnknownDim() : context->MakeDim(size));
     }
-    int count = 1;
-    if (*output.argument.count != '\0') {
-      status = context->GetAttr(output.argument.count, &count);
-      if (!status.ok()) return status;
-    }
-    status = context->set_output(output.argument.name,
-                                 std::vector<ShapeHandle>(count, context->MakeShape(sizes)));
-    if (!status.ok()) return status;
+    TF_RETURN_IF_ERROR(context->set_output(output.argument.name, {context->MakeShape(sizes)}));
   }
   return absl::OkStatus();
 }
 
 // "w0: U" or "gamma: num_gamma * U".
-std::string ArgumentDefinition(const Argument& argument) {
-  return absl::StrCat(argument.name, ": ", argument.count, *argument.count != '\0' ? " * " : "",
-                      argument.type == ArgumentType::kMapType ? "T" : "U");
+std::string ArgumentDefinition(const ops::Argument& argument) {
+  const char* const type = argument.type == ops::ArgumentType::kMapType ? "T" : "U";
+  const char* const count = ops::CountAttribute(argument.presence);
+  return count == nullptr ? absl::StrCat(argument.name, ": ", type)
+                          : absl::StrCat(argument.name, ": ", count, " * ", type);
 }
 
-template <typename SignatureT>
-tensorflow::register_op::OpDefBuilderWrapper Define(const SignatureT& signature, const char* doc) {
+template <typename Args>
+tensorflow::register_op::OpDefBuilderWrapper Define(const ops::Signature<Args>& signature) {
   tensorflow::register_op::OpDefBuilderWrapper op(signature.op);
-  std::vector<std::string> counts;
-  const auto add_count = [&](const Argument& argument) {
-    if (*argument.count == '\0') return;
-    for (const std::string& known : counts) {
-      if (known == argument.count) return;
-    }
-    counts.push_back(argument.count);
-    op.Attr(absl::StrCat(argument.count, ": int >= 0 = 0"));
-  };
   for (const auto& input : signature.inputs) {
-    if (!Has(signature.kind, input.argument.part)) continue;
-    op.Input(ArgumentDefinition(input.argument));
-    add_count(input.argument);
+    if (ops::Has(signature.module, input.argument.gate))
+      op.Input(ArgumentDefinition(input.argument));
   }
   for (const auto& output : signature.outputs) {
-    if (!Has(signature.kind, output.argument.part)) continue;
-    op.Output(ArgumentDefinition(output.argument));
-    add_count(output.argument);
+    if (ops::Has(signature.module, output.argument.gate))
+      op.Output(ArgumentDefinition(output.argument));
   }
+  std::vector<std::string> counts;
+  ops::ForEachArgument(signature, [&](const ops::Argument& argument) {
+    const char* const count = ops::CountAttribute(argument.presence);
+    if (count == nullptr || std::find(counts.begin(), counts.end(), count) != counts.end()) return;
+    counts.push_back(count);
+    op.Attr(absl::StrCat(count, ": int >= 0 = 0"));
+  });
   op.Attr("T: {half, bfloat16, float, double}");
-  if (signature.kind != Kind::kPool) op.Attr("U: {float, double}");
-  for (const std::string& definition : AttributeDefinitions(signature.kind)) op.Attr(definition);
+  if (ops::UsesComputeType(signature)) op.Attr("U: {float, double}");
+  for (const ops::Choice& choice : ops::kChoices) {
+    if (!choice.is_of(signature.module)) continue;
+    op.Attr(absl::StrCat(choice.name, ": {'", absl::StrJoin(choice.words, "', '"), "'} = '",
+                         *choice.words.begin(), "'"));
+  }
+  if (HasSpatialGate(signature.module))
+    op.Attr(absl::StrCat(ops::kEpsilon, ": float = ", ops::kEpsilonOfSavedGraphs));
   op.SetShapeFn(
       [&signature](InferenceContext* context) { return InferShapes(signature, context); });
-  op.Doc(doc);
+  op.Doc(signature.doc);
   return op;
 }
 
-#define CBAM_OPS_REGISTER(signature, doc)                                              \
-  static const tensorflow::InitOnStartupMarker register_##signature [[maybe_unused]] = \
-      tensorflow::InitOnStartupMarker{} << Define(signature, doc)
+template <const auto&... kSignatures>
+bool DefineAll(ops::OpList<kSignatures...>) {
+  ((tensorflow::InitOnStartupMarker{} << Define(kSignatures)), ...);
+  return true;
+}
 
-CBAM_OPS_REGISTER(kCbam, R"(
-The convolutional block attention module (Woo et al., 2018) in one pass over memory.
-
-u = x * channel_gate(x); y = activation(u * spatial_gate(u) + residual), or with order='parallel'
-y = activation(x * channel_gate(x) * spatial_gate(x) + residual). With `gamma` the convolution of the
-spatial gate is normalised by its own mean and variance over the batch and all positions, and `bias`
-is the offset (the training form of batch norm). The outputs after `spatial_gate` are what the
-gradient needs.)");
-CBAM_OPS_REGISTER(kCbamGrad, "The gradient of CbamOps>Cbam.");
-CBAM_OPS_REGISTER(kChannelAttention, "y = activation(x * channel_gate(x) + residual).");
-CBAM_OPS_REGISTER(kChannelAttentionGrad, "The gradient of CbamOps>ChannelAttention.");
-CBAM_OPS_REGISTER(kSpatialAttention,
-                  "y = activation(x * spatial_gate(x) + residual); `gamma` as in CbamOps>Cbam.");
-CBAM_OPS_REGISTER(kSpatialAttentionGrad, "The gradient of CbamOps>SpatialAttention.");
-CBAM_OPS_REGISTER(kChannelPool, "Mean and maximum over positions, in one read of x.");
-CBAM_OPS_REGISTER(kChannelPoolGrad, "The gradient of CbamOps>ChannelPool; equal maxima share.");
-CBAM_OPS_REGISTER(kSpatialPool, "Mean and maximum over channels, in one read of x; mean first.");
-CBAM_OPS_REGISTER(kSpatialPoolGrad, "The gradient of CbamOps>SpatialPool; equal maxima share.");
-
-#undef CBAM_OPS_REGISTER
+[[maybe_unused]] const bool defined = DefineAll(ops::AllOps());
 
 }  // namespace
 }  // namespace tf

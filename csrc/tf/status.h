@@ -1,6 +1,8 @@
-// The core's status as TensorFlow's and XLA's.
+// The core's status, and the texts of csrc/ops, as TensorFlow's and XLA's status.
 #ifndef CBAM_OPS_TF_STATUS_H_
 #define CBAM_OPS_TF_STATUS_H_
+
+#include <string>
 
 #include "absl/status/status.h"
 #include "absl/strings/str_cat.h"
@@ -8,6 +10,12 @@
 
 namespace cbam_ops {
 namespace tf {
+
+// A text about arguments; empty where nothing is wrong.
+inline absl::Status ToAbslStatus(const char* op, const std::string& error) {
+  return error.empty() ? absl::OkStatus()
+                       : absl::InvalidArgumentError(absl::StrCat(op, ": ", error));
+}
 
 inline absl::Status ToAbslStatus(const char* op, const Status& status) {
   const auto text = absl::StrCat(op, ": ", *status.kernel != '\0' ? status.kernel : "",

@@ -38,7 +38,7 @@ class BackwardPipeline {
         map_(*kernels.map),
         dense_(*kernels.dense),
         parallel_(parallel),
-        kind_(KindOf(problem.gates)),
+        module_(problem.module),
         g_(problem, parallel, 2),
         stream_(ShouldStream(g_)) {
     Arena arena(workspace);
@@ -194,7 +194,7 @@ class BackwardPipeline {
         if (!dz_is_there || own) {
           // With batch norm the second sweep needs the counts again; dz was made in the first.
           A* dot = dz_is_there ? step : dz;
-          map_.backward_positions(g_.sample, kind_, g_.At(args.x, n), g_.At(dy_, n),
+          map_.backward_positions(g_.sample, module_, g_.At(args.x, n), g_.At(dy_, n),
                                   ChannelGateOf(args, n),
                                   SpatialDescriptorsOf(args, n) + g_.positions + ready * w,
                                   g_.RowPositions({ready, stop}), dot, ties);
@@ -240,7 +240,7 @@ class BackwardPipeline {
     for (int64_t u = units.begin; u < units.end; ++u) {
       A* partial = partial_ + ((n - first) * g_.units + u) * 2 * c;
       const Range positions = g_.Unit(u);
-      map_.backward_channels(g_.sample, kind_, g_.At(args.x, n), g_.At(dy_, n),
+      map_.backward_channels(g_.sample, module_, g_.At(args.x, n), g_.At(dy_, n),
                              PositionsAt(args, first, n, positions.begin),
                              ChannelsAt(args, first, n), positions, partial, partial + c);
     }
@@ -441,7 +441,7 @@ class BackwardPipeline {
     ForEach(parallel_, samples * steps, [&](int64_t task) {
       const int64_t n = first + task / steps, row = task % steps * g_.step_rows;
       const Range positions = g_.RowPositions({row, std::min(g_.height, row + g_.step_rows)});
-      map_.backward_map(g_.sample, kind_, g_.At(args.x, n), g_.At(dy_, n),
+      map_.backward_map(g_.sample, module_, g_.At(args.x, n), g_.At(dy_, n),
                         PositionsAt(args, first, n, positions.begin), ChannelsAt(args, first, n),
                         positions, stream_, g_.At(args.dx, n));
     });
@@ -505,7 +505,7 @@ class BackwardPipeline {
   const MapPasses<A>& map_;
   const DensePasses<A>& dense_;
   const Parallel& parallel_;
-  const MapKind kind_;
+  const Module module_;
   const Geometry g_;
   const bool stream_;
   size_t bytes_ = 0;
@@ -531,6 +531,10 @@ class BackwardPipeline {
   int64_t line_size_ = 0, block_size_ = 0, kernel_size_ = 0, scratch_size_ = 0;
   A* scratch_ = nullptr;  // [wave * blocks, scratch_size]
 };
+
+// What takes which arguments (kernels.cc).
+template <typename A>
+BackwardPipeline<A> PipelineOf(const BackwardArgs&);
 
 }  // namespace cpu
 }  // namespace cbam_ops

@@ -164,8 +164,9 @@ class ForwardPipeline {
                      static_cast<const A*>(args.w1),
                      static_cast<const A*>(args.b1)};
     const A* descriptors[2] = {mean, maximum};
-    const bool both = mlp.UsesMean() && mlp.UsesMax(), meet_early = MeetEarly();
-    const int branch = mlp.UsesMean() ? 0 : 1;
+    const bool both = UsesMean(problem_.pooling) && UsesMax(problem_.pooling),
+               meet_early = MeetEarly();
+    const int branch = UsesMean(problem_.pooling) ? 0 : 1;
 
     const Blocks hidden_blocks = mlp.HiddenBlocks(samples);
     ForEach(parallel_, hidden_blocks.count, [&](int64_t i) {
@@ -215,8 +216,8 @@ class ForwardPipeline {
       }
     });
     // A descriptor that the gate does not use must not carry a NaN into a gradient of weights.
-    if (!mlp.UsesMean()) std::fill(mean, mean + samples * c, A{0});
-    if (!mlp.UsesMax()) std::fill(maximum, maximum + samples * c, A{0});
+    if (!UsesMean(problem_.pooling)) std::fill(mean, mean + samples * c, A{0});
+    if (!UsesMax(problem_.pooling)) std::fill(maximum, maximum + samples * c, A{0});
   }
 
   // Rows of one sample through passes 2 and 3; with batch norm only as far as the convolution, left
@@ -224,7 +225,7 @@ class ForwardPipeline {
   void SpatialBlock(const ForwardArgs& args, int64_t n, Range rows, A* scratch) {
     const void* x = g_.At(args.x, n);
     const A* channel_gate = ChannelGateOf(args, n);
-    const A* pool_gate = problem_.gates == Gates::kChannelFirst ? channel_gate : nullptr;
+    const A* pool_gate = problem_.module == Module::kChannelFirst ? channel_gate : nullptr;
     A* descriptors[2];
     descriptors[0] = static_cast<A*>(args.spatial_descriptors) + n * 2 * g_.positions;
     descriptors[1] = descriptors[0] + g_.positions;
@@ -339,6 +340,10 @@ class ForwardPipeline {
   A* scratch_ = nullptr;    // [wave * blocks, scratch_size]
   double* sums_ = nullptr;  // [N]
 };
+
+// What takes which arguments (kernels.cc).
+template <typename A>
+ForwardPipeline<A> PipelineOf(const ForwardArgs&);
 
 }  // namespace cpu
 }  // namespace cbam_ops

@@ -76,6 +76,17 @@ auto WithKernels(DataType dtype, const Body& body) {
 template <typename A>
 A TypeOf(const Kernels<A>&);
 
+// Calls body(pipeline) with the pipeline of the problem.
+template <typename Args, typename Body>
+void WithPipeline(const Problem& problem, void* workspace, const Parallel& parallel,
+                  const Body& body) {
+  WithKernels(problem.dtype, [&](const auto& kernels) {
+    using A = decltype(TypeOf(kernels));
+    decltype(PipelineOf<A>(Args())) pipeline(problem, kernels, parallel, workspace);
+    body(pipeline);
+  });
+}
+
 }  // namespace
 
 bool IsAvailable(InstructionSet instruction_set) {
@@ -121,87 +132,28 @@ bool SetInstructionSet(InstructionSet instruction_set) {
   return true;
 }
 
-size_t ForwardWorkspace(const Problem& problem, const Parallel& parallel) {
-  return WithKernels(problem.dtype, [&](const auto& kernels) {
-    return ForwardPipeline<decltype(TypeOf(kernels))>(problem, kernels, parallel, nullptr)
-        .workspace_bytes();
-  });
+template <typename Args>
+size_t WorkspaceBytes(const Problem& problem, const Parallel& parallel) {
+  size_t bytes = 0;
+  WithPipeline<Args>(problem, nullptr, parallel,
+                     [&](const auto& pipeline) { bytes = pipeline.workspace_bytes(); });
+  return bytes;
 }
 
-Status Forward(const Problem& problem, const ForwardArgs& args, void* workspace,
-               const Parallel& parallel) {
+template <typename Args>
+Status Run(const Problem& problem, const Args& args, void* workspace, const Parallel& parallel) {
   const Status status = CheckProblem(problem);
-  if (!status.ok()) return status;
-  return WithKernels(problem.dtype, [&](const auto& kernels) {
-    ForwardPipeline<decltype(TypeOf(kernels))>(problem, kernels, parallel, workspace).Run(args);
-    return Status{};
-  });
+  if (status.ok()) {
+    WithPipeline<Args>(problem, workspace, parallel, [&](auto& pipeline) { pipeline.Run(args); });
+  }
+  return status;
 }
 
-size_t BackwardWorkspace(const Problem& problem, const Parallel& parallel) {
-  return WithKernels(problem.dtype, [&](const auto& kernels) {
-    return BackwardPipeline<decltype(TypeOf(kernels))>(problem, kernels, parallel, nullptr)
-        .workspace_bytes();
-  });
-}
-
-Status Backward(const Problem& problem, const BackwardArgs& args, void* workspace,
-                const Parallel& parallel) {
-  const Status status = CheckProblem(problem);
-  if (!status.ok()) return status;
-  return WithKernels(problem.dtype, [&](const auto& kernels) {
-    BackwardPipeline<decltype(TypeOf(kernels))>(problem, kernels, parallel, workspace).Run(args);
-    return Status{};
-  });
-}
-
-size_t ChannelPoolWorkspace(const Problem& problem, const Parallel& parallel) {
-  return WithKernels(problem.dtype, [&](const auto& kernels) {
-    return ChannelPoolPipeline<decltype(TypeOf(kernels))>(problem, kernels, parallel, nullptr)
-        .workspace_bytes();
-  });
-}
-
-Status ChannelPool(const Problem& problem, const ChannelPoolArgs& args, void* workspace,
-                   const Parallel& parallel) {
-  return WithKernels(problem.dtype, [&](const auto& kernels) {
-    ChannelPoolPipeline<decltype(TypeOf(kernels))>(problem, kernels, parallel, workspace).Run(args);
-    return Status{};
-  });
-}
-
-Status ChannelPoolGrad(const Problem& problem, const ChannelPoolGradArgs& args, void* workspace,
-                       const Parallel& parallel) {
-  return WithKernels(problem.dtype, [&](const auto& kernels) {
-    ChannelPoolPipeline<decltype(TypeOf(kernels))>(problem, kernels, parallel, workspace)
-        .RunGradient(args);
-    return Status{};
-  });
-}
-
-size_t SpatialPoolWorkspace(const Problem& problem, const Parallel& parallel) {
-  return WithKernels(problem.dtype, [&](const auto& kernels) {
-    return SpatialPoolPipeline<decltype(TypeOf(kernels))>(problem, kernels, parallel, nullptr)
-        .workspace_bytes();
-  });
-}
-
-Status SpatialPool(const Problem& problem, const SpatialPoolArgs& args, void* workspace,
-                   const Parallel& parallel) {
-  return WithKernels(problem.dtype, [&](const auto& kernels) {
-    SpatialPoolPipeline<decltype(TypeOf(kernels))>(problem, kernels, parallel, workspace).Run(args);
-    return Status{};
-  });
-}
-
-Status SpatialPoolGrad(const Problem& problem, const SpatialPoolGradArgs& args, void* workspace,
-                       const Parallel& parallel) {
-  return WithKernels(problem.dtype, [&](const auto& kernels) {
-    SpatialPoolPipeline<decltype(TypeOf(kernels))>(problem, kernels, parallel, workspace)
-        .RunGradient(args);
-    return Status{};
-  });
-}
+#define CBAM_OPS_INSTANTIATE(Args)                                       \
+  template size_t WorkspaceBytes<Args>(const Problem&, const Parallel&); \
+  template Status Run(const Problem&, const Args&, void*, const Parallel&);
+CBAM_OPS_FOR_EACH_ARGS(CBAM_OPS_INSTANTIATE)
+#undef CBAM_OPS_INSTANTIATE
 
 }  // namespace cpu
 }  // namespace cbam_ops

@@ -38,29 +38,16 @@ bool SetInstructionSet(InstructionSet instruction_set);
 bool IsAvailable(InstructionSet instruction_set);
 const char* Name(InstructionSet instruction_set);  // "baseline", "avx2", "avx512"
 
-// Bytes of scratch memory that a call needs, to be aligned to 64 bytes. 0 is a possible answer.
-size_t ForwardWorkspace(const Problem& problem, const Parallel& parallel);
-size_t BackwardWorkspace(const Problem& problem, const Parallel& parallel);
-size_t ChannelPoolWorkspace(const Problem& problem,
-                            const Parallel& parallel);  // also for the gradient
-size_t SpatialPoolWorkspace(const Problem& problem,
-                            const Parallel& parallel);  // also for the gradient
-
-// The module and its gradient. Maps are streamed from memory once (forward) or once each
-// (backward); see pipeline.h.
-Status Forward(const Problem& problem, const ForwardArgs& args, void* workspace,
-               const Parallel& parallel);
-Status Backward(const Problem& problem, const BackwardArgs& args, void* workspace,
-                const Parallel& parallel);
-
-Status ChannelPool(const Problem& problem, const ChannelPoolArgs& args, void* workspace,
-                   const Parallel& parallel);
-Status ChannelPoolGrad(const Problem& problem, const ChannelPoolGradArgs& args, void* workspace,
-                       const Parallel& parallel);
-Status SpatialPool(const Problem& problem, const SpatialPoolArgs& args, void* workspace,
-                   const Parallel& parallel);
-Status SpatialPoolGrad(const Problem& problem, const SpatialPoolGradArgs& args, void* workspace,
-                       const Parallel& parallel);
+// Both for each of contract.h's argument structs. Maps are streamed from memory once (forward) or
+// once each (backward); see pipeline.h. The pragma does not reach function templates.
+//
+// Bytes of scratch memory that a call needs, aligned to kHostAlignment. 0 is a possible answer.
+template <typename Args>
+__attribute__((visibility("default"))) size_t WorkspaceBytes(const Problem& problem,
+                                                             const Parallel& parallel);
+template <typename Args>
+__attribute__((visibility("default"))) Status Run(const Problem& problem, const Args& args,
+                                                  void* workspace, const Parallel& parallel);
 
 }  // namespace cpu
 }  // namespace cbam_ops

@@ -524,7 +524,7 @@ void BackwardPositionsWith(const Sample& sample, const void* x, const void* dy, 
 }
 
 template <typename T, typename A = typename ComputeOf<T>::A>
-void BackwardPositions(const Sample& sample, MapKind kind, const void* x, const void* dy,
+void BackwardPositions(const Sample& sample, Module module, const void* x, const void* dy,
                        const A* gate, const A* maximum, Range positions, A* dot, A* count) {
   if (dy == nullptr) {
     BackwardPositionsWith<T, false, false, true>(sample, x, dy, gate, maximum, positions, dot,
@@ -532,7 +532,7 @@ void BackwardPositions(const Sample& sample, MapKind kind, const void* x, const 
   } else if (gate == nullptr) {
     BackwardPositionsWith<T, true, false, true>(sample, x, dy, gate, maximum, positions, dot,
                                                 count);
-  } else if (kind == MapKind::kParallel) {
+  } else if (module == Module::kParallel) {
     BackwardPositionsWith<T, true, true, true>(sample, x, dy, gate, maximum, positions, dot, count);
   } else {
     BackwardPositionsWith<T, true, true, false>(sample, x, dy, gate, maximum, positions, dot,
@@ -542,15 +542,15 @@ void BackwardPositions(const Sample& sample, MapKind kind, const void* x, const 
 
 // What passes B and C share: the operands, and the gradient that reaches u = x * g_c (or x, where
 // there is no channel gate) through the spatial part.
-template <typename T, bool kChannelsAreColumns, MapKind kKind>
+template <typename T, bool kChannelsAreColumns, Module kModule>
 struct BackwardBody {
   using A = typename ComputeOf<T>::A;
   using V = typename Simd<A>::V;
-  static constexpr bool kHasDy = kKind != MapKind::kChannelPool && kKind != MapKind::kSpatialPool;
+  static constexpr bool kHasDy = kModule != Module::kChannelPool && kModule != Module::kSpatialPool;
   static constexpr bool kHasChannel =
-      kKind != MapKind::kSpatialOnly && kKind != MapKind::kSpatialPool;
+      kModule != Module::kSpatialAttention && kModule != Module::kSpatialPool;
   static constexpr bool kHasSpatial =
-      kKind != MapKind::kChannelOnly && kKind != MapKind::kChannelPool;
+      kModule != Module::kChannelAttention && kModule != Module::kChannelPool;
   static constexpr bool kSecondIsMax = false;
   static constexpr int kRowsAlong = 2;
   static constexpr int kRowsAcross = 2;
@@ -604,11 +604,11 @@ struct BackwardBody {
   // The gradient that reaches u, the product x * g_c.
   template <bool kTail>
   CBAM_INLINE V OfProduct(const Row& row, V x_value, V dy_value, int64_t column, int64_t n) const {
-    if constexpr (kKind == MapKind::kChannelFirst) {
+    if constexpr (kModule == Module::kChannelFirst) {
       const V u = x_value * ChannelGate<kTail>(row, column, n);
       return Fma(dy_value, PositionGate<kTail>(row, column, n),
                  FromDescriptors<kTail>(row, u, column, n));
-    } else if constexpr (kKind == MapKind::kParallel) {
+    } else if constexpr (kModule == Module::kParallel) {
       return dy_value * PositionGate<kTail>(row, column, n);
     } else {
       return dy_value;
@@ -631,9 +631,9 @@ struct BackwardBody {
 };
 
 // Pass C. The channel's own gradients are needed here only, so they are not in Row of pass B.
-template <typename T, bool kChannelsAreColumns, MapKind kKind>
-struct BackwardMapBody : BackwardBody<T, kChannelsAreColumns, kKind> {
-  using Base = BackwardBody<T, kChannelsAreColumns, kKind>;
+template <typename T, bool kChannelsAreColumns, Module kModule>
+struct BackwardMapBody : BackwardBody<T, kChannelsAreColumns, kModule> {
+  using Base = BackwardBody<T, kChannelsAreColumns, kModule>;
   using A = typename Base::A;
   using V = typename Base::V;
   using Row = typename Base::Row;
@@ -651,13 +651,13 @@ struct BackwardMapBody : BackwardBody<T, kChannelsAreColumns, kKind> {
   CBAM_INLINE V Value(const Row& row, int64_t column, int64_t n) const {
     const V x_value = LoadSome<kTail>(row.x + column, n);
     V dx{};
-    if constexpr (kKind == MapKind::kSpatialPool || kKind == MapKind::kSpatialOnly ||
-                  kKind == MapKind::kParallel) {
+    if constexpr (kModule == Module::kSpatialPool || kModule == Module::kSpatialAttention ||
+                  kModule == Module::kParallel) {
       dx = this->template FromDescriptors<kTail>(row, x_value, column, n);
     }
     if constexpr (Base::kHasDy) {
       const V dy_value = LoadSome<kTail>(row.dy + column, n);
-      if constexpr (kKind == MapKind::kSpatialOnly) {
+      if constexpr (kModule == Module::kSpatialAttention) {
         dx = Fma(dy_value, this->template PositionGate<kTail>(row, column, n), dx);
       } else {
         dx = Fma(this->template OfProduct<kTail>(row, x_value, dy_value, column, n),
@@ -675,17 +675,17 @@ struct BackwardMapBody : BackwardBody<T, kChannelsAreColumns, kKind> {
   }
 };
 
-template <typename T, MapKind kKind, typename A>
+template <typename T, Module kModule, typename A>
 void BackwardChannelsWith(const Sample& sample, const void* x, const void* dy,
                           const PositionValues<A>& position, const ChannelValues<A>& channel,
                           Range positions, A* dot, A* count) {
   const Tile<T> tile = MakeTile<T>(sample, x, positions);
   const Tile<T> dy_tile = MakeTile<T>(sample, dy == nullptr ? x : dy, positions);
   if (sample.layout == Layout::kNHWC) {
-    const BackwardBody<T, true, kKind> body{tile, dy_tile, position, channel};
+    const BackwardBody<T, true, kModule> body{tile, dy_tile, position, channel};
     Across(body, tile.rows, tile.columns, dot, count);
   } else {
-    const BackwardBody<T, false, kKind> body{tile, dy_tile, position, channel};
+    const BackwardBody<T, false, kModule> body{tile, dy_tile, position, channel};
     Along(body, tile.rows, tile.columns, [&](int64_t row, double total, double ties) {
       dot[row] = static_cast<A>(total);
       count[row] = static_cast<A>(ties);
@@ -694,29 +694,29 @@ void BackwardChannelsWith(const Sample& sample, const void* x, const void* dy,
 }
 
 template <typename T, typename A = typename ComputeOf<T>::A>
-void BackwardChannels(const Sample& sample, MapKind kind, const void* x, const void* dy,
+void BackwardChannels(const Sample& sample, Module module, const void* x, const void* dy,
                       const PositionValues<A>& position, const ChannelValues<A>& channel,
                       Range positions, A* dot, A* count) {
-  switch (kind) {
-    case MapKind::kChannelFirst:
-      return BackwardChannelsWith<T, MapKind::kChannelFirst>(sample, x, dy, position, channel,
-                                                             positions, dot, count);
-    case MapKind::kParallel:
-      return BackwardChannelsWith<T, MapKind::kParallel>(sample, x, dy, position, channel,
-                                                         positions, dot, count);
-    case MapKind::kChannelOnly:
-      return BackwardChannelsWith<T, MapKind::kChannelOnly>(sample, x, dy, position, channel,
+  switch (module) {
+    case Module::kChannelFirst:
+      return BackwardChannelsWith<T, Module::kChannelFirst>(sample, x, dy, position, channel,
                                                             positions, dot, count);
-    case MapKind::kChannelPool:
-      return BackwardChannelsWith<T, MapKind::kChannelPool>(sample, x, dy, position, channel,
-                                                            positions, dot, count);
-    case MapKind::kSpatialOnly:
-    case MapKind::kSpatialPool:
+    case Module::kParallel:
+      return BackwardChannelsWith<T, Module::kParallel>(sample, x, dy, position, channel, positions,
+                                                        dot, count);
+    case Module::kChannelAttention:
+      return BackwardChannelsWith<T, Module::kChannelAttention>(sample, x, dy, position, channel,
+                                                                positions, dot, count);
+    case Module::kChannelPool:
+      return BackwardChannelsWith<T, Module::kChannelPool>(sample, x, dy, position, channel,
+                                                           positions, dot, count);
+    case Module::kSpatialAttention:
+    case Module::kSpatialPool:
       return;  // no channel gate, nothing to reduce
   }
 }
 
-template <typename T, MapKind kKind, typename A>
+template <typename T, Module kModule, typename A>
 void BackwardMapWith(const Sample& sample, const void* x, const void* dy,
                      const PositionValues<A>& position, const ChannelValues<A>& channel,
                      Range positions, bool stream, void* dx) {
@@ -724,26 +724,26 @@ void BackwardMapWith(const Sample& sample, const void* x, const void* dy,
   const Tile<T> dy_tile = MakeTile<T>(sample, dy == nullptr ? x : dy, positions);
   T* out = const_cast<T*>(MakeTile<T>(sample, dx, positions).data);
   if (sample.layout == Layout::kNHWC) {
-    const BackwardMapBody<T, true, kKind> body{{tile, dy_tile, position, channel}};
+    const BackwardMapBody<T, true, kModule> body{{tile, dy_tile, position, channel}};
     Map(body, tile.rows, tile.columns, tile.stride, stream, out);
   } else {
-    const BackwardMapBody<T, false, kKind> body{{tile, dy_tile, position, channel}};
+    const BackwardMapBody<T, false, kModule> body{{tile, dy_tile, position, channel}};
     Map(body, tile.rows, tile.columns, tile.stride, stream, out);
   }
 }
 
 template <typename T, typename A = typename ComputeOf<T>::A>
-void BackwardMap(const Sample& sample, MapKind kind, const void* x, const void* dy,
+void BackwardMap(const Sample& sample, Module module, const void* x, const void* dy,
                  const PositionValues<A>& position, const ChannelValues<A>& channel,
                  Range positions, bool stream, void* dx) {
   using Function = void (*)(const Sample&, const void*, const void*, const PositionValues<A>&,
                             const ChannelValues<A>&, Range, bool, void*);
   static constexpr Function kTable[] = {
-      BackwardMapWith<T, MapKind::kChannelFirst>, BackwardMapWith<T, MapKind::kParallel>,
-      BackwardMapWith<T, MapKind::kChannelOnly>,  BackwardMapWith<T, MapKind::kSpatialOnly>,
-      BackwardMapWith<T, MapKind::kChannelPool>,  BackwardMapWith<T, MapKind::kSpatialPool>,
+      BackwardMapWith<T, Module::kChannelFirst>,     BackwardMapWith<T, Module::kParallel>,
+      BackwardMapWith<T, Module::kChannelAttention>, BackwardMapWith<T, Module::kSpatialAttention>,
+      BackwardMapWith<T, Module::kChannelPool>,      BackwardMapWith<T, Module::kSpatialPool>,
   };
-  kTable[static_cast<int>(kind)](sample, x, dy, position, channel, positions, stream, dx);
+  kTable[static_cast<int>(module)](sample, x, dy, position, channel, positions, stream, dx);
 }
 
 // --- Conversions ---

@@ -48,17 +48,6 @@ struct ChannelValues {
   const A* d_max;    // dm / number of positions that attain it
 };
 
-// What backward_map computes, beyond the four kinds of gates: the gradients of the pools on their
-// own.
-enum class MapKind : int32_t {
-  kChannelFirst = 0,
-  kParallel = 1,
-  kChannelOnly = 2,
-  kSpatialOnly = 3,
-  kChannelPool = 4,
-  kSpatialPool = 5,
-};
-
 // Passes over maps of one type, T; A is the compute type. `x`, `dy`, `y`... point at the sample's
 // first element.
 template <typename A>
@@ -77,18 +66,18 @@ struct MapPasses {
                 const void* residual, Activation activation, Range positions, bool stream, void* y);
 
   // Pass A. dot[p] = sum_c dy * x * gate; count[p] = how many channels attain maximum[p] (of x in
-  // the parallel kind, else of x * gate). With dy null only the count. gate may be null (1).
-  void (*backward_positions)(const Sample&, MapKind, const void* x, const void* dy, const A* gate,
+  // the parallel module, else of x * gate). With dy null only the count. gate may be null (1).
+  void (*backward_positions)(const Sample&, Module, const void* x, const void* dy, const A* gate,
                              const A* maximum, Range positions, A* dot, A* count);
 
   // Pass B. dot[c] = sum_p (gradient that reaches x * gate) * x; count[c] = how many positions
-  // attain the channel's maximum. In the channel pool kind only the count.
-  void (*backward_channels)(const Sample&, MapKind, const void* x, const void* dy,
+  // attain the channel's maximum. Of the channel pool only the count.
+  void (*backward_channels)(const Sample&, Module, const void* x, const void* dy,
                             const PositionValues<A>&, const ChannelValues<A>&, Range positions,
                             A* dot, A* count);
 
   // Pass C. dx.
-  void (*backward_map)(const Sample&, MapKind, const void* x, const void* dy,
+  void (*backward_map)(const Sample&, Module, const void* x, const void* dy,
                        const PositionValues<A>&, const ChannelValues<A>&, Range positions,
                        bool stream, void* dx);
 

@@ -86,7 +86,7 @@ void ForEach(const Parallel& parallel, int64_t tasks, const Body& body) {
   parallel.run(parallel.context, tasks, task, const_cast<Context*>(&context));
 }
 
-using Arena = WorkspaceArena<64>;
+using Arena = WorkspaceArena<kHostAlignment>;
 
 // How a problem is cut. `maps` is how many maps of a sample a wave must keep in the cache. An empty
 // batch has no positions, however high and wide it says it is, and takes no workspace; nor does a
@@ -297,9 +297,7 @@ struct Mlp {
   const DensePasses<A>& dense;
   const A *w0, *b0, *w1, *b1;
 
-  bool UsesMean() const { return problem.pooling != Pooling::kMax; }
-  bool UsesMax() const { return problem.pooling != Pooling::kAvg; }
-  bool IsUsed(int q) const { return q == 0 ? UsesMean() : UsesMax(); }
+  bool IsUsed(int q) const { return q == 0 ? UsesMean(problem.pooling) : UsesMax(problem.pooling); }
 
   // hidden[q][n, j] = relu(descriptors[q].W0 + b0) over a block of columns j. Rows of
   // descriptors[q] are C apart, of hidden hidden.
@@ -328,20 +326,6 @@ struct Mlp {
     return {problem.channels, samples * problem.channels * problem.hidden};
   }
 };
-
-inline MapKind KindOf(Gates gates) {
-  switch (gates) {
-    case Gates::kChannelFirst:
-      return MapKind::kChannelFirst;
-    case Gates::kParallel:
-      return MapKind::kParallel;
-    case Gates::kChannelOnly:
-      return MapKind::kChannelOnly;
-    case Gates::kSpatialOnly:
-      return MapKind::kSpatialOnly;
-  }
-  return MapKind::kChannelFirst;
-}
 
 }  // namespace cpu
 }  // namespace cbam_ops

@@ -11,13 +11,6 @@
 namespace cbam_ops {
 namespace cpu {
 
-// The pools have no gates: what Geometry reads of them must not depend on what a caller left in the
-// problem.
-inline Problem WithoutGates(Problem problem) {
-  problem.gates = Gates::kChannelOnly;
-  return problem;
-}
-
 template <typename A>
 class ChannelPoolPipeline {
  public:
@@ -26,7 +19,7 @@ class ChannelPoolPipeline {
       : map_(*kernels.map),
         parallel_(parallel),
         element_size_(ElementSize(problem.dtype)),
-        g_(WithoutGates(problem), parallel, 1),
+        g_(problem, parallel, 1),
         stream_(ShouldStream(g_)),
         arena_(workspace),
         descriptors_(g_, map_, parallel_, &arena_) {
@@ -44,7 +37,7 @@ class ChannelPoolPipeline {
     });
   }
 
-  void RunGradient(const ChannelPoolGradArgs& args) {
+  void Run(const ChannelPoolGradArgs& args) {
     const int64_t c = g_.channels;
     ForWaves([&](int64_t first, int64_t samples) {
       A *d_mean = values_[0], *maximum = values_[1], *d_max = values_[2];
@@ -54,7 +47,7 @@ class ChannelPoolPipeline {
       ForEach(parallel_, samples * g_.units, [&](int64_t task) {
         const int64_t s = task / g_.units;
         A* partial = partial_ + task * 2 * c;
-        map_.backward_channels(g_.sample, MapKind::kChannelPool, g_.At(args.x, first + s), nullptr,
+        map_.backward_channels(g_.sample, Module::kChannelPool, g_.At(args.x, first + s), nullptr,
                                {}, {nullptr, nullptr, maximum + s * c, nullptr},
                                g_.Unit(task % g_.units), partial, partial + c);
       });
@@ -67,7 +60,7 @@ class ChannelPoolPipeline {
       }
       ForEach(parallel_, samples * g_.units, [&](int64_t task) {
         const int64_t s = task / g_.units, n = first + s;
-        map_.backward_map(g_.sample, MapKind::kChannelPool, g_.At(args.x, n), nullptr, {},
+        map_.backward_map(g_.sample, Module::kChannelPool, g_.At(args.x, n), nullptr, {},
                           {nullptr, d_mean + s * c, maximum + s * c, d_max + s * c},
                           g_.Unit(task % g_.units), stream_, g_.At(args.dx, n));
       });
@@ -105,7 +98,7 @@ class SpatialPoolPipeline {
       : map_(*kernels.map),
         parallel_(parallel),
         element_size_(ElementSize(problem.dtype)),
-        g_(WithoutGates(problem), parallel, 1),
+        g_(problem, parallel, 1),
         stream_(ShouldStream(g_)) {
     Arena arena(workspace);
     scratch_size_ = RoundUp(4 * g_.step_rows * g_.width, 64);
@@ -127,7 +120,7 @@ class SpatialPoolPipeline {
     });
   }
 
-  void RunGradient(const SpatialPoolGradArgs& args) {
+  void Run(const SpatialPoolGradArgs& args) {
     ForSteps([&](int64_t n, Range positions, A* scratch) {
       const int64_t count = positions.size();
       A *d_mean = scratch, *d_max = scratch + count, *maximum = scratch + 2 * count,
@@ -135,7 +128,7 @@ class SpatialPoolPipeline {
       map_.to_compute_type(Descriptor(args.descriptors, n, 1, positions.begin), Stride(), count,
                            maximum);
       // The dot product that pass A also makes has no dy here; it is overwritten next.
-      map_.backward_positions(g_.sample, MapKind::kSpatialPool, g_.At(args.x, n), nullptr, nullptr,
+      map_.backward_positions(g_.sample, Module::kSpatialPool, g_.At(args.x, n), nullptr, nullptr,
                               maximum, positions, d_mean, ties);
       map_.to_compute_type(Descriptor(args.d_descriptors, n, 0, positions.begin), Stride(), count,
                            d_mean);
@@ -145,7 +138,7 @@ class SpatialPoolPipeline {
         d_mean[i] /= static_cast<A>(g_.channels);
         ShareAmongMaxima(d_max[i], ties[i], &d_mean[i], &d_max[i]);
       }
-      map_.backward_map(g_.sample, MapKind::kSpatialPool, g_.At(args.x, n), nullptr,
+      map_.backward_map(g_.sample, Module::kSpatialPool, g_.At(args.x, n), nullptr,
                         {nullptr, d_mean, maximum, d_max}, {}, positions, stream_,
                         g_.At(args.dx, n));
     });
@@ -182,6 +175,16 @@ class SpatialPoolPipeline {
   int64_t steps_ = 0, scratch_size_ = 0;
   A* scratch_ = nullptr;  // [wave * steps, 4 step_rows W]
 };
+
+// What takes which arguments (kernels.cc).
+template <typename A>
+ChannelPoolPipeline<A> PipelineOf(const ChannelPoolArgs&);
+template <typename A>
+ChannelPoolPipeline<A> PipelineOf(const ChannelPoolGradArgs&);
+template <typename A>
+SpatialPoolPipeline<A> PipelineOf(const SpatialPoolArgs&);
+template <typename A>
+SpatialPoolPipeline<A> PipelineOf(const SpatialPoolGradArgs&);
 
 }  // namespace cpu
 }  // namespace cbam_ops

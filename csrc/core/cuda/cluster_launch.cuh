@@ -133,9 +133,9 @@ ClusterParams<A> MakeClusterParams(const Problem& problem, const ClusterPlan& pl
   params.hidden = problem.hidden;
   params.channel = HasChannelGate(problem);
   params.spatial = HasSpatialGate(problem);
-  params.parallel = problem.gates == Gates::kParallel;
-  params.use_mean = problem.pooling != Pooling::kMax;
-  params.use_max = problem.pooling != Pooling::kAvg;
+  params.parallel = problem.module == Module::kParallel;
+  params.use_mean = UsesMean(problem.pooling);
+  params.use_max = UsesMax(problem.pooling);
   params.mlp_relu = problem.mlp_activation == Activation::kRelu;
   params.relu = problem.activation == Activation::kRelu;
   params.tiling = plan.tiling;
@@ -249,9 +249,25 @@ inline Status DoesNotFit() {
           "Cluster"};
 }
 
+// `WorkspaceFor` and `Launch` for each argument struct are what make_table.cuh takes; those of the
+// pools are in portable.cuh.
+
+template <typename A>
+size_t WorkspaceFor(const Problem& problem, const ForwardArgs&) {
+  return ForwardBuffers<A>(problem, nullptr).bytes;
+}
+
+// Enough for either path, on any device.
+template <typename A>
+size_t WorkspaceFor(const Problem& problem, const BackwardArgs&) {
+  const size_t portable = BackwardBuffers<A>(problem, nullptr).bytes;
+  const size_t cluster = ClusterBuffers<A>(problem, 16, nullptr).bytes;
+  return portable > cluster ? portable : cluster;
+}
+
 template <typename T>
-Status AnyForward(const Problem& problem, const ForwardArgs& args, void* workspace,
-                  Launcher launcher, Path path) {
+Status Launch(const Problem& problem, const ForwardArgs& args, void* workspace, Launcher launcher,
+              Path path) {
   if constexpr (kHasCluster<T>) {
     const ClusterPlan plan = ChooseCluster<T>(problem, false, launcher.device(), path);
     if (plan.cluster > 0 && Aligned16({args.x, args.y, args.residual})) {
@@ -266,8 +282,8 @@ Status AnyForward(const Problem& problem, const ForwardArgs& args, void* workspa
 }
 
 template <typename T>
-Status AnyBackward(const Problem& problem, const BackwardArgs& args, void* workspace,
-                   Launcher launcher, Path path) {
+Status Launch(const Problem& problem, const BackwardArgs& args, void* workspace, Launcher launcher,
+              Path path) {
   if constexpr (kHasCluster<T>) {
     const ClusterPlan plan = ChooseCluster<T>(problem, true, launcher.device(), path);
     const bool relu = problem.activation == Activation::kRelu;
@@ -279,14 +295,6 @@ Status AnyBackward(const Problem& problem, const BackwardArgs& args, void* works
   }
   if (path == Path::kCluster) return DoesNotFit();
   return PortableBackward<T>(problem, args, workspace, launcher);
-}
-
-// Enough for either path, on any device.
-template <typename A>
-size_t AnyBackwardWorkspace(const Problem& problem) {
-  const size_t portable = BackwardBuffers<A>(problem, nullptr).bytes;
-  const size_t cluster = ClusterBuffers<A>(problem, 16, nullptr).bytes;
-  return portable > cluster ? portable : cluster;
 }
 
 }  // namespace cuda

@@ -32,20 +32,7 @@ const Table& TableFor(DataType dtype) {
   }
 }
 
-// The pools read only the sizes: the rest of their problem is made harmless.
-Problem PoolProblem(const Problem& problem) {
-  Problem pool;
-  pool.dtype = problem.dtype;
-  pool.layout = problem.layout;
-  pool.batch = problem.batch;
-  pool.height = problem.height;
-  pool.width = problem.width;
-  pool.channels = problem.channels;
-  return pool;
-}
-
-template <typename Call>
-Status WithLauncher(const Problem& problem, void* stream, Call call) {
+Status CheckSizes(const Problem& problem) {
   const Status checked = CheckProblem(problem);
   if (!checked.ok()) return checked;
   // Indices within a sample's rows and columns, and of blocks, have 31 bits; offsets into maps
@@ -58,10 +45,7 @@ Status WithLauncher(const Problem& problem, void* stream, Call call) {
         "height * width, channels and hidden must be below 2^31 on a GPU, kernel_size below 2^15",
         ""};
   }
-  DeviceInfo device;
-  const Status queried = QueryDevice(&device);
-  if (!queried.ok()) return queried;
-  return call(TableFor(problem.dtype), Launcher(device, stream));
+  return {};
 }
 
 std::atomic<int32_t>& ChosenPath() {
@@ -83,59 +67,29 @@ __global__ void ProbeKernel() {}
 
 }  // namespace
 
-size_t ForwardWorkspace(const Problem& problem) {
-  return CheckProblem(problem).ok() ? TableFor(problem.dtype).forward_workspace(problem) : 0;
-}
-size_t BackwardWorkspace(const Problem& problem) {
-  return CheckProblem(problem).ok() ? TableFor(problem.dtype).backward_workspace(problem) : 0;
-}
-size_t ChannelPoolWorkspace(const Problem& problem) {
-  const Problem pool = PoolProblem(problem);
-  return CheckProblem(pool).ok() ? TableFor(pool.dtype).pool_workspace(pool, false) : 0;
-}
-size_t SpatialPoolWorkspace(const Problem& problem) {
-  const Problem pool = PoolProblem(problem);
-  return CheckProblem(pool).ok() ? TableFor(pool.dtype).pool_workspace(pool, true) : 0;
+template <typename Args>
+size_t WorkspaceBytes(const Problem& problem) {
+  if (!CheckProblem(problem).ok()) return 0;
+  return TableFor(problem.dtype).For(Args()).workspace_bytes(problem);
 }
 
-Status Forward(const Problem& problem, const ForwardArgs& args, void* workspace, void* stream) {
-  return WithLauncher(problem, stream, [&](const Table& table, Launcher launcher) {
-    return table.forward(problem, args, workspace, launcher, ActivePath());
-  });
+template <typename Args>
+Status Run(const Problem& problem, const Args& args, void* workspace, void* stream) {
+  const Status checked = CheckSizes(problem);
+  if (!checked.ok()) return checked;
+  DeviceInfo device;
+  const Status queried = QueryDevice(&device);
+  if (!queried.ok()) return queried;
+  return TableFor(problem.dtype)
+      .For(args)
+      .run(problem, args, workspace, Launcher(device, stream), ActivePath());
 }
-Status Backward(const Problem& problem, const BackwardArgs& args, void* workspace, void* stream) {
-  return WithLauncher(problem, stream, [&](const Table& table, Launcher launcher) {
-    return table.backward(problem, args, workspace, launcher, ActivePath());
-  });
-}
-Status ChannelPool(const Problem& problem, const ChannelPoolArgs& args, void* workspace,
-                   void* stream) {
-  const Problem pool = PoolProblem(problem);
-  return WithLauncher(pool, stream, [&](const Table& table, Launcher launcher) {
-    return table.channel_pool(pool, args, workspace, launcher);
-  });
-}
-Status ChannelPoolGrad(const Problem& problem, const ChannelPoolGradArgs& args, void* workspace,
-                       void* stream) {
-  const Problem pool = PoolProblem(problem);
-  return WithLauncher(pool, stream, [&](const Table& table, Launcher launcher) {
-    return table.channel_pool_grad(pool, args, workspace, launcher);
-  });
-}
-Status SpatialPool(const Problem& problem, const SpatialPoolArgs& args, void* /*workspace*/,
-                   void* stream) {
-  const Problem pool = PoolProblem(problem);
-  return WithLauncher(pool, stream, [&](const Table& table, Launcher launcher) {
-    return table.spatial_pool(pool, args, launcher);
-  });
-}
-Status SpatialPoolGrad(const Problem& problem, const SpatialPoolGradArgs& args, void* workspace,
-                       void* stream) {
-  const Problem pool = PoolProblem(problem);
-  return WithLauncher(pool, stream, [&](const Table& table, Launcher launcher) {
-    return table.spatial_pool_grad(pool, args, workspace, launcher);
-  });
-}
+
+#define CBAM_OPS_INSTANTIATE(Args)                      \
+  template size_t WorkspaceBytes<Args>(const Problem&); \
+  template Status Run(const Problem&, const Args&, void*, void*);
+CBAM_OPS_FOR_EACH_ARGS(CBAM_OPS_INSTANTIATE)
+#undef CBAM_OPS_INSTANTIATE
 
 Status CheckDevice() {
   DeviceInfo device;

@@ -18,22 +18,14 @@
 namespace cbam_ops {
 namespace cuda {
 
-// Bytes of device memory that a call needs, aligned to 256 bytes. The same on every device.
-size_t ForwardWorkspace(const Problem& problem);
-size_t BackwardWorkspace(const Problem& problem);
-size_t ChannelPoolWorkspace(const Problem& problem);  // also for the gradient
-size_t SpatialPoolWorkspace(const Problem& problem);  // also for the gradient
-
-Status Forward(const Problem& problem, const ForwardArgs& args, void* workspace, void* stream);
-Status Backward(const Problem& problem, const BackwardArgs& args, void* workspace, void* stream);
-Status ChannelPool(const Problem& problem, const ChannelPoolArgs& args, void* workspace,
-                   void* stream);
-Status ChannelPoolGrad(const Problem& problem, const ChannelPoolGradArgs& args, void* workspace,
-                       void* stream);
-Status SpatialPool(const Problem& problem, const SpatialPoolArgs& args, void* workspace,
-                   void* stream);
-Status SpatialPoolGrad(const Problem& problem, const SpatialPoolGradArgs& args, void* workspace,
-                       void* stream);
+// Both for each of contract.h's argument structs. The pragma does not reach function templates.
+//
+// Bytes of device memory that a call needs, aligned to kCudaAlignment. The same on every device.
+template <typename Args>
+__attribute__((visibility("default"))) size_t WorkspaceBytes(const Problem& problem);
+template <typename Args>
+__attribute__((visibility("default"))) Status Run(const Problem& problem, const Args& args,
+                                                  void* workspace, void* stream);
 
 // Whether this build can run on the current device: ok, or kUnsupported, or kDeviceError. Makes the
 // device's context and loads the code, which not every moment of a stream's life allows: meant for
@@ -62,8 +54,8 @@ const char* BuiltArchitectures();
 enum class Path : int32_t { kAuto = 0, kPortable = 1, kCluster = 2 };
 void SetPath(Path path);
 Path ActivePath();
-// The path that Forward and Backward would take for a problem on the current device, with pointers
-// aligned to 16 bytes.
+// The path that Run would take for a problem on the current device, with pointers aligned to 16
+// bytes.
 Path ForwardPath(const Problem& problem);
 Path BackwardPath(const Problem& problem);
 

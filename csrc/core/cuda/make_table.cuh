@@ -10,27 +10,17 @@ namespace cuda {
 
 template <typename T>
 constexpr Table MakeTable() {
-  using A = Compute<T>;
   Table table = {};
-  table.forward_workspace = [](const Problem& problem) {
-    return ForwardBuffers<A>(problem, nullptr).bytes;
-  };
-  table.backward_workspace = [](const Problem& problem) {
-    return AnyBackwardWorkspace<A>(problem);
-  };
-  table.pool_workspace = [](const Problem& problem, bool over_channels) {
-    return PoolBuffers<A>(problem, over_channels, nullptr).bytes;
-  };
-  table.forward = &AnyForward<T>;
-  table.backward = &AnyBackward<T>;
+#define CBAM_OPS_FILL(Args)                                                             \
+  table.for_##Args = {                                                                  \
+      [](const Problem& problem) { return WorkspaceFor<Compute<T>>(problem, Args()); }, \
+      &Launch<T>};
+  CBAM_OPS_FOR_EACH_ARGS(CBAM_OPS_FILL)
+#undef CBAM_OPS_FILL
   table.uses_cluster = [](const Problem& problem, bool backward, const DeviceInfo& device,
                           Path path) {
     return ChooseCluster<T>(problem, backward, device, path).cluster > 0;
   };
-  table.channel_pool = &PortableChannelPool<T>;
-  table.channel_pool_grad = &PortableChannelPoolGrad<T>;
-  table.spatial_pool = &PortableSpatialPool<T>;
-  table.spatial_pool_grad = &PortableSpatialPoolGrad<T>;
   return table;
 }
 

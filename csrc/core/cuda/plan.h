@@ -20,7 +20,7 @@ inline int64_t AtLeast(int64_t a, int64_t b) { return a > b ? a : b; }
 inline int64_t Positions(const Problem& problem) { return problem.height * problem.width; }
 inline bool ChannelsLast(const Problem& problem) { return problem.layout == Layout::kNHWC; }
 
-using Arena = WorkspaceArena<256>;
+using Arena = WorkspaceArena<kCudaAlignment>;
 
 // Column reductions over positions are cut into slices of at least 128 rows (16 per thread with 8
 // threads to a column), so that the partial results are at most 1/64 of the map; at most 256

@@ -16,6 +16,7 @@
 #include <initializer_list>
 
 #include "core/cuda/gates.h"
+#include "core/cuda/kernels.h"
 #include "core/cuda/launch.h"
 #include "core/cuda/plan.h"
 #include "core/cuda/reduce.cuh"
@@ -244,8 +245,8 @@ MlpParams<A> MakeMlpParams(const Problem& problem, int64_t samples) {
   params.samples = samples;
   params.channels = problem.channels;
   params.hidden = problem.hidden;
-  params.use_mean = problem.pooling != Pooling::kMax;
-  params.use_max = problem.pooling != Pooling::kAvg;
+  params.use_mean = UsesMean(problem.pooling);
+  params.use_max = UsesMax(problem.pooling);
   params.relu = problem.mlp_activation == Activation::kRelu;
   params.descriptor_stride = problem.batch * problem.channels;
   params.positions = static_cast<A>(Positions(problem));
@@ -293,7 +294,7 @@ Status PortableForward(const Problem& problem, const ForwardArgs& args, void* wo
                 map = positions * channels;
   const bool vectorised = Vectorised<T>(problem, {args.x, args.y, args.residual});
   const bool has_channel = HasChannelGate(problem), has_spatial = HasSpatialGate(problem);
-  const bool parallel = problem.gates == Gates::kParallel;
+  const bool parallel = problem.module == Module::kParallel;
   A* const descriptors = static_cast<A*>(args.channel_descriptors);
   A* const channel_gate = static_cast<A*>(args.channel_gate);
   A* const planes = static_cast<A*>(args.spatial_descriptors);
@@ -483,7 +484,7 @@ Status PortableBackward(const Problem& problem, const BackwardArgs& args, void* 
   const bool vectorised =
       Vectorised<T>(problem, {args.x, args.dy, mask, args.dx, relu ? args.d_residual : nullptr});
   const bool has_channel = HasChannelGate(problem), has_spatial = HasSpatialGate(problem);
-  const bool parallel = problem.gates == Gates::kParallel;
+  const bool parallel = problem.module == Module::kParallel;
   const A* const gate = has_channel ? static_cast<const A*>(args.channel_gate) : nullptr;
   const A* const descriptors = static_cast<const A*>(args.channel_descriptors);
   const A* const planes = static_cast<const A*>(args.spatial_descriptors);
@@ -646,9 +647,14 @@ StoreKernel(StoreParams<T> params) {
   FromCompute(params.second[i], params.second_out + i);
 }
 
+template <typename A>
+size_t WorkspaceFor(const Problem& problem, const ChannelPoolArgs&) {
+  return PoolBuffers<A>(problem, /*over_channels=*/false, nullptr).bytes;
+}
+
 template <typename T>
-Status PortableChannelPool(const Problem& problem, const ChannelPoolArgs& args, void* workspace,
-                           Launcher launcher) {
+Status Launch(const Problem& problem, const ChannelPoolArgs& args, void* workspace,
+              Launcher launcher, Path /*path*/) {
   using A = Compute<T>;
   const PoolBuffers<A> buffers(problem, false, workspace);
   const bool vectorised = Vectorised<T>(problem, {args.x});
@@ -663,8 +669,14 @@ Status PortableChannelPool(const Problem& problem, const ChannelPoolArgs& args, 
   return launcher.status();
 }
 
+template <typename A>
+size_t WorkspaceFor(const Problem& problem, const SpatialPoolArgs&) {
+  return PoolBuffers<A>(problem, /*over_channels=*/true, nullptr).bytes;
+}
+
 template <typename T>
-Status PortableSpatialPool(const Problem& problem, const SpatialPoolArgs& args, Launcher launcher) {
+Status Launch(const Problem& problem, const SpatialPoolArgs& args, void* /*workspace*/,
+              Launcher launcher, Path /*path*/) {
   using A = Compute<T>;
   const int64_t positions = Positions(problem);
   ReduceParams<A> params = {};
@@ -735,9 +747,14 @@ Status PortablePoolGrad(const Problem& problem, const void* x, const PoolSidePar
   return launcher.status();
 }
 
+template <typename A>
+size_t WorkspaceFor(const Problem& problem, const ChannelPoolGradArgs&) {
+  return PoolBuffers<A>(problem, /*over_channels=*/false, nullptr).bytes;
+}
+
 template <typename T>
-Status PortableChannelPoolGrad(const Problem& problem, const ChannelPoolGradArgs& args,
-                               void* workspace, Launcher launcher) {
+Status Launch(const Problem& problem, const ChannelPoolGradArgs& args, void* workspace,
+              Launcher launcher, Path /*path*/) {
   PoolSideParams<T> results = {};
   results.maximum = static_cast<const T*>(args.maximum);
   results.d_mean = static_cast<const T*>(args.d_mean);
@@ -747,9 +764,14 @@ Status PortableChannelPoolGrad(const Problem& problem, const ChannelPoolGradArgs
   return PortablePoolGrad<T, false>(problem, args.x, results, args.dx, workspace, launcher);
 }
 
+template <typename A>
+size_t WorkspaceFor(const Problem& problem, const SpatialPoolGradArgs&) {
+  return PoolBuffers<A>(problem, /*over_channels=*/true, nullptr).bytes;
+}
+
 template <typename T>
-Status PortableSpatialPoolGrad(const Problem& problem, const SpatialPoolGradArgs& args,
-                               void* workspace, Launcher launcher) {
+Status Launch(const Problem& problem, const SpatialPoolGradArgs& args, void* workspace,
+              Launcher launcher, Path /*path*/) {
   const int64_t second = ChannelsLast(problem) ? 1 : Positions(problem);
   PoolSideParams<T> results = {};
   results.maximum = static_cast<const T*>(args.descriptors) + second;

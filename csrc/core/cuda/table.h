@@ -12,20 +12,20 @@
 namespace cbam_ops {
 namespace cuda {
 
+template <typename Args>
+struct EntryPoints {
+  size_t (*workspace_bytes)(const Problem&);
+  Status (*run)(const Problem&, const Args&, void* workspace, Launcher, Path);
+};
+
 struct Table {
-  size_t (*forward_workspace)(const Problem&);
-  size_t (*backward_workspace)(const Problem&);
-  size_t (*pool_workspace)(const Problem&, bool over_channels);
-  Status (*forward)(const Problem&, const ForwardArgs&, void* workspace, Launcher, Path);
-  Status (*backward)(const Problem&, const BackwardArgs&, void* workspace, Launcher, Path);
+#define CBAM_OPS_ENTRY_POINTS(Args) \
+  EntryPoints<Args> for_##Args;     \
+  const EntryPoints<Args>& For(const Args&) const { return for_##Args; }
+  CBAM_OPS_FOR_EACH_ARGS(CBAM_OPS_ENTRY_POINTS)
+#undef CBAM_OPS_ENTRY_POINTS
   // Whether the cluster path would be taken.
   bool (*uses_cluster)(const Problem&, bool backward, const DeviceInfo&, Path);
-  Status (*channel_pool)(const Problem&, const ChannelPoolArgs&, void* workspace, Launcher);
-  Status (*channel_pool_grad)(const Problem&, const ChannelPoolGradArgs&, void* workspace,
-                              Launcher);
-  Status (*spatial_pool)(const Problem&, const SpatialPoolArgs&, Launcher);
-  Status (*spatial_pool_grad)(const Problem&, const SpatialPoolGradArgs&, void* workspace,
-                              Launcher);
 };
 
 extern const Table kFloat32Table;

@@ -6,9 +6,8 @@
 #include "absl/status/status.h"
 #include "core/contract.h"
 #include "core/cuda/kernels.h"
-#include "tf/entry_points.h"
+#include "ops/signature.h"
 #include "tf/gpu_status.h"
-#include "tf/signature.h"
 #include "tf/xla/handler.h"
 
 namespace cbam_ops {
@@ -26,15 +25,16 @@ template <const auto& kSignature>
 absl::Status Run(void* stream, const ffi::RemainingArgs& operands,
                  const ffi::RemainingRets& results, const ffi::Dictionary& dictionary) {
   AttributeReader attributes(kSignature.op, dictionary);
+  using Args = typename CustomCall<kSignature>::Args;
   CustomCall<kSignature> call;
   absl::Status status = call.Unpack(operands, results, &attributes);
   if (!status.ok()) return status;
   status = attributes.CheckAllRead();
   if (!status.ok()) return status;
   void* workspace = nullptr;
-  status = call.Workspace(gpu::Workspace(call.problem, call.args), kCudaAlignment, &workspace);
+  status = call.Workspace(cuda::WorkspaceBytes<Args>(call.problem), kCudaAlignment, &workspace);
   if (!status.ok()) return status;
-  return gpu::ToAbslStatus(kSignature.op, gpu::Call(call.problem, call.args, workspace, stream));
+  return gpu::ToAbslStatus(kSignature.op, cuda::Run(call.problem, call.args, workspace, stream));
 }
 
 template <const auto& kSignature>
@@ -57,14 +57,14 @@ bool Register() {
   return RegisterHandler(kSignature.op, "CUDA", {nullptr, nullptr, initialize, execute});
 }
 
+template <const auto&... kSignatures>
+bool RegisterAll(ops::OpList<kSignatures...>) {
+  return (Register<kSignatures>() && ...);
+}
+
 }  // namespace
 
-bool RegisterCudaHandlers() {
-  return Register<kCbam>() && Register<kCbamGrad>() && Register<kChannelAttention>() &&
-         Register<kChannelAttentionGrad>() && Register<kSpatialAttention>() &&
-         Register<kSpatialAttentionGrad>() && Register<kChannelPool>() &&
-         Register<kChannelPoolGrad>() && Register<kSpatialPool>() && Register<kSpatialPoolGrad>();
-}
+bool RegisterCudaHandlers() { return RegisterAll(ops::AllOps()); }
 
 }  // namespace tf
 }  // namespace cbam_ops

@@ -1,6 +1,6 @@
-// What the handlers of all platforms share: a custom call is taken apart and checked by the tables
-// in signature.h, as kernels do with an op's tensors. Nothing about it is taken on trust, since it
-// may come from a file.
+// What the handlers of all platforms share: a custom call is taken apart and checked by the table
+// in ops/signature.h, as kernels do with an op's tensors. Nothing about it is taken on trust, since
+// it may come from a file.
 #ifndef CBAM_OPS_TF_XLA_HANDLER_H_
 #define CBAM_OPS_TF_XLA_HANDLER_H_
 
@@ -14,11 +14,13 @@
 #include "absl/container/inlined_vector.h"
 #include "absl/status/status.h"
 #include "absl/strings/str_cat.h"
-#include "absl/strings/str_join.h"
 #include "core/contract.h"
+#include "ops/dimensions.h"
+#include "ops/options.h"
+#include "ops/signature.h"
 #include "tensorflow/core/framework/types.pb.h"
-#include "tf/checks.h"
-#include "tf/signature.h"
+#include "tf/attributes.h"
+#include "tf/status.h"
 #include "xla/ffi/api/ffi.h"
 
 namespace cbam_ops {
@@ -26,7 +28,7 @@ namespace tf {
 
 namespace ffi = ::xla::ffi;
 
-// The attributes of a call, in the way that ReadOptions asks for them.
+// The attributes of a call, in the way that ReadAttributes asks for them.
 class AttributeReader {
  public:
   AttributeReader(const char* op, const ffi::Dictionary& attributes)
@@ -103,23 +105,17 @@ struct CustomCall {
 
   absl::Status Unpack(const ffi::RemainingArgs& operands, const ffi::RemainingRets& results,
                       AttributeReader* attributes) {
-    Problem options;
-    absl::Status status = ReadOptions(kSignature, attributes, &options);
+    ops::Options options;
+    absl::Status status = ReadAttributes(kSignature, attributes, &options);
     if (!status.ok()) return status;
-    Dimensions dimensions(kSignature.op, options);
+    ops::Dimensions dimensions(options.problem);
 
     size_t position = 0;
     for (const auto& input : kSignature.inputs) {
-      bool present = false;
-      status = IsPresent(input.argument, attributes, &present);
-      if (!status.ok()) return status;
-      if (!present) continue;
+      if (!ops::IsPresent(input.argument, options)) continue;
       const auto operand = operands.get<ffi::AnyBuffer>(position++);
       if (!operand.has_value()) return Missing(input.argument, "operand", operands.size());
-      status = CheckType(input.argument, options, *operand);
-      if (!status.ok()) return status;
-      const auto sizes = operand->dimensions();
-      status = dimensions.Learn(input.argument, sizes.begin(), static_cast<int>(sizes.size()));
+      status = Check(input.argument, *operand, options.problem.dtype, &dimensions);
       if (!status.ok()) return status;
       if (input.pointer != nullptr) args.*input.pointer = operand->untyped_data();
     }
@@ -127,22 +123,12 @@ struct CustomCall {
 
     position = 0;
     for (const auto& output : kSignature.outputs) {
-      bool present = false;
-      status = IsPresent(output.argument, attributes, &present);
-      if (!status.ok()) return status;
-      if (!present) continue;
+      if (!ops::IsPresent(output.argument, options)) continue;
       auto result = results.get<ffi::AnyBuffer>(position++);
       if (!result.has_value()) return Missing(output.argument, "result", results.size());
       const ffi::AnyBuffer& buffer = **result;
-      status = CheckType(output.argument, options, buffer);
+      status = Check(output.argument, buffer, options.problem.dtype, &dimensions);
       if (!status.ok()) return status;
-      const auto sizes = buffer.dimensions();
-      const auto expected = dimensions.Shape(output.argument);
-      if (!std::equal(sizes.begin(), sizes.end(), expected.begin(), expected.end())) {
-        return Invalid("`", output.argument.name, "` must have shape [",
-                       absl::StrJoin(expected, ", "), "], got [",
-                       absl::StrJoin(sizes.begin(), sizes.end(), ", "), "]");
-      }
       args.*output.pointer = buffer.untyped_data();
     }
     auto last = results.get<ffi::AnyBuffer>(position++);
@@ -174,7 +160,7 @@ struct CustomCall {
   static absl::Status Invalid(const Words&... words) {
     return absl::InvalidArgumentError(absl::StrCat(kSignature.op, ": ", words...));
   }
-  static absl::Status Missing(const Argument& argument, const char* what, size_t received) {
+  static absl::Status Missing(const ops::Argument& argument, const char* what, size_t received) {
     return Invalid("the custom call has no ", what, " for `", argument.name, "`: there are ",
                    received);
   }
@@ -182,25 +168,16 @@ struct CustomCall {
     return Invalid("the custom call must have ", expected, " ", what, ", got ", received);
   }
 
-  static absl::Status IsPresent(const Argument& argument, AttributeReader* attributes,
-                                bool* present) {
-    *present = Has(kSignature.kind, argument.part);
-    if (!*present || *argument.count == '\0') return absl::OkStatus();
-    int count = 0;
-    const absl::Status status = attributes->GetAttr(argument.count, &count);
-    *present = count > 0;
-    return status;
-  }
-
-  static absl::Status CheckType(const Argument& argument, const Problem& options,
-                                const ffi::AnyBuffer& buffer) {
-    const DataType compute_type =
-        options.dtype == DataType::kFloat64 ? DataType::kFloat64 : DataType::kFloat32;
-    const ffi::DataType expected =
-        ToFfi(argument.type == ArgumentType::kMapType ? options.dtype : compute_type);
-    if (buffer.element_type() == expected) return absl::OkStatus();
-    return Invalid("`", argument.name, "` must have XLA's type number ", static_cast<int>(expected),
-                   ", got ", static_cast<int>(buffer.element_type()));
+  static absl::Status Check(const ops::Argument& argument, const ffi::AnyBuffer& buffer,
+                            DataType map_type, ops::Dimensions* dimensions) {
+    const ffi::DataType expected = ToFfi(ops::TypeOf(argument, map_type));
+    if (buffer.element_type() != expected) {
+      return Invalid("`", argument.name, "` must have XLA's type number ",
+                     static_cast<int>(expected), ", got ", static_cast<int>(buffer.element_type()));
+    }
+    const auto sizes = buffer.dimensions();
+    return ToAbslStatus(kSignature.op,
+                        dimensions->Learn(argument, sizes.begin(), static_cast<int>(sizes.size())));
   }
 };
 

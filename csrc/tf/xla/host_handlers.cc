@@ -11,8 +11,7 @@
 #include "core/cpu/kernels.h"
 #include "core/cpu/pages.h"
 #include "core/cpu/work_sharing.h"
-#include "tf/entry_points.h"
-#include "tf/signature.h"
+#include "ops/signature.h"
 #include "tf/status.h"
 #include "tf/xla/custom_call.h"
 #include "tf/xla/handler.h"
@@ -25,6 +24,7 @@ template <const auto& kSignature>
 absl::Status Run(ffi::ThreadPool* pool, const ffi::RemainingArgs& operands,
                  const ffi::RemainingRets& results, const ffi::Dictionary& dictionary) {
   AttributeReader attributes(kSignature.op, dictionary);
+  using Args = typename CustomCall<kSignature>::Args;
   CustomCall<kSignature> call;
   absl::Status status = call.Unpack(operands, results, &attributes);
   if (!status.ok()) return status;
@@ -45,13 +45,14 @@ absl::Status Run(ffi::ThreadPool* pool, const ffi::RemainingArgs& operands,
   parallel.threads = threads;
 
   void* workspace = nullptr;
-  status = call.Workspace(Workspace(call.problem, call.args, parallel), kHostAlignment, &workspace);
+  status =
+      call.Workspace(cpu::WorkspaceBytes<Args>(call.problem, parallel), kHostAlignment, &workspace);
   if (!status.ok()) return status;
   for (size_t i = 0; i < results.size(); ++i) {
     auto result = results.get<ffi::AnyBuffer>(i);
     cpu::PreferLargePages((*result)->untyped_data(), (*result)->size_bytes());
   }
-  return ToAbslStatus(kSignature.op, Call(call.problem, call.args, workspace, parallel));
+  return ToAbslStatus(kSignature.op, cpu::Run(call.problem, call.args, workspace, parallel));
 }
 
 template <const auto& kSignature>
@@ -68,14 +69,14 @@ bool Register() {
   return RegisterHandler(kSignature.op, "Host", {nullptr, nullptr, nullptr, handler});
 }
 
+template <const auto&... kSignatures>
+bool RegisterAll(ops::OpList<kSignatures...>) {
+  return (Register<kSignatures>() && ...);
+}
+
 }  // namespace
 
-bool RegisterHostHandlers() {
-  return Register<kCbam>() && Register<kCbamGrad>() && Register<kChannelAttention>() &&
-         Register<kChannelAttentionGrad>() && Register<kSpatialAttention>() &&
-         Register<kSpatialAttentionGrad>() && Register<kChannelPool>() &&
-         Register<kChannelPoolGrad>() && Register<kSpatialPool>() && Register<kSpatialPoolGrad>();
-}
+bool RegisterHostHandlers() { return RegisterAll(ops::AllOps()); }
 
 }  // namespace tf
 }  // namespace cbam_ops

@@ -16,24 +16,31 @@
 #include "absl/strings/str_format.h"
 #include "absl/strings/str_join.h"
 #include "core/contract.h"
+#include "core/cpu/kernels.h"
+#include "ops/dimensions.h"
+#include "ops/options.h"
+#include "ops/signature.h"
 #include "tensorflow/compiler/tf2xla/xla_op_kernel.h"
 #include "tensorflow/core/framework/device_base.h"
-#include "tensorflow/core/framework/kernel_def_builder.h"
 #include "tensorflow/core/framework/op_kernel.h"
-#include "tf/checks.h"
-#include "tf/entry_points.h"
-#include "tf/signature.h"
+#include "tf/attributes.h"
+#include "tf/kernel_registration.h"
+#include "tf/status.h"
 #include "tf/xla/custom_call.h"
 #include "xla/hlo/builder/lib/constants.h"
 #include "xla/hlo/builder/xla_builder.h"
 #include "xla/shape.h"
 #include "xla/shape_util.h"
 
+#if defined(CBAM_HAVE_CUDA)
+#include "core/cuda/kernels.h"
+#endif
+
 namespace cbam_ops {
 namespace tf {
 namespace {
 
-// Writes down, as an MLIR dictionary, every attribute that ReadOptions reads of an op.
+// Writes down, as an MLIR dictionary, every attribute that ReadAttributes reads of an op.
 class AttributeRecorder {
  public:
   explicit AttributeRecorder(tensorflow::OpKernelConstruction* context) : context_(context) {}
@@ -75,7 +82,7 @@ struct Host {
     absl::StrAppend(attributes, ", ", kThreads, " = ", threads, " : i32");
     cpu::Parallel parallel;
     parallel.threads = threads;
-    return Workspace(problem, Args{}, parallel) + kHostAlignment - 1;
+    return cpu::WorkspaceBytes<Args>(problem, parallel) + kHostAlignment - 1;
   }
 };
 
@@ -86,16 +93,16 @@ struct Cuda {
 
   template <typename Args>
   static size_t Plan(tensorflow::OpKernelContext*, const Problem& problem, std::string*) {
-    return gpu::Workspace(problem, Args{}) + kCudaAlignment - 1;
+    return cuda::WorkspaceBytes<Args>(problem) + kCudaAlignment - 1;
   }
 };
 #endif
 
 // The axis of the samples, -1 without one.
-int BatchAxis(const Argument& argument) {
+int BatchAxis(const ops::Argument& argument) {
   const auto* const begin = argument.dims.dims;
   const auto* const end = begin + argument.dims.rank;
-  const auto* const found = std::find(begin, end, Dim::kBatch);
+  const auto* const found = std::find(begin, end, ops::Dim::kBatch);
   return found == end ? -1 : static_cast<int>(found - begin);  // first in both layouts of a map
 }
 
@@ -130,7 +137,7 @@ class CustomCallOp final : public tensorflow::XlaOpKernel {
  public:
   explicit CustomCallOp(tensorflow::OpKernelConstruction* context) : XlaOpKernel(context) {
     AttributeRecorder recorder(context);
-    OP_REQUIRES_OK(context, ReadOptions(kSignature, &recorder, &options_));
+    OP_REQUIRES_OK(context, ReadAttributes(kSignature, &recorder, &options_));
     attributes_ = recorder.text();
   }
 
@@ -142,25 +149,26 @@ class CustomCallOp final : public tensorflow::XlaOpKernel {
   using Args = typename std::decay_t<decltype(kSignature)>::Args;
 
   absl::Status Lower(tensorflow::XlaOpKernelContext* context) const {
-    Dimensions dimensions(kSignature.op, options_);
+    ops::Dimensions dimensions(options_.problem);
     DynamicBatch batch(context->builder());
     std::vector<xla::XlaOp> operands;
     std::vector<xla::Shape> operand_shapes;
     for (const auto& input : kSignature.inputs) {
-      if (!Has(kSignature.kind, input.argument.part)) continue;
+      if (!ops::IsPresent(input.argument, options_)) continue;
       int begin = 0, end = 0;
       TF_RETURN_IF_ERROR(InputRange(input.argument.name, &begin, &end));
       for (int i = begin; i < end; ++i) {
         TF_ASSIGN_OR_RETURN(const xla::Shape shape, context->InputXlaShape(i));
         const auto sizes = shape.dimensions();
-        TF_RETURN_IF_ERROR(
-            dimensions.Learn(input.argument, sizes.data(), static_cast<int>(sizes.size())));
+        TF_RETURN_IF_ERROR(ToAbslStatus(
+            kSignature.op,
+            dimensions.Learn(input.argument, sizes.data(), static_cast<int>(sizes.size()))));
         const int axis = BatchAxis(input.argument);
         for (int d = 0; d < static_cast<int>(sizes.size()); ++d) {
-          if (shape.is_dynamic_dimension(d) && (d != axis || options_.batch_norm)) {
+          if (shape.is_dynamic_dimension(d) && (d != axis || options_.problem.batch_norm)) {
             return absl::InvalidArgumentError(
                 absl::StrCat(kSignature.op, ": `", input.argument.name, "` must have ",
-                             options_.batch_norm ? "sizes" : "sizes, but for N,",
+                             options_.problem.batch_norm ? "sizes" : "sizes, but for N,",
                              " that are known when XLA compiles, got shape ",
                              xla::ShapeUtil::HumanString(shape)));
           }
@@ -173,14 +181,14 @@ class CustomCallOp final : public tensorflow::XlaOpKernel {
     std::vector<int> batch_axes;
     std::vector<xla::Shape> result_shapes;
     for (const auto& output : kSignature.outputs) {
-      if (!Has(kSignature.kind, output.argument.part)) continue;
+      if (!ops::IsPresent(output.argument, options_)) continue;
       int begin = 0, end = 0;
       TF_RETURN_IF_ERROR(OutputRange(output.argument.name, &begin, &end));
       for (int i = begin; i < end; ++i) {
         outputs.push_back(i);
         batch_axes.push_back(BatchAxis(output.argument));
         result_shapes.push_back(xla::ShapeUtil::MakeShape(context->output_xla_type(i),
-                                                          dimensions.Shape(output.argument)));
+                                                          dimensions.ShapeOf(output.argument)));
       }
     }
     std::string attributes = attributes_;
@@ -198,45 +206,28 @@ class CustomCallOp final : public tensorflow::XlaOpKernel {
     return absl::OkStatus();
   }
 
-  Problem options_;
+  ops::Options options_;
   std::string attributes_;
 };
 
-template <const auto& kSignature, typename Platform>
-void RegisterKernel() {
-  tensorflow::kernel_factory::OpKernelRegistrar(
-      tensorflow::KernelDefBuilder(kSignature.op).Device(Platform::kDevice).Build(), "CustomCallOp",
-      [](tensorflow::OpKernelConstruction* context) -> tensorflow::OpKernel* {
-        return new CustomCallOp<kSignature, Platform>(context);
-      });
-}
-
-template <typename Platform>
-bool Register() {
+template <typename Platform, const auto& kFirst, const auto&... kSignatures>
+bool Register(ops::OpList<kFirst, kSignatures...>) {
   // Where another copy of this library came first, a second kernel would make all of them
   // ambiguous. REGISTER_KERNEL_BUILDER does not look.
-  const auto registered = tensorflow::GetRegisteredKernelsForOp(kCbam.op);
+  const auto registered = tensorflow::GetRegisteredKernelsForOp(kFirst.op);
   for (const auto& kernel : registered.kernel()) {
     if (kernel.device_type() == Platform::kDevice) return false;
   }
   // A kernel without its handler would fail when it is too late to do something else.
   if (!Platform::RegisterHandlers()) return false;
-  RegisterKernel<kCbam, Platform>();
-  RegisterKernel<kCbamGrad, Platform>();
-  RegisterKernel<kChannelAttention, Platform>();
-  RegisterKernel<kChannelAttentionGrad, Platform>();
-  RegisterKernel<kSpatialAttention, Platform>();
-  RegisterKernel<kSpatialAttentionGrad, Platform>();
-  RegisterKernel<kChannelPool, Platform>();
-  RegisterKernel<kChannelPoolGrad, Platform>();
-  RegisterKernel<kSpatialPool, Platform>();
-  RegisterKernel<kSpatialPoolGrad, Platform>();
+  RegisterKernel<CustomCallOp<kFirst, Platform>>(kFirst.op, Platform::kDevice);
+  (RegisterKernel<CustomCallOp<kSignatures, Platform>>(kSignatures.op, Platform::kDevice), ...);
   return true;
 }
 
-[[maybe_unused]] const bool registered_host = Register<Host>();
+[[maybe_unused]] const bool registered_host = Register<Host>(ops::AllOps());
 #if defined(CBAM_HAVE_CUDA)
-[[maybe_unused]] const bool registered_cuda = Register<Cuda>();
+[[maybe_unused]] const bool registered_cuda = Register<Cuda>(ops::AllOps());
 #endif
 
 }  // namespace
