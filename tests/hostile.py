@@ -67,13 +67,14 @@ def right_calls() -> list[Call]:
     """Calls of every op, forward and backward, with every option."""
     found: list[Call] = []
     for number, case in enumerate([*OPTIONS, Case(size=(0, 5, 7, 13)), Case(size=(3, 1, 1, 8))]):
-        dtype = ("float32", "bfloat16", "float16", "float64")[number % 4]
-        data_format = ("NHWC", "NCHW")[number % 2]
-        tensors = case.draw(dtype, data_format)
+        case = case.replace(
+            dtype=("float32", "bfloat16", "float16", "float64")[number % 4],
+            data_format=("NHWC", "NCHW")[number % 2],
+        )
 
         @tf.function(autograph=False)
-        def step(case: Case = case, tensors: Any = tensors, data_format: str = data_format) -> Any:
-            return case.gradients(cbam_ops.ops, tensors, data_format)
+        def step(case: Case = case) -> Any:
+            return case.gradients(cbam_ops.ops, case.draw())
 
         for node in step.get_concrete_function().graph.get_operations():
             if node.type.startswith("CbamOps>"):
