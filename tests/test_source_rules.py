@@ -178,7 +178,9 @@ def test_libraries_export_nothing_but_what_is_looked_up_by_name():
             # Functions of these two namespaces themselves, with arguments of the contract's types.
             foreign = [s for s in symbols if not re.match(r"_ZN8cbam_ops(3cpu|4cuda)\d+\w+E", s)]
             assert not foreign
-            assert len([s for s in symbols if "3RunINS_11ForwardArgsE" in s]) == len({"cpu", "cuda"} & built())
+            assert len([s for s in symbols if "3RunINS_11ForwardArgsE" in s]) == len(
+                {"cpu", "cuda"} & built()
+            )
         elif path.name.startswith("_core"):
             assert symbols == {"PyInit__core"}
         else:

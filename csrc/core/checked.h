@@ -4,7 +4,6 @@
 
 #include <cstddef>
 #include <cstdint>
-#include <limits>
 
 namespace cbam_ops {
 
@@ -25,7 +24,7 @@ class CheckedSize {
   constexpr int64_t value() const { return value_; }
 
  private:
-  static constexpr int64_t kLargest = std::numeric_limits<int64_t>::max();
+  static constexpr int64_t kLargest = INT64_MAX;
   int64_t value_;
 };
 
