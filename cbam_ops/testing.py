@@ -468,12 +468,19 @@ class Case:
         """What the outputs of `call` are, in order."""
         return OUTPUTS[self.function]
 
-    def cotangents(self, outputs: list[tf.Tensor]) -> list[tf.Tensor]:
-        """A gradient for each output, exactly representable in every type."""
+    def cotangents(self, outputs: list[Any]) -> list[Any]:
+        """A gradient for each output, exactly representable in every type.
+
+        Args:
+          outputs: tensors or numpy arrays; the gradients are of their kind, shape and type.
+        """
         generator = np.random.default_rng(7)
+        values = [generator.integers(-8, 9, size=output.shape) / 8.0 for output in outputs]
         return [
-            tf.constant(generator.integers(-8, 9, size=output.shape) / 8.0, output.dtype)
-            for output in outputs
+            value.astype(output.dtype)
+            if isinstance(output, np.ndarray)
+            else tf.constant(value, output.dtype)
+            for value, output in zip(values, outputs, strict=True)
         ]
 
     def gradients(self, module: Any, tensors: dict[str, tf.Tensor]) -> dict[str, tf.Tensor]:
@@ -507,7 +514,7 @@ class Case:
         tensors: dict[str, tf.Tensor],
         *,
         magnitudes: Mapping[str, np.ndarray] | None = None,
-        truth: Mapping[str, tf.Tensor] | None = None,
+        truth: Mapping[str, tf.Tensor | np.ndarray] | None = None,
     ) -> list[Finding]:
         """Every output and gradient against the truth.
 
@@ -530,10 +537,10 @@ class Case:
                 fault = f"{name}: type {tensor.dtype.name} instead of {types[name].name}"
                 findings.append(Finding(name, error=np.inf, fault=fault))
                 continue
-            value, exact, ordinary = tensor.numpy(), truth[name].numpy(), stock[name].numpy()
-            scale = None
+            value, exact, ordinary = map(np.asarray, (tensor, truth[name], stock[name]))
+            scale = (magnitudes or {}).get(name, 0.0)
             if name in types or self.dtype == "float64":
-                scale = np.maximum((magnitudes or {}).get(name, 0.0), _largest(exact))
+                scale = np.maximum(scale, _largest(exact))
             findings.append(
                 compare(value, exact, ordinary, name, magnitude=scale, smallest=smallest)
             )

@@ -16,6 +16,7 @@ from unittest import mock
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 os.environ.setdefault("MPLBACKEND", "Agg")
+os.environ.setdefault("TF_FORCE_GPU_ALLOW_GROWTH", "true")  # the workers share it
 os.environ["PYTHONSAFEPATH"] = "1"  # programs that the tests start: no current folder on the path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -59,6 +60,12 @@ def _other_library() -> str:
         with mock.patch.object(tf, "load_op_library", lambda installed: load(library)):
             import cbam_ops  # noqa: F401
     return library
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--seconds", type=float, default=60.0, help="how long the random tests go on (-m fuzz)"
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:

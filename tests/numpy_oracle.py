@@ -348,22 +348,51 @@ def backward(
     return out
 
 
-def gradient_magnitudes(case: Any, tensors: dict[str, Any]) -> Tensors:
-    """What the sums behind each gradient come to without their signs (of pools: nothing known)."""
-    if case.function.endswith("pool"):
-        return {}
-    from cbam_ops import reference, testing
+def evaluate(
+    case: Any,
+    tensors: dict[str, Any],
+    *,
+    y: Array | None = None,
+    tie_gate: Array | None = None,
+    magnitude: bool = False,
+) -> Tensors:
+    """What `cbam_ops.testing.Case.evaluate` gives, from this definition.
 
-    values = {name: tensor.numpy().astype(np.float64) for name, tensor in tensors.items()}
-    keywords = case.core_options()
-    outputs = case.call(reference, testing.cast(tensors, "float64"))
-    cotangents = dict(zip(case.output_names(), case.cotangents(outputs), strict=True))
+    Args:
+      case: of any function.
+      tensors: its arguments.
+      y: see :func:`backward`, as for `tie_gate` and `magnitude`.
+    """
+    values = {name: np.asarray(tensor).astype(np.float64) for name, tensor in tensors.items()}
+    options = case.core_options()
+    if case.function.endswith("pool"):
+        x, layout = values["x"], options["layout"]
+        channel = case.function == "channel_pool"
+        absolute = np.abs if magnitude else np.asarray
+        results = (channel_pool if channel else spatial_pool)(absolute(x), layout)
+        d = map(absolute, case.cotangents([results[name] for name in case.output_names()]))
+        pool_grad = channel_pool_grad if channel else spatial_pool_grad
+        return {**results, **pool_grad(x, *d, layout)}
     if "gamma" in values:
         values["bias"] = values.pop("beta")
-    for gate in ("channel_gate", "spatial_gate"):
-        if gate in cotangents:
-            keywords[f"d_{gate}"] = cotangents[gate].numpy()
-    result = backward(dy=cotangents["y"].numpy(), magnitude=True, **values, **keywords)
+    results = forward(**values, **options)
+    if "batch_statistics" in results:
+        results["mean"], results["variance"] = results["batch_statistics"].reshape(2, 1)
+        if magnitude and results["spatial_gate"].size:
+            logits = conv(np.abs(results["spatial_descriptors"]), np.abs(values["kernel"])).mean()
+            results["variance"] = results["variance"] + logits * np.sqrt(results["variance"])
+            results["mean"] = np.full(1, logits)
+    names = case.output_names()
+    cotangents = case.cotangents([results[name] for name in names])
+    d = {f"d_{name}": v for name, v in zip(names, cotangents, strict=True) if "gate" in name}
+    gradients = backward(
+        dy=cotangents[0], y=y, tie_gate=tie_gate, magnitude=magnitude, **d, **values, **options
+    )
     if "gamma" in values:
-        result["dbeta"] = result["dbias"]
-    return result
+        gradients["dbeta"] = gradients["dbias"]
+    return {**results, **gradients}
+
+
+def gradient_magnitudes(case: Any, tensors: dict[str, Any]) -> Tensors:
+    """What the sums behind each result come to without their signs, where it is known."""
+    return evaluate(case, tensors, magnitude=True)

@@ -80,7 +80,6 @@ def quick_demo(tmp_path_factory: pytest.TempPathFactory):
     return _run("demo", "--quick", "--output", str(output), cwd=folder), output
 
 
-@pytest.mark.slow
 def test_demo_succeeds_quietly(quick_demo):
     """Fails when the demo breaks, or lets start-up messages or a progress bar into a log."""
     result, _ = quick_demo
@@ -91,7 +90,6 @@ def test_demo_succeeds_quietly(quick_demo):
     assert "native kernels" in result.stdout.splitlines()[0]
 
 
-@pytest.mark.slow
 def test_demo_learns_and_says_so(quick_demo):
     """Fails when a quick run learns nothing, or the printed accuracy cannot be read."""
     text = quick_demo[0].stdout
@@ -101,7 +99,6 @@ def test_demo_learns_and_says_so(quick_demo):
     assert "450 held out" in text
 
 
-@pytest.mark.slow
 def test_demo_compares_fused_with_reference(quick_demo):
     """Fails when fused and reference differ, or the fused ops keep maps for the gradient."""
     text = quick_demo[0].stdout
@@ -119,7 +116,6 @@ def test_demo_compares_fused_with_reference(quick_demo):
     assert module[0] < 0.1 * module[1]
 
 
-@pytest.mark.slow
 def test_demo_saves_a_model_that_predicts_the_same(quick_demo):
     """Fails when the saved network cannot be loaded, or predicts something else."""
     result, output = quick_demo
@@ -128,7 +124,6 @@ def test_demo_saves_a_model_that_predicts_the_same(quick_demo):
     assert (output / demo.MODEL_FILE).stat().st_size > 100_000
 
 
-@pytest.mark.slow
 def test_demo_draws_a_picture(quick_demo):
     """Fails when the picture is missing, blank, or has lost its photographs or its heat maps."""
     from PIL import Image
@@ -178,7 +173,6 @@ def test_demo_without_an_optional_package(monkeypatch, tmp_path, capsys, hidden,
     _assert_one_sentence(result, "the demo needs", f"pip install {distributions}")
 
 
-@pytest.mark.slow
 def test_demo_is_interrupted_cleanly(tmp_path):
     """Fails when Ctrl-C shows a traceback or another exit code than the shell's 130."""
     # Where the tests run in the background, SIGINT is ignored and a child inherits that.

@@ -19,7 +19,7 @@ import pytest
 from cuda_on_cpu import COMPILER, build
 
 pytestmark = [
-    pytest.mark.slow,
+    pytest.mark.long,
     pytest.mark.skipif(not COMPILER, reason="no C++ compiler on PATH"),
 ]
 
@@ -45,7 +45,7 @@ def library() -> Path:
 def passed(library: Path, *arguments: str) -> int:
     """Runs tests with the library in a process of its own; how many passed."""
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments],
+        [sys.executable, "-m", "pytest", "-q", "-n", "0", "-p", "no:cacheprovider", *arguments],
         cwd=TESTS.parent,
         env={
             **os.environ,

@@ -559,6 +559,7 @@ def _run_check(binary: Path, *arguments: str) -> subprocess.CompletedProcess[str
     )  # fmt: skip
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("sanitizer", ["address", "thread"])
 def test_sanitizer(sanitizer: str) -> None:
     """address: reads and writes beyond shared memory, maps and workspace. thread: missing barriers,
@@ -636,6 +637,7 @@ MUTANTS = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("mutant", list(MUTANTS))
 def test_mutants_are_caught(mutant: str, tmp_path: Path) -> None:
     """A fault in the sources is noticed by the results, by the scheduler or by ThreadSanitizer."""
@@ -656,6 +658,7 @@ def test_mutants_are_caught(mutant: str, tmp_path: Path) -> None:
 # ---- nvcc ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_resources_and_warnings() -> None:
     """No kernel spills, none uses many more registers than the committed table says, and nvcc has
     nothing to warn of. One architecture here (`python tests/cuda_resources.py` takes all)."""

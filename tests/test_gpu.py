@@ -199,7 +199,6 @@ def test_a_layer_trains_in_mixed_precision():
     assert np.isfinite(history.history["loss"]).all()
 
 
-@pytest.mark.slow
 def test_more_than_two_to_the_31_elements():
     """Fails where an index has 32 bits. The last sample alone must give the same bits."""
     if DEVICE != "GPU":

@@ -161,7 +161,6 @@ def test_tensorflow_s_rows_are_joined_with_what_else_is_known(command):
     assert len(joined) == 1 and joined[0]["copy_us"] == COPY
 
 
-@pytest.mark.slow
 def test_tensorflow_is_timed(command, report, tmp_path):
     """The program itself, on a CPU and a map of a few pixels."""
     import subprocess

@@ -67,7 +67,6 @@ def test_finite_differences(case):
 # --- the dot-product identity on a large map -------------------------------------------
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "case",
     [

@@ -154,7 +154,6 @@ def saved_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "imports", ["import cbam_ops; import keras", "import keras; import cbam_ops"]
 )
@@ -331,7 +330,6 @@ def test_a_missing_or_broken_build_record_is_explained(copy, content, monkeypatc
     assert _loader.build_record() == {}
 
 
-@pytest.mark.slow
 def test_a_program_without_the_core_library_runs_the_reference_and_says_why(tmp_path, installed):
     """Fails where the module of numpy kernels, which needs the library too, breaks the report."""
     package = tmp_path / "cbam_ops"
@@ -364,7 +362,6 @@ def test_a_program_without_the_core_library_runs_the_reference_and_says_why(tmp_
     assert report.count(f"{_loader.CORE_LIBRARY}: cannot open shared object file") == 2
 
 
-@pytest.mark.slow
 def test_running_from_the_source_tree_is_explained(tmp_path):
     """The flat layout's trap: in the repository root Python imports a package without its parts."""
     package = Path(cbam_ops.__file__).parent

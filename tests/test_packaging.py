@@ -100,7 +100,6 @@ def fresh(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return python
 
 
-@pytest.mark.slow
 def test_the_sdist_holds_the_sources_and_no_builds(sdist):
     with tarfile.open(sdist) as archive:
         names = {name.split("/", 1)[1] for name in archive.getnames() if "/" in name}
@@ -115,7 +114,7 @@ def test_the_sdist_holds_the_sources_and_no_builds(sdist):
     assert not [n for n in names if n.startswith("build/") or n.endswith((".so", ".o", ".pyc"))]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_wheel_holds_the_package_and_its_compiled_parts(wheel):
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
@@ -145,7 +144,7 @@ def test_the_wheel_holds_the_package_and_its_compiled_parts(wheel):
     }
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_wheel_runs_an_op_in_a_fresh_environment(fresh, tmp_path):
     code = """
     import sys, numpy as np, tensorflow as tf
@@ -172,7 +171,7 @@ def test_the_wheel_runs_an_op_in_a_fresh_environment(fresh, tmp_path):
     ]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_wheel_brings_the_command(fresh, tmp_path):
     script = fresh.parent / "cbam-ops"
     assert "baseline" in succeed(script, "info", cwd=tmp_path)
@@ -357,7 +356,6 @@ def cuda_record(build: Path) -> dict[str, object]:
     return json.loads((build / "_build_record.json").read_text())["cuda"]
 
 
-@pytest.mark.slow
 def test_without_nvcc_auto_builds_for_the_cpu_and_says_so(tmp_path):
     done = configure(tmp_path, CUDACXX="/nonexistent/nvcc")
     assert done.returncode == 0, done.stderr
@@ -368,7 +366,6 @@ def test_without_nvcc_auto_builds_for_the_cpu_and_says_so(tmp_path):
     }
 
 
-@pytest.mark.slow
 def test_without_nvcc_on_is_an_error_with_the_cure(tmp_path):
     done = configure(tmp_path, "-DCBAM_OPS_CUDA=ON", CUDACXX="/nonexistent/nvcc")
     message = " ".join(done.stderr.split())
@@ -377,7 +374,6 @@ def test_without_nvcc_on_is_an_error_with_the_cure(tmp_path):
     assert "Put nvcc on PATH or set CUDACXX" in message
 
 
-@pytest.mark.slow
 def test_with_nvcc_auto_builds_for_gpus_and_says_for_which(tmp_path):
     if not (os.environ.get("CUDACXX") or shutil.which("nvcc")):
         pytest.skip("no nvcc on PATH and no CUDACXX")
@@ -391,7 +387,6 @@ def test_with_nvcc_auto_builds_for_gpus_and_says_for_which(tmp_path):
     assert architectures[-1].endswith("-virtual"), "those to come need PTX"
 
 
-@pytest.mark.slow
 def test_off_and_unknown_words(tmp_path):
     done = configure(tmp_path, "-DCBAM_OPS_CUDA=OFF")
     assert done.returncode == 0, done.stderr

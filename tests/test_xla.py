@@ -315,7 +315,6 @@ AUTO_CLUSTERING = """
 """
 
 
-@pytest.mark.slow
 def test_auto_clustering(tmp_path):
     """Fails where clusters that XLA chooses itself stop at the ops, or change what they compute."""
     flags = {"TF_XLA_FLAGS": "--tf_xla_cpu_global_jit --tf_xla_min_cluster_size=1"}
@@ -354,7 +353,6 @@ def train(jit_compile: bool, **arguments) -> tuple[list[float], list[np.ndarray]
     return [*history, evaluated], [model.predict(x, batch_size=4, verbose=0), *model.get_weights()]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("spatial_batch_norm", [False, True])
 def test_a_model_trains_inside_xla(spatial_batch_norm):
     """Fails where fit, evaluate or predict, a last small batch, or moving statistics break."""
@@ -395,7 +393,6 @@ def test_layers_support_xla(fresh_warnings):
         assert not layer.supports_jit
 
 
-@pytest.mark.slow
 def test_mirrored_on_two_processors():
     """Fails where replicas compiled by XLA share what is one replica's.
 
@@ -467,7 +464,6 @@ def test_determinism():
 # --- threads --------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("threads", ["1", "5"])
 def test_calls_from_many_threads_of_a_small_pool(threads):
     """Fails where a call waits for work queued behind it, or for more threads than there are."""
@@ -562,7 +558,6 @@ def xla_library() -> Path:
     return directory / _loader.XLA_LIBRARY
 
 
-@pytest.mark.slow
 def test_the_library_may_come_after_a_first_compilation():
     """Fails where XLA takes its list of ops when it first compiles."""
     run_python(
@@ -577,7 +572,6 @@ def test_the_library_may_come_after_a_first_compilation():
     )
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_the_library_may_come_twice(when, tmp_path):
     """Fails where a second copy ends the process, or leaves two kernels to choose from."""
@@ -598,7 +592,6 @@ def test_the_library_may_come_twice(when, tmp_path):
     )
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("damage", ["missing", "cut off", "not loadable"])
 def test_eager_and_graph_mode_do_without_the_library(damage, tmp_path):
     """Fails where XLA's library can take the ops outside XLA down with it."""
@@ -672,7 +665,6 @@ def test_kernels_that_xla_does_not_accept_are_a_cause(monkeypatch):
         assert "it did not accept those of" in cause.reason
 
 
-@pytest.mark.slow
 def test_a_saved_function_is_compiled_in_a_fresh_process(tmp_path):
     """Fails where a graph from a file reaches XLA before what XLA needs is loaded."""
     case = Case(residual=True)
