@@ -14,10 +14,13 @@ GraphDef whose shapes are not known; `custom_call` hands a program to XLA that n
 from __future__ import annotations
 
 import argparse
+import os
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import tensorflow as tf
@@ -25,8 +28,22 @@ from tensorflow.core.framework import attr_value_pb2, graph_pb2, node_def_pb2
 from tensorflow.python.eager import context, execute
 from tensorflow.python.framework import op_def_registry
 
-import cbam_ops
-from cbam_ops.testing import OPTIONS, Case
+# Another build of the libraries, one with a sanitizer say, in the place of the installed ones.
+LIBRARIES = os.environ.get("CBAM_OPS_TEST_LIBRARIES", "")
+
+
+def _elsewhere(load: Callable[[str], Any]) -> Callable[[str], Any]:
+    return lambda installed: load(
+        str(Path(LIBRARIES or Path(installed).parent, Path(installed).name))
+    )
+
+
+with (
+    mock.patch.object(tf, "load_op_library", _elsewhere(tf.load_op_library)),
+    mock.patch.object(tf, "load_library", _elsewhere(tf.load_library)),
+):
+    import cbam_ops
+    from cbam_ops.testing import OPTIONS, Case
 
 EXPECTED = (tf.errors.OpError, ValueError, TypeError)
 WORDS = ["NHWC", "NCHW", "none", "relu", "avg", "max", "avg+max", "parallel", "channel_first", "",
@@ -260,6 +277,8 @@ def main() -> None:
         "eager": eager, "graph": graph, "custom_call": lambda call: custom_call(call, draw),
     }[arguments.kind]  # fmt: skip
     cbam_ops.ops.load_library()
+    loaded = [line.split()[-1] for line in open("/proc/self/maps") if "libcbam_ops" in line]
+    assert loaded and all(path.startswith(LIBRARIES) for path in loaded), loaded
     calls = right_calls()
     for call in calls:  # each as it is, or the rest would prove nothing
         if arguments.kind != "custom_call":
