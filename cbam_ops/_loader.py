@@ -48,10 +48,10 @@ class Cause:
 
     kind: CauseKind
     reason: str
-    cure: str
+    fix: str
 
     def __str__(self) -> str:
-        return f"{self.reason} {self.cure}"
+        return f"{self.reason} {self.fix}"
 
 
 _PACKAGE = Path(__file__).resolve().parent

@@ -28,7 +28,7 @@ class NativeUnavailableError(RuntimeError):
     """Raised where "native" was asked for and the compiled ops cannot be used.
 
     Attributes:
-      cause: the `Cause`, with `kind`, `reason` and `cure`.
+      cause: the `Cause`, with `kind`, `reason` and `fix`.
     """
 
     def __init__(self, cause: _loader.Cause) -> None:

@@ -204,7 +204,7 @@ def test_the_library_is_loaded_once_for_all_threads(monkeypatch):
 def expect_cause(loaded: object, kind: str, *texts: str) -> None:
     assert isinstance(loaded, _loader.Cause), f"expected a cause, got {loaded}"
     assert loaded.kind == kind, str(loaded)
-    assert loaded.cure.count("pip install") == 1, "one command mends it"
+    assert loaded.fix.count("pip install") == 1, "one command mends it"
     for text in texts:
         assert text in str(loaded)
 

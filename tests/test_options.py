@@ -194,7 +194,7 @@ def test_auto_falls_back_with_one_warning_per_cause(monkeypatch):
     assert caught[0].filename == __file__, "it points at the code that called the package"
 
 
-def test_native_raises_the_cause_and_the_cure(monkeypatch):
+def test_native_raises_the_cause_and_the_fix(monkeypatch):
     _pretend(monkeypatch, CAUSE)
     with cbam_ops.use_implementation("native"):
         with pytest.raises(cbam_ops.NativeUnavailableError, match="missing.*pip install") as caught:

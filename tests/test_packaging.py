@@ -366,7 +366,7 @@ def test_without_nvcc_auto_builds_for_the_cpu_and_says_so(tmp_path):
     }
 
 
-def test_without_nvcc_on_is_an_error_with_the_cure(tmp_path):
+def test_without_nvcc_on_is_an_error_with_the_fix(tmp_path):
     done = configure(tmp_path, "-DCBAM_OPS_CUDA=ON", CUDACXX="/nonexistent/nvcc")
     message = " ".join(done.stderr.split())
     assert done.returncode != 0

@@ -618,7 +618,7 @@ def test_eager_and_graph_mode_do_without_the_library(damage, tmp_path):
             with cbam_ops.use_implementation("native"):
                 tf.function(function, autograph=False, jit_compile=True)(tensors)
         except cbam_ops.NativeUnavailableError as error:
-            assert error.cause.cure.count("pip install") == 1
+            assert error.cause.fix.count("pip install") == 1
             print(error)
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
