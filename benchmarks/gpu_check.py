@@ -2,10 +2,9 @@
 
     python benchmarks/gpu_check.py [--output DIR] [--quick] [--no-sanitizer] [--no-timing] [--plan]
 
-Needs nvcc and PyTorch with CUDA. The kernels of csrc/core/cuda are compiled here for this machine's
-GPU into a plain library and called on PyTorch's memory, on PyTorch's streams, so this needs neither
-TensorFlow nor an installed cbam_ops; where both are there, the ops are checked and timed too. JAX
-is timed where it is.
+Needs cbam_ops installed with its CUDA kernels, and PyTorch with CUDA. The kernels are called
+through `cbam_ops._core.cuda` on PyTorch's memory, on PyTorch's streams; where TensorFlow finds the
+GPU, the ops are checked and timed too. JAX is timed where it is.
 
 1. correctness   every kind of gates, layout, type and option against the float64 definition
                  (tests/numpy_oracle.py), both paths; ties, odd sizes, misaligned maps, repeats
@@ -25,17 +24,17 @@ Exit code 1 if anything is wrong. `--plan` prints how long each part may take, a
 from __future__ import annotations
 
 import argparse
-import ctypes
+import importlib.util
 import itertools
 import os
 import shutil
 import statistics
 import subprocess
 import sys
+import sysconfig
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +45,6 @@ sys.path.insert(0, str(ROOT / "tests"))
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
-import cuda_on_cpu as driver  # noqa: E402
 import gpu_network  # noqa: E402
 import gpu_report  # noqa: E402
 import numpy_oracle as oracle  # noqa: E402
@@ -63,7 +61,6 @@ TYPES = ("float32", "float16", "bfloat16", "float64")
 # Seconds that each part may take. The timings begin nothing new after theirs, programs of their own
 # are cut off, and the first three are estimates: they have not run on a GPU yet.
 PLAN = {
-    "build": 45,
     "correctness": 40,
     "stream order": 10,
     "TensorFlow: tests": 70,
@@ -80,49 +77,51 @@ COMPUTE_ERROR = {"float32": 2e-5, "float16": 2e-5, "bfloat16": 2e-5, "float64": 
 MAPS = {"y", "dx", "d_residual"}
 
 
-def build(folder: Path) -> Path:
-    """Compiles the kernels for this machine's GPU."""
-    nvcc = os.environ.get("CUDACXX") or shutil.which("nvcc")
-    if not nvcc:
-        sys.exit("gpu_check needs nvcc: put it on PATH or set CUDACXX.")
-    major, minor = torch.cuda.get_device_capability()
-    units = [*driver.cuda_sources(driver.CSRC), driver.CSRC / "testing" / "cuda_on_cpu_api.cc"]
-    objects = [folder / f"{unit.stem}.o" for unit in units]
-    target = folder / "libcbam_cuda.so"
+class Library:
+    """The kernels on tensors of PyTorch, on PyTorch's current stream.
 
-    def compile_one(index: int) -> None:
-        command = [nvcc, "-std=c++17", "-O3", "-lineinfo", f"-arch=sm_{major}{minor}"]
-        command += ["-DCBAM_ON_GPU=1", "-Xcompiler=-fPIC", f"-I{driver.CSRC}"]
-        command += ["-x", "cu", "-c", str(units[index]), "-o", str(objects[index])]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode != 0:
-            sys.exit(f"{' '.join(command)}\n{done.stderr}")
+    A problem is a dict of what a function of `_core.cuda` takes beside the tensors.
+    """
 
-    with ThreadPoolExecutor(os.cpu_count() or 2) as pool:
-        list(pool.map(compile_one, range(len(units))))
-    link = [nvcc, "-shared", "-cudart=static", *map(str, objects), "-o", str(target)]
-    subprocess.run(link, check=True)
-    return target
+    def __init__(self) -> None:
+        # Without the package around it, which would import TensorFlow.
+        package = importlib.util.find_spec("cbam_ops")
+        folders = [Path(package.origin).parent] if package else []
+        folders.append(Path(sysconfig.get_path("platlib"), "cbam_ops"))
+        found = [path for folder in folders for path in folder.glob("_core.*.so")]
+        if not found:
+            sys.exit("gpu_check needs cbam_ops: run pip install . first.")
+        spec = importlib.util.spec_from_file_location("_core", found[0])
+        core = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(core)
+        if not core.cuda.built:
+            sys.exit("gpu_check needs CUDA kernels: run pip install . where nvcc is on PATH.")
+        self.cuda = core.cuda
+        self.set_path = core.cuda.set_path
 
+    def space(self, op: str, problem: dict[str, Any]) -> torch.Tensor:
+        """Memory for a call."""
+        size = getattr(self.cuda, f"{op}_workspace")(**problem)
+        return torch.empty((size + 256,), dtype=torch.uint8, device="cuda")
 
-class Library(driver.Kernels):
-    """The kernels on tensors of PyTorch, on PyTorch's current stream."""
+    def path(self, op: str, problem: dict[str, Any]) -> str:
+        return getattr(self.cuda, f"{op}_path")(**problem)
 
-    def run(self, name: str, problem: Any, workspace: torch.Tensor, **tensors: Any) -> None:
-        args = driver.ARGS[name]()
-        for key, tensor in tensors.items():
-            setattr(args, key, None if tensor is None else tensor.data_ptr())
-        message = ctypes.create_string_buffer(512)
-        code = getattr(self._library, f"cbam_{name}")(
-            ctypes.byref(problem),
-            ctypes.byref(args),
-            ctypes.c_void_p(workspace.data_ptr()),
-            ctypes.c_void_p(torch.cuda.current_stream().cuda_stream),
-            message,
-            ctypes.c_size_t(512),
+    def run(self, op: str, problem: dict[str, Any], space: torch.Tensor, **tensors: Any) -> None:
+        addresses = {name: t.data_ptr() for name, t in tensors.items() if t is not None}
+        getattr(self.cuda, op)(
+            **problem | addresses,
+            workspace=space.data_ptr(),
+            stream=torch.cuda.current_stream().cuda_stream,
         )
-        if code != 0:
-            raise RuntimeError(f"{name}: {code}: {message.value.decode()}")
+
+
+OPS = {
+    "channel_first": ("cbam", {}),
+    "parallel": ("cbam", {"order": "parallel"}),
+    "channel_only": ("channel_attention", {}),
+    "spatial_only": ("spatial_attention", {}),
+}
 
 
 class Case:
@@ -189,14 +188,20 @@ class Case:
             "activation": activation,
             "batch_norm": batch_norm,
         }
-        self.problem = driver.problem(
-            dtype=dtype, batch=n, height=h, width=w, channels=c, hidden=hidden, kernel_size=k,
-            **self.options,
-        )  # fmt: skip
+        self.op, words = OPS[gates]
+        if self.has_channel:
+            words = {"pooling": pooling, "mlp_activation": mlp_activation, **words}
+        self.problem = {
+            "shape": self.shape, "dtype": dtype, "hidden": hidden, "kernel_size": k,
+            "data_format": layout, "activation": activation, **words,
+        }  # fmt: skip
+        if batch_norm:
+            self.problem["gamma"] = self.weights["gamma"].data_ptr()
         self.outputs = self._outputs()
         self.gradients = self._gradients()
-        self.forward_space = self._space("forward")
-        self.backward_space = self._space("backward")
+        self.forward_space = library.space(self.op, self.problem).fill_(255)
+        space = library.space(f"{self.op}_grad", self.gradient_problem())
+        self.backward_space = space.fill_(255)
 
     def empty_map(self) -> torch.Tensor:
         """NaN everywhere; `offset` elements off an aligned address."""
@@ -207,9 +212,9 @@ class Case:
     def _nan(self, *shape: int) -> torch.Tensor:
         return torch.full(shape, float("nan"), dtype=self.compute, device="cuda")
 
-    def _space(self, name: str) -> torch.Tensor:
-        size = getattr(self.library._library, f"cbam_{name}_workspace")(ctypes.byref(self.problem))
-        return torch.full((size + 256,), 255, dtype=torch.uint8, device="cuda")
+    def gradient_problem(self) -> dict[str, Any]:
+        relu = self.options["activation"] == "relu"
+        return self.problem | ({"y": self.outputs["y"].data_ptr()} if relu else {})
 
     def _outputs(self) -> dict[str, torch.Tensor]:
         n, h, w, c, _ = self.sizes
@@ -233,18 +238,15 @@ class Case:
 
     def forward(self) -> None:
         self.library.run(
-            "forward", self.problem, self.forward_space, x=self.x, residual=self.residual,
+            self.op, self.problem, self.forward_space, x=self.x, residual=self.residual,
             **self.weights, **self.outputs,
         )  # fmt: skip
 
     def backward(self) -> None:
-        weights = {name: w for name, w in self.weights.items() if name != "bias"}
         saved = {name: v for name, v in self.outputs.items() if name != "y"}
-        if self.options["activation"] == "relu":
-            saved["y"] = self.outputs["y"]
         self.library.run(
-            "backward", self.problem, self.backward_space, x=self.x, dy=self.dy, **weights, **saved,
-            **self.gradients,
+            f"{self.op}_grad", self.gradient_problem(), self.backward_space,
+            x=self.x, dy=self.dy, **self.weights, **saved, **self.gradients,
         )  # fmt: skip
 
     def results(self) -> dict[str, torch.Tensor]:
@@ -384,7 +386,7 @@ def check_streams(library: Library) -> bool:
     return good
 
 
-def sanitize(library: Path) -> dict[str, str]:
+def sanitize() -> dict[str, str]:
     """compute-sanitizer over a few small problems of each path."""
     tool = shutil.which("compute-sanitizer")
     if not tool:
@@ -397,7 +399,7 @@ def sanitize(library: Path) -> dict[str, str]:
         command = [tool, "--tool", name, "--error-exitcode", "9", sys.executable, __file__]
         try:
             done = subprocess.run(
-                [*command, "--small-shapes", str(library)],
+                [*command, "--small-shapes"],
                 capture_output=True, text=True, check=False, timeout=PLAN[name],
             )  # fmt: skip
             result[name] = "ok" if done.returncode == 0 else (done.stdout + done.stderr)[-1500:]
@@ -534,7 +536,10 @@ def time_ours(library: Library, case: Case, note: Callable[..., None], one: bool
     """Both paths; the launches too where there is `one` sample."""
     for path in ("portable", "auto"):
         library.set_path(path)
-        taken = {d: library.path(d, case.problem) for d in ("forward", "backward")}
+        taken = {
+            "forward": library.path(case.op, case.problem),
+            "backward": library.path(f"{case.op}_grad", case.gradient_problem()),
+        }
         if path == "auto" and set(taken.values()) == {"portable"}:
             continue
         name = gpu_report.OURS if path == "auto" else gpu_report.PORTABLE
@@ -703,7 +708,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--no-sanitizer", action="store_true")
     parser.add_argument("--no-timing", action="store_true")
     parser.add_argument("--plan", action="store_true", help="print how long each part may take")
-    parser.add_argument("--small-shapes", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--small-shapes", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)
     plan = QUICK_PLAN if arguments.quick else PLAN
     if arguments.plan:
@@ -714,7 +719,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if torch is None or not torch.cuda.is_available():
         sys.exit("gpu_check needs PyTorch with CUDA and an NVIDIA GPU that it can use.")
     if arguments.small_shapes:
-        small_shapes(Library(arguments.small_shapes))
+        small_shapes(Library())
         return 0
     start = time.perf_counter()
     failed = False
@@ -727,9 +732,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     network: list[gpu_report.Row] = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        path = build(folder)
-        say(f"built for {torch.cuda.get_device_name()}")
-        library = Library(path)
+        library = Library()
+        say(f"on {torch.cuda.get_device_name()}")
         checks = check_all(library, arguments.quick)
         gpu_report.write(arguments.output / "checks.csv", checks)
         bad = [row for row in checks if not row["ok"]]
@@ -754,7 +758,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 gpu_report.write(arguments.output / "network.csv", network)
                 say("ResNet-50 timed")
         if not arguments.no_sanitizer:
-            for tool, text in sanitize(path).items():
+            for tool, text in sanitize().items():
                 say(f"{tool}: {text}")
                 failed |= text != "ok" and "not found" not in text and "no result" not in text
     if timing:

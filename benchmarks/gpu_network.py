@@ -7,12 +7,10 @@ torch.compile of that. Used by gpu_check.py.
 
 from __future__ import annotations
 
-import ctypes
 import statistics
 import time
 from typing import Any
 
-import cuda_on_cpu as driver
 import gpu_report
 
 try:
@@ -32,17 +30,10 @@ def modules(library: Any) -> dict[str, Any]:
         """The kernels under autograd; x is channels last, weights are float32."""
 
         @staticmethod
-        def problem(x: torch.Tensor, w0: torch.Tensor) -> Any:
+        def problem(x: torch.Tensor, w0: torch.Tensor) -> dict[str, Any]:
             n, c, h, w = x.shape
-            return driver.problem(
-                dtype=str(x.dtype).removeprefix("torch."), batch=n, height=h, width=w, channels=c,
-                hidden=w0.shape[1], layout="NHWC", gates="channel_first",
-            )  # fmt: skip
-
-        @staticmethod
-        def space(name: str, problem: Any) -> torch.Tensor:
-            size = getattr(library._library, f"cbam_{name}_workspace")(ctypes.byref(problem))
-            return torch.empty((size + 256,), dtype=torch.uint8, device="cuda")
+            dtype = str(x.dtype).removeprefix("torch.")
+            return {"shape": (n, h, w, c), "dtype": dtype, "hidden": w0.shape[1]}
 
         @staticmethod
         def forward(ctx: Any, x: torch.Tensor, *weights: torch.Tensor) -> torch.Tensor:
@@ -59,7 +50,7 @@ def modules(library: Any) -> dict[str, Any]:
             }
             y = torch.empty_like(x)
             library.run(
-                "forward", problem, Fused.space("forward", problem), x=x, y=y, w0=w0, b0=b0, w1=w1,
+                "cbam", problem, library.space("cbam", problem), x=x, y=y, w0=w0, b0=b0, w1=w1,
                 b1=b1, kernel=kernel, bias=bias, **saved,
             )  # fmt: skip
             ctx.names = list(saved)
@@ -76,8 +67,8 @@ def modules(library: Any) -> dict[str, Any]:
             gradients["dbias"] = torch.empty_like(bias)
             dx = torch.empty_like(x)
             library.run(
-                "backward", problem, Fused.space("backward", problem), x=x, dy=dy, dx=dx, **weights,
-                **dict(zip(ctx.names, saved, strict=True)), **gradients,
+                "cbam_grad", problem, library.space("cbam_grad", problem), x=x, dy=dy, dx=dx,
+                **weights, **dict(zip(ctx.names, saved, strict=True)), **gradients,
             )  # fmt: skip
             return dx, *gradients.values()
 

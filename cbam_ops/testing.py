@@ -407,19 +407,6 @@ class Case:
         """The type of the weights."""
         return self.dtype if self.half_weights else compute_type(self.dtype)
 
-    def core_options(self) -> dict[str, Any]:
-        """Layout and options in the words of the kernels' own interface, `cbam_ops._core`."""
-        words = dict(self.options)
-        order = words.pop("order", "channel_first")
-        kind = self.function.removesuffix("_with_batch_norm")
-        gates = {"channel_attention": "channel_only", "spatial_attention": "spatial_only"}
-        return {
-            "layout": self.data_format,
-            "gates": gates.get(kind, order),
-            "batch_norm": kind != self.function,
-            **words,
-        }
-
     def arrays(self) -> dict[str, np.ndarray]:
         """The arguments, as numpy arrays of the types and in the layout that the call takes."""
         n, h, w, c = self.size

@@ -131,7 +131,7 @@ def forward(
     mlp_activation: str = "none",
     activation: str = "none",
     batch_norm: bool = False,
-    epsilon: float = 1e-3,
+    epsilon: float = 1e-5,
     dtype: DTypeLike = np.float64,
 ) -> Tensors:
     """The module, with every intermediate a gradient needs.
@@ -218,7 +218,7 @@ def backward(
     mlp_activation: str = "none",
     activation: str = "none",
     batch_norm: bool = False,
-    epsilon: float = 1e-3,
+    epsilon: float = 1e-5,
     dtype: DTypeLike = np.float64,
     d_channel_gate: Array | None = None,
     d_spatial_gate: Array | None = None,
@@ -348,6 +348,20 @@ def backward(
     return out
 
 
+def options_of(case: Any) -> dict[str, Any]:
+    """The options of a case of `cbam_ops.testing`, in the words of :func:`forward`."""
+    words = dict(case.options)
+    order = words.pop("order", "channel_first")
+    kind = case.function.removesuffix("_with_batch_norm")
+    gates = {"channel_attention": "channel_only", "spatial_attention": "spatial_only"}
+    return {
+        "layout": case.data_format,
+        "gates": gates.get(kind, order),
+        "batch_norm": kind != case.function,
+        **words,
+    }
+
+
 def evaluate(
     case: Any,
     tensors: dict[str, Any],
@@ -364,7 +378,7 @@ def evaluate(
       y: see :func:`backward`, as for `tie_gate` and `magnitude`.
     """
     values = {name: np.asarray(tensor).astype(np.float64) for name, tensor in tensors.items()}
-    options = case.core_options()
+    options = options_of(case)
     if case.function.endswith("pool"):
         x, layout = values["x"], options["layout"]
         channel = case.function == "channel_pool"

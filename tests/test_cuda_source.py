@@ -15,249 +15,61 @@ from typing import Any
 
 import cuda_resources
 import numpy as np
-import numpy_oracle as oracle
 import pytest
-from cuda_on_cpu import (
-    COMPILER,
-    CSRC,
-    Kernels,
-    build,
-    empty,
-    place,
-    problem,
-    sanitizer_works,
-)
+from cuda_on_cpu import COMPILER, CSRC, Kernels, build, sanitizer_works
+from kernel_calls import Problem, Tensors, check
 
-ml_dtypes = pytest.importorskip("ml_dtypes")
+from cbam_ops import testing
+from cbam_ops.testing import Case, assert_same_bits
 
 pytestmark = pytest.mark.skipif(not COMPILER, reason="no C++ compiler on PATH")
 
-Array = np.ndarray
-DTYPES = {
-    "float32": np.dtype(np.float32),
-    "float16": np.dtype(np.float16),
-    "bfloat16": np.dtype(ml_dtypes.bfloat16),
-    "float64": np.dtype(np.float64),
+DTYPES = ("float32", "float16", "bfloat16", "float64")
+LAYOUTS = ("NHWC", "NCHW")
+PARALLEL = testing.options(order="parallel")
+MODULES = {
+    "channel_first": Case(),
+    "parallel": Case(options=PARALLEL),
+    "channel_only": Case("channel_attention"),
+    "spatial_only": Case("spatial_attention"),
 }
-# Largest error of a tensor over its largest value. A few units of the map's type for maps, of the
-# compute type for what is summed.
-MAP_ERROR = {"float32": 2e-5, "float16": 2e-3, "bfloat16": 1.6e-2, "float64": 1e-13}
-COMPUTE_ERROR = {"float32": 2e-5, "float16": 2e-5, "bfloat16": 2e-5, "float64": 1e-13}
-MAPS = {"y", "dx", "d_residual"}
 
 
 @pytest.fixture(scope="session")
-def kernels() -> Kernels:
-    return Kernels(build())
+def emulation() -> Kernels:
+    return Kernels()
 
 
-@pytest.fixture(autouse=True)
-def _defaults(request: pytest.FixtureRequest) -> None:
-    if "kernels" in request.fixturenames:
-        k = request.getfixturevalue("kernels")
-        k.set_schedule(0)
-        k.set_path("portable")
-        k.set_device()
+@pytest.fixture
+def kernels(emulation: Kernels) -> Kernels:
+    emulation.set_schedule(0)
+    emulation.set_path("portable")
+    emulation.set_device()
+    return emulation
 
 
-class Case:
-    """Inputs of one problem and both implementations on them."""
-
-    def __init__(
-        self,
-        n: int = 2,
-        h: int = 5,
-        w: int = 7,
-        c: int = 8,
-        *,
-        hidden: int = 3,
-        k: int = 3,
-        dtype: str = "float32",
-        layout: str = "NHWC",
-        gates: str = "channel_first",
-        pooling: str = "avg+max",
-        mlp_activation: str = "none",
-        activation: str = "none",
-        batch_norm: bool = False,
-        residual: bool = False,
-        biases: bool = True,
-        offset: int = 0,
-        seed: int = 0,
-        x: Array | None = None,
-    ) -> None:
-        rng = np.random.default_rng(seed)
-        self.dtype, self.layout, self.gates, self.offset = dtype, layout, gates, offset
-        map_type = DTYPES[dtype]
-        self.compute = np.dtype(np.float64 if dtype == "float64" else np.float32)
-        shape = (n, h, w, c) if layout == "NHWC" else (n, c, h, w)
-        self.shape, self.n, self.h, self.w, self.c, self.k = shape, n, h, w, c, k
-        self.has_channel, self.has_spatial = gates != "spatial_only", gates != "channel_only"
-
-        def random_map() -> Array:
-            # In steps of 1/8: exact in every type, and full of equal maxima.
-            return place((np.round(rng.normal(size=shape) * 8) / 8).astype(map_type), offset)
-
-        def weight(*size: int) -> Array:
-            return place((rng.normal(size=size) * 0.5).astype(self.compute))
-
-        self.x = random_map() if x is None else place(x.astype(map_type), offset)
-        self.dy = random_map()
-        self.residual = random_map() if residual else None
-        self.weights: dict[str, Array | None] = {}
-        if self.has_channel:
-            self.weights |= {"w0": weight(c, hidden), "w1": weight(hidden, c)}
-            self.weights |= {
-                "b0": weight(hidden) if biases else None,
-                "b1": weight(c) if biases else None,
-            }
-        if self.has_spatial:
-            self.weights |= {"kernel": weight(k, k, 2), "bias": weight(1) if biases else None}
-            if batch_norm:
-                self.weights["gamma"] = weight(1)
-                self.weights["bias"] = weight(1)
-        self.d_gates: dict[str, Array] = {}
-        if self.has_channel:
-            self.d_gates["d_channel_gate"] = weight(n, c)
-        if self.has_spatial:
-            self.d_gates["d_spatial_gate"] = weight(n, h, w)
-        self.options = {
-            "layout": layout,
-            "gates": gates,
-            "pooling": pooling,
-            "mlp_activation": mlp_activation,
-            "activation": activation,
-            "batch_norm": batch_norm,
-        }
-        self.problem = problem(
-            dtype=dtype,
-            batch=n,
-            height=h,
-            width=w,
-            channels=c,
-            hidden=hidden,
-            kernel_size=k,
-            **self.options,
-        )
-
-    def forward(self, kernels: Kernels) -> dict[str, Array]:
-        """What the kernels give, with every output that the problem has."""
-        out = {"y": empty(self.shape, DTYPES[self.dtype], self.offset)}
-        if self.has_channel:
-            out["channel_descriptors"] = empty((2, self.n, self.c), self.compute)
-            out["channel_gate"] = empty((self.n, self.c), self.compute)
-        if self.has_spatial:
-            out["spatial_descriptors"] = empty((self.n, 2, self.h, self.w), self.compute)
-            out["spatial_gate"] = empty((self.n, self.h, self.w), self.compute)
-            if self.options["batch_norm"]:
-                out["batch_statistics"] = empty((2,), self.compute)
-        kernels.call(
-            "forward", self.problem, x=self.x, residual=self.residual, **self.weights, **out
-        )
-        return out
-
-    def backward(
-        self, kernels: Kernels, saved: dict[str, Array], d_gates: bool = True
-    ) -> dict[str, Array]:
-        """The kernels' gradients from what their forward gave."""
-        relu = self.options["activation"] == "relu"
-        out = {"dx": empty(self.shape, DTYPES[self.dtype], self.offset)}
-        if relu and self.residual is not None:
-            out["d_residual"] = empty(self.shape, DTYPES[self.dtype], self.offset)
-        for name, value in self.weights.items():
-            if value is not None:
-                out["d" + name] = empty(value.shape, self.compute)
-        if self.has_spatial and "dbias" not in out:
-            weights_bias = empty((1,), self.compute)  # always wanted by the kernels
-        else:
-            weights_bias = None
-        inputs = {k: v for k, v in self.weights.items() if k != "bias"}
-        its_saved = {k: v for k, v in saved.items() if k != "y"}
-        if relu:
-            its_saved["y"] = saved["y"]
-        kernels.call(
-            "backward",
-            self.problem,
-            x=self.x,
-            dy=self.dy,
-            **inputs,
-            **its_saved,
-            **(self.d_gates if d_gates else {}),
-            **({"dbias": weights_bias} if weights_bias is not None else {}),
-            **out,
-        )
-        return out
-
-    def oracle_inputs(self) -> dict[str, Any]:
-        weights = dict(self.weights)
-        if "kernel" in weights:
-            weights["kernel"] = weights["kernel"].reshape(self.k, self.k, 2, 1)
-        return {"x": self.x, "residual": self.residual, **weights, **self.options}
-
-    def expected_forward(self) -> dict[str, Array]:
-        return oracle.forward(**self.oracle_inputs())
-
-    def expected_backward(
-        self, saved: dict[str, Array], d_gates: bool = True, magnitude: bool = False
-    ) -> dict[str, Array]:
-        extra: dict[str, Any] = dict(self.d_gates) if d_gates else {}
-        extra["magnitude"] = magnitude
-        if self.options["activation"] == "relu":
-            extra["y"] = saved["y"].astype(np.float64)
-        if self.gates == "channel_first":
-            extra["tie_gate"] = saved["channel_gate"]
-        return oracle.backward(dy=self.dy, **extra, **self.oracle_inputs())
-
-    def compare(
-        self, got: dict[str, Array], expected: dict[str, Array], sizes: dict[str, Array]
-    ) -> None:
-        """`sizes`: the same tensors with nothing cancelled, which errors are measured against."""
-        for name, value in got.items():
-            truth = np.asarray(expected[name]).reshape(value.shape)
-            bound = (MAP_ERROR if name in MAPS else COMPUTE_ERROR)[self.dtype]
-            value = value.astype(np.float64)
-            nan = np.isnan(truth)
-            assert (np.isnan(value) == nan).all(), f"{name}: NaN where none belongs, or none"
-            finite = np.isfinite(truth)
-            other = ~finite & ~nan
-            assert (value[other] == truth[other]).all(), f"{name}: infinities differ"
-            if finite.any():
-                error = np.abs(value - truth)[finite].max()
-                scale = np.nanmax(np.abs(np.asarray(sizes[name]).reshape(value.shape)[finite]))
-                scale = max(min(scale, 1e30), 1e-3)
-                assert error <= bound * scale, f"{name}: error {error:.3g}, values to {scale:.3g}"
-
-    def check(self, kernels: Kernels, d_gates: bool = True) -> dict[str, Array]:
-        """Forward and backward against the definition; returns what the kernels gave."""
-        with np.errstate(all="ignore"):
-            got = self.forward(kernels)
-            expected = self.expected_forward()
-            self.compare(got, expected, expected)
-            gradients = self.backward(kernels, got, d_gates)
-            truth = self.expected_backward(got, d_gates)
-            sizes = self.expected_backward(got, d_gates, magnitude=True)
-            self.compare(gradients, truth, sizes)
-        return {**got, **gradients}
+def with_batch_norm(case: Case, batch_norm: bool = True) -> Case:
+    return case.replace(function=f"{case.function}_with_batch_norm") if batch_norm else case
 
 
-def same(one: dict[str, Array], other: dict[str, Array]) -> None:
+def same(one: Tensors, other: Tensors) -> None:
     """Bitwise equality of all tensors."""
     for name, value in one.items():
-        assert value.tobytes() == other[name].tobytes(), f"{name} differs"
+        assert_same_bits(value, other[name], name)
 
 
 @pytest.mark.parametrize("path", ["portable", "cluster"])
-@pytest.mark.parametrize("layout", ["NHWC", "NCHW"])
-@pytest.mark.parametrize("dtype", list(DTYPES))
-@pytest.mark.parametrize("gates", ["channel_first", "parallel", "channel_only", "spatial_only"])
-def test_every_kind_of_gates(
-    kernels: Kernels, gates: str, dtype: str, layout: str, path: str
-) -> None:
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("module", MODULES)
+def test_every_module(kernels: Kernels, module: str, dtype: str, layout: str, path: str) -> None:
     """Fails where a type, layout or order computes another function than the definition."""
     if path == "cluster" and dtype == "float64":
         pytest.skip("float64 has no cluster kernels")
     kernels.set_path(path)
     kernels.set_schedule(1)
-    Case(5, 4, 6, 16, gates=gates, dtype=dtype, layout=layout).check(kernels)
+    case = MODULES[module].replace(size=(5, 4, 6, 16), dtype=dtype, data_format=layout)
+    check(case.replace(fill="steps"), kernels)
 
 
 OPTIONS = [
@@ -276,17 +88,22 @@ OPTIONS = [
 
 
 @pytest.mark.parametrize("kind", ["portable", "cluster", "batch_norm"])
-@pytest.mark.parametrize("layout", ["NHWC", "NCHW"])
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("options", OPTIONS, ids=lambda o: "-".join(str(v) for v in o.values()))
 def test_options(kernels: Kernels, options: dict[str, Any], layout: str, kind: str) -> None:
     """Fails where pooling, activations, residual, biases or batch norm are wired wrongly."""
     kernels.set_path("cluster" if kind == "cluster" else "portable")
     kernels.set_schedule(2)
-    case = Case(5, 4, 6, 16, k=5, layout=layout, batch_norm=kind == "batch_norm", **options)
-    case.check(kernels, d_gates=options["biases"])
+    words = {key: value for key, value in options.items() if isinstance(value, str)}
+    case = Case(
+        size=(5, 4, 6, 16), kernel_size=5, data_format=layout, fill="steps",
+        residual=options["residual"], biases=options["biases"], options=testing.options(**words),
+    )  # fmt: skip
+    case = with_batch_norm(case, kind == "batch_norm")
+    check(case, kernels, gate_gradients=options["biases"])
 
 
-@pytest.mark.parametrize("layout", ["NHWC", "NCHW"])
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize(
     "size",
@@ -302,65 +119,72 @@ def test_options(kernels: Kernels, options: dict[str, Any], layout: str, kind: s
     ],
     ids=str,
 )
-def test_sizes(kernels: Kernels, size: tuple[int, ...], dtype: str, layout: str) -> None:
+def test_sizes(kernels: Kernels, size: tuple[int, int, int, int], dtype: str, layout: str) -> None:
     """Odd sizes: tails of vectors, of tiles, of slices, and rows shorter than a warp."""
     kernels.set_schedule(3)
-    Case(*size, dtype=dtype, layout=layout).check(kernels)
+    check(Case(size=size, dtype=dtype, data_format=layout), kernels)
 
 
-@pytest.mark.parametrize("layout", ["NHWC", "NCHW"])
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("size", [(1, 3, 600, 4), (1, 2, 1030, 8), (1, 4, 143, 4)], ids=str)
-def test_rows_longer_than_a_tile(kernels: Kernels, size: tuple[int, ...], layout: str) -> None:
+def test_rows_longer_than_a_tile(
+    kernels: Kernels, size: tuple[int, int, int, int], layout: str
+) -> None:
     """Planes wider than a tile are cut within rows; a width that is no multiple of a vector too."""
-    Case(*size, layout=layout).check(kernels)
+    check(Case(size=size, data_format=layout), kernels)
 
 
-@pytest.mark.parametrize("layout", ["NHWC", "NCHW"])
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("kernel_size", [1, 3, 7, 9, 15, 41])
 @pytest.mark.parametrize("batch_norm", [False, True])
 def test_kernel_sizes(kernels: Kernels, kernel_size: int, batch_norm: bool, layout: str) -> None:
     """Halos from none to wider than the plane, and a kernel whose window does not fit (41)."""
-    Case(2, 9, 10, 8, k=kernel_size, layout=layout, batch_norm=batch_norm).check(kernels)
+    case = Case(size=(2, 9, 10, 8), kernel_size=kernel_size, data_format=layout)
+    check(with_batch_norm(case, batch_norm), kernels)
 
 
-@pytest.mark.parametrize("layout", ["NHWC", "NCHW"])
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("hidden", [1, 7, 300, 700])
 @pytest.mark.parametrize("path", ["portable", "cluster"])
 def test_hidden_sizes(kernels: Kernels, path: str, hidden: int, layout: str) -> None:
     """More hidden units than a slice of shared memory, and than a block has threads."""
     kernels.set_path(path)
-    Case(9, 2, 4, 40, hidden=hidden, layout=layout).check(kernels)
+    check(Case(size=(9, 2, 4, 40), hidden=hidden, data_format=layout), kernels)
 
 
-@pytest.mark.parametrize("layout", ["NHWC", "NCHW"])
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_misaligned(kernels: Kernels, layout: str) -> None:
     """Maps off a 16-byte boundary take the scalar kernels, with the same results."""
     for dtype in ("float32", "float16"):
-        Case(2, 4, 4, 16, layout=layout, dtype=dtype, offset=1).check(kernels)
+        case = Case(size=(2, 4, 4, 16), dtype=dtype, data_format=layout, fill="steps")
+        check(case, kernels, misalign=1)
 
 
-@pytest.mark.parametrize("layout", ["NHWC", "NCHW"])
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("batch_norm", [False, True])
 def test_chunks_of_samples_change_nothing(kernels: Kernels, batch_norm: bool, layout: str) -> None:
     """How many samples are in flight depends on the GPU's L2: results must not."""
-    case = Case(7, 4, 4, 8, layout=layout, batch_norm=batch_norm, activation="relu", residual=True)
+    options = testing.options(activation="relu")
+    case = Case(size=(7, 4, 4, 8), data_format=layout, residual=True, options=options)
+    case = with_batch_norm(case, batch_norm)
     kernels.set_device(l2=1 << 30)
-    kernels.launched()
-    whole = case.check(kernels)
-    whole_launches = len(kernels.launched())
+    kernels.take_launched_kernels()
+    whole = check(case, kernels)
+    whole_launches = len(kernels.take_launched_kernels().split())
     kernels.set_device(l2=3 * 4 * 4 * 8 * 4 * 2)
-    parts = case.check(kernels)
-    assert len(kernels.launched()) > whole_launches
+    parts = check(case, kernels)
+    assert len(kernels.take_launched_kernels().split()) > whole_launches
     same(whole, parts)
 
 
-@pytest.mark.parametrize("layout", ["NHWC", "NCHW"])
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("shared", [20_000, 30_000, 45_000, 232_448])
 def test_a_sample_over_more_or_fewer_blocks(kernels: Kernels, shared: int, layout: str) -> None:
     """Clusters of several sizes: halos, column sums and gates cross the blocks' borders."""
     kernels.set_path("cluster")
     kernels.set_device(shared=shared)
-    Case(5, 12, 12, 32, k=7, hidden=20, layout=layout).check(kernels)
+    case = Case(size=(5, 12, 12, 32), kernel_size=7, hidden=20, data_format=layout)
+    check(case, kernels)
 
 
 def test_the_path_that_is_chosen(kernels: Kernels) -> None:
@@ -368,114 +192,108 @@ def test_the_path_that_is_chosen(kernels: Kernels) -> None:
     kernels.set_path("auto")
     stages = {(56, 256): True, (28, 512): True, (14, 1024): True, (7, 2048): False}
     for (side, channels), expected in stages.items():
-        sizes = {"height": side, "width": side, "channels": channels, "hidden": channels // 16}
-        stage = problem(dtype="float32", layout="NHWC", batch=32, gates="channel_first", **sizes)
-        assert (kernels.path("forward", stage) == "cluster") is expected, side
+        path = kernels.cbam_path(shape=(32, side, side, channels), hidden=channels // 16)
+        assert (path == "cluster") is expected, side
     kernels.set_device(capability=80)
-    assert kernels.path("forward", problem(batch=1, height=8, width=8, channels=8)) == "portable"
+    assert kernels.cbam_path(shape=(1, 8, 8, 8)) == "portable"
     kernels.set_path("cluster")
     with pytest.raises(RuntimeError, match="does not fit"):
-        Case(2, 4, 4, 8).forward(kernels)
+        Problem(Case(size=(2, 4, 4, 8))).forward(kernels)
 
 
 @pytest.mark.parametrize("path", ["portable", "cluster"])
-@pytest.mark.parametrize("layout", ["NHWC", "NCHW"])
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_repeats_bitwise_in_any_order(kernels: Kernels, layout: str, path: str) -> None:
     """Threads and blocks in another order: the same bits, or something depends on who is first."""
     kernels.set_path(path)
-    case = Case(5, 9, 8, 36, layout=layout, activation="relu")
-    first = case.check(kernels)
+    options = testing.options(activation="relu")
+    case = Case(size=(5, 9, 8, 36), data_format=layout, options=options)
+    first = check(case, kernels)
+    problem = Problem(case)
     for schedule in (1, 2, 3):
         kernels.set_schedule(schedule)
-        same(first, case.check(kernels))
+        same(first, problem.both(kernels))
 
 
 @pytest.mark.parametrize("path", ["portable", "cluster"])
-@pytest.mark.parametrize("layout", ["NHWC", "NCHW"])
-@pytest.mark.parametrize("gates", ["channel_first", "parallel"])
-def test_nan_and_infinity(kernels: Kernels, gates: str, layout: str, path: str) -> None:
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("module", ["channel_first", "parallel"])
+def test_nan_and_infinity(kernels: Kernels, module: str, layout: str, path: str) -> None:
     """They reach what they reach in the definition, and nothing else."""
     kernels.set_path(path)
-    for value in (np.nan, np.inf, -np.inf):
-        case = Case(5, 4, 4, 8, layout=layout, gates=gates)
-        case.x.reshape(-1)[5] = value
-        with np.errstate(all="ignore"):
-            got, expected = case.forward(kernels), case.expected_forward()
-            case.compare(got, expected, expected)
-            gradients = case.backward(kernels, got)
-            truth = case.expected_backward(got)
-            # Which of the samples have a NaN gradient; the others must be untouched by it.
-            touched = np.isnan(truth["dx"]).any(axis=(1, 2, 3))
-            ours = np.isnan(gradients["dx"]).any(axis=(1, 2, 3))
+    for fill in testing.NOT_FINITE:
+        case = MODULES[module].replace(size=(5, 4, 4, 8), data_format=layout, fill=fill)
+        problem = Problem(case)
+        outputs = problem.forward(kernels)
+        problem.check_forward(outputs)
+        # Which of the samples have a NaN gradient; the others must be untouched by it.
+        touched, ours = (
+            np.isnan(gradients["dx"]).any(axis=(1, 2, 3))
+            for gradients in (
+                problem.define_backward(outputs, "float64"),
+                problem.backward(kernels, outputs),
+            )
+        )
         assert (touched == ours).all()
 
 
-def test_constant_map(kernels: Kernels) -> None:
-    """Everything is a maximum (after a ReLU whole maps are): the gradient is split evenly."""
-    for path in ("portable", "cluster"):
-        kernels.set_path(path)
-        for layout in ("NHWC", "NCHW"):
-            shape = (2, 4, 4, 8)
-            Case(
-                *shape, layout=layout, x=np.zeros(shape if layout == "NHWC" else (2, 8, 4, 4))
-            ).check(kernels)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("path", ["portable", "cluster"])
+@pytest.mark.parametrize("fill", ["zeros", "relu", "offset"])
+def test_values(kernels: Kernels, fill: str, path: str, layout: str) -> None:
+    """Where everything is a maximum (after a ReLU whole maps are) the gradient is split evenly."""
+    kernels.set_path(path)
+    check(Case(size=(5, 4, 6, 16), data_format=layout, fill=fill), kernels)
 
 
 @pytest.mark.parametrize("batch_norm", [False, True])
-@pytest.mark.parametrize("layout", ["NHWC", "NCHW"])
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_empty_batch(kernels: Kernels, layout: str, batch_norm: bool) -> None:
     """No samples: empty maps, and weights' gradients of zero rather than of nothing."""
-    case = Case(0, 4, 4, 8, layout=layout, batch_norm=batch_norm)
-    got = case.forward(kernels)
-    gradients = case.backward(kernels, got)
-    for name, value in gradients.items():
+    case = with_batch_norm(Case(size=(0, 4, 4, 8), data_format=layout), batch_norm)
+    problem = Problem(case)
+    for name, value in problem.backward(kernels, problem.forward(kernels)).items():
         assert (value == 0).all(), name
 
 
-@pytest.mark.parametrize("layout", ["NHWC", "NCHW"])
-@pytest.mark.parametrize("dtype", list(DTYPES))
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("size", [(2, 5, 7, 8), (3, 4, 4, 32), (1, 20, 17, 3)], ids=str)
-def test_pools(kernels: Kernels, size: tuple[int, ...], dtype: str, layout: str) -> None:
+@pytest.mark.parametrize("function", ["channel_pool", "spatial_pool"])
+def test_pools(
+    kernels: Kernels, function: str, size: tuple[int, int, int, int], dtype: str, layout: str
+) -> None:
     """The pools on their own and their gradients, with ties."""
-    n, h, w, c = size
-    case = Case(*size, dtype=dtype, layout=layout)
-    map_type = DTYPES[dtype]
-    rng = np.random.default_rng(1)
-    planes = (n, h, w, 2) if layout == "NHWC" else (n, 2, h, w)
-
-    def check(got: dict[str, Array], expected: dict[str, Array]) -> None:
-        for name, value in got.items():
-            truth = np.asarray(expected[name])
-            error = np.abs(value.astype(np.float64) - truth).max()
-            assert error <= MAP_ERROR[dtype] * np.abs(truth).max(), f"{name}: {error:.3g}"
-
-    got = {"mean": empty((n, c), map_type), "maximum": empty((n, c), map_type)}
-    kernels.call("channel_pool", case.problem, x=case.x, **got)
-    check(got, oracle.channel_pool(case.x, layout))
-    d = {name: place(rng.normal(size=(n, c)).astype(map_type)) for name in ("d_mean", "d_maximum")}
-    dx = empty(case.shape, map_type)
-    kernels.call("channel_pool_grad", case.problem, x=case.x, maximum=got["maximum"], dx=dx, **d)
-    check({"dx": dx}, oracle.channel_pool_grad(case.x, d["d_mean"], d["d_maximum"], layout))
-
-    got = {"descriptors": empty(planes, map_type)}
-    kernels.call("spatial_pool", case.problem, x=case.x, **got)
-    check(got, oracle.spatial_pool(case.x, layout))
-    d_planes = place(rng.normal(size=planes).astype(map_type))
-    dx = empty(case.shape, map_type)
-    kernels.call("spatial_pool_grad", case.problem, x=case.x, dx=dx, d_descriptors=d_planes, **got)
-    check({"dx": dx}, oracle.spatial_pool_grad(case.x, d_planes, layout))
+    check(Case(function, size, fill="steps", dtype=dtype, data_format=layout), kernels)
 
 
 def test_invalid_problems_are_named(kernels: Kernels) -> None:
-    """The contract's own checks come first."""
-    case = Case(1, 2, 2, 4)
-    case.problem.kernel_size = 4
-    with pytest.raises(RuntimeError, match="kernel_size must be odd"):
-        case.forward(kernels)
-    case = Case(1, 2, 2, 4)
-    case.problem.height = case.problem.width = 1 << 20
+    """The contract's own checks come first, and a missing address is not read."""
+    problem = {"shape": (1, 2, 2, 4), "hidden": 3}
+    for message, call in {
+        "kernel_size must be odd": {"kernel_size": 4},
+        "hidden must be at least 1": {"hidden": 0},
+        r"`x` must have shape \[N, H, W, C\], got \[2, 2\]": {"shape": (2, 2)},
+        "`dtype` must be of float32 or .*, got int8": {"dtype": "int8"},
+    }.items():
+        with pytest.raises(ValueError, match=message):
+            kernels.cbam_workspace(**problem | call)
+    with pytest.raises(ValueError, match="cbam: `x` must be an address, got none"):
+        kernels.module.cbam(**problem)
+    with pytest.raises(ValueError, match="`path` must be one of 'auto', 'portable', 'cluster'"):
+        kernels.set_path("fast")
+
+
+def test_sizes_beyond_the_kernels_are_refused(kernels: Kernels) -> None:
+    """Fails: an index of 32 bits wraps around."""
+    case = Problem(Case(size=(1, 2, 2, 4)))
+    arguments = dict.fromkeys(
+        ("x", "w0", "w1", "kernel", "y", "channel_gate", "spatial_gate", "channel_descriptors",
+         "spatial_descriptors", "batch_statistics"),
+        case.inputs["x"].ctypes.data,
+    )  # fmt: skip
     with pytest.raises(RuntimeError, match="below 2"):
-        case.forward(kernels)
+        kernels.module.cbam(shape=(1, 1 << 20, 1 << 20, 4), hidden=3, **arguments)
 
 
 BUILT = "75-real 80-real 90-real 120-real 121-virtual"
@@ -524,7 +342,7 @@ BUILT = "75-real 80-real 90-real 120-real 121-virtual"
 def test_why_a_build_cannot_run(
     kernels: Kernels, driver: int, capability: int, architectures: str, sentence: str
 ) -> None:
-    assert kernels.explain(driver, 13050, capability, architectures) == sentence
+    assert kernels.explain_machine(driver, 13050, capability, architectures) == sentence
 
 
 def test_half_conversions_of_the_header(kernels: Kernels) -> None:
@@ -533,12 +351,14 @@ def test_half_conversions_of_the_header(kernels: Kernels) -> None:
     values = bits.view(np.float16).astype(np.float32)
     for number, value in zip(bits, values, strict=True):
         if np.isnan(value):
-            assert np.isnan(kernels.from_half(int(number)))
+            assert np.isnan(kernels.half_to_float(int(number)))
             continue
-        assert kernels.from_half(int(number)) == value
+        assert kernels.half_to_float(int(number)) == value
         between = np.float32(value * np.float32(1.0003))
         with np.errstate(over="ignore"):
-            assert kernels.to_half(float(between)) == between.astype(np.float16).view(np.uint16)
+            assert kernels.float_to_half(float(between)) == between.astype(np.float16).view(
+                np.uint16
+            )
 
 
 # ---- sanitizers and mutants ----------------------------------------------------------------------

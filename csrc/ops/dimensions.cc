@@ -5,13 +5,13 @@
 
 namespace cbam_ops {
 namespace ops {
-namespace {
-
 std::string Name(Dim dim) {
   static constexpr const char* kNames[] = {"N", "H",          "W", "C", "hidden",
                                            "k", "statistics", "1", "2"};
   return kNames[static_cast<int>(dim)];
 }
+
+namespace {
 
 // "[a, b, c]".
 template <typename Text>

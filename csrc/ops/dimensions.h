@@ -15,6 +15,8 @@ namespace ops {
 
 inline constexpr int64_t kUnknown = -1;
 
+std::string Name(Dim dim);  // "N", "hidden", ...
+
 struct Shape {
   int rank = 0;
   int64_t sizes[kMaxRank] = {};

@@ -1,231 +1,244 @@
-// Checked arguments for the Python module: options by name, arrays by named dimensions.
-//
-// Nothing here knows where the memory lies, but for ArrayInput: entry points that take pointers to
-// a device share the rest.
+// A call of an op from Python: its arguments by name, read by the rules of the table.
 #ifndef CBAM_OPS_PYTHON_ARGUMENTS_H_
 #define CBAM_OPS_PYTHON_ARGUMENTS_H_
 
-#include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 
-#include <cstdint>
-#include <initializer_list>
-#include <optional>
-#include <sstream>
+#include <cctype>
+#include <map>
+#include <stdexcept>
 #include <string>
-#include <utility>
 #include <vector>
 
 #include "core/contract.h"
+#include "ops/dimensions.h"
+#include "ops/options.h"
+#include "ops/signature.h"
 
 namespace cbam_ops {
 namespace python {
 
 namespace py = pybind11;
 
-using Shape = std::vector<int64_t>;
+inline std::string Text(const py::object& object) { return py::str(object); }
 
-// A dimension with its name in messages; `size` -1 takes any.
-struct Dimension {
-  const char* name;
-  int64_t size;
+// "channel_pool_grad" for "CbamOps>ChannelPoolGrad".
+inline std::string FunctionName(const std::string& op) {
+  std::string name;
+  for (const char c : op.substr(op.find('>') + 1)) {
+    if (std::isupper(c) && !name.empty()) name += '_';
+    name += static_cast<char>(std::tolower(c));
+  }
+  return name;
+}
+
+// An option of one half of the module is one of the whole module here: the kernels can do it, and
+// the tests try what the kernels can do.
+inline bool Takes(Module module, const ops::Choice& choice) {
+  return choice.is_of(module) ||
+         (HasChannelGate(module) && choice.is_of(Module::kChannelAttention)) ||
+         (HasSpatialGate(module) && choice.is_of(Module::kSpatialAttention));
+}
+
+inline const std::vector<DataType> kMapTypes = {DataType::kFloat32, DataType::kFloat16,
+                                                DataType::kBFloat16, DataType::kFloat64};
+
+class Arguments {
+ public:
+  // Inputs may be given by position, all else by name.
+  template <typename Args>
+  Arguments(const ops::Signature<Args>& signature, const py::args& positional,
+            const py::kwargs& named)
+      : function_(FunctionName(signature.op)) {
+    size_t position = 0;
+    for (const auto& input : signature.inputs) {
+      if (!ops::Has(signature.module, input.argument.gate)) continue;
+      if (position == positional.size()) break;
+      given_[input.argument.name] = positional[position++];
+    }
+    if (position < positional.size()) {
+      throw py::type_error(function_ + ": takes " + std::to_string(position) +
+                           " arguments by position, got " + std::to_string(positional.size()));
+    }
+    for (const auto& [key, value] : named) {
+      const std::string name = py::str(key);
+      if (!given_.emplace(name, py::reinterpret_borrow<py::object>(value)).second) {
+        throw py::type_error(function_ + ": got `" + name + "` twice");
+      }
+    }
+  }
+
+  const std::string& function() const { return function_; }
+
+  // Ends the call with what is wrong, if anything is.
+  void Check(const std::string& error) const {
+    if (!error.empty()) throw py::value_error(function_ + ": " + error);
+  }
+  [[noreturn]] void Refuse(const std::string& argument, const std::string& expected,
+                           const std::string& received) const {
+    throw py::value_error(function_ + ": `" + argument + "` must " + expected + ", got " +
+                          received);
+  }
+  void Check(const Status& status) const {
+    if (status.ok()) return;
+    const std::string message =
+        status.message + (*status.kernel ? std::string(" (") + status.kernel + ")" : "");
+    if (status.code == StatusCode::kInvalidProblem) Check(message);
+    throw std::runtime_error(function_ + ": " + message);
+  }
+
+  // Whether an optional argument is there: None, False and a null pointer say that it is not.
+  bool Has(const std::string& name) const {
+    const auto found = given_.find(name);
+    if (found == given_.end() || found->second.is_none()) return false;
+    return !py::isinstance<py::int_>(found->second) || py::cast<bool>(found->second);
+  }
+
+  // Each argument is taken once; None where it was not given.
+  py::object Take(const std::string& name) {
+    const auto found = given_.find(name);
+    if (found == given_.end()) return py::none();
+    const py::object value = found->second;
+    given_.erase(found);
+    return value;
+  }
+
+  template <typename T>
+  T Take(const std::string& name, const T& otherwise) {
+    const py::object value = Take(name);
+    if (value.is_none()) return otherwise;
+    try {
+      return py::cast<T>(value);
+    } catch (const py::cast_error&) {
+      Refuse(name, "be like " + Text(py::repr(py::cast(otherwise))), Text(py::repr(value)));
+    }
+  }
+
+  int TakeNumber(const char* name, int otherwise, int least, int most) {
+    const int value = Take(name, otherwise);
+    if (value >= least && value <= most) return value;
+    Refuse(name, "be between " + std::to_string(least) + " and " + std::to_string(most),
+           std::to_string(value));
+  }
+
+  // uint16 stands for the bits of a bfloat16: numpy itself has no such type.
+  DataType TypeFromName(const char* argument, const std::string& name,
+                        const std::vector<DataType>& allowed) const {
+    std::string expected;
+    for (const DataType type : allowed) {
+      if (name == ops::Name(type)) return type;
+      if (name == "uint16" && type == DataType::kBFloat16) return type;
+      expected += std::string(expected.empty() ? "be of " : " or ") + ops::Name(type);
+    }
+    Refuse(argument, expected, name);
+  }
+
+  template <typename Args>
+  ops::Options TakeOptions(const ops::Signature<Args>& signature, DataType map) {
+    ops::Options options;
+    Problem* const problem = &options.problem;
+    problem->module = signature.module;
+    problem->dtype = map;
+    for (const ops::Choice& choice : ops::kChoices) {
+      if (!Takes(signature.module, choice)) continue;
+      const std::string otherwise = *choice.words.begin();
+      Check(ops::SetChoice(choice, Take(choice.name, otherwise), problem));
+    }
+    if (HasSpatialGate(signature.module)) {
+      Check(ops::SetEpsilon(Take(ops::kEpsilon, problem->epsilon), problem));
+    }
+    // What is a list for TensorFlow is there or not there for us.
+    const auto count = [&](const ops::Argument& argument) {
+      if (!ops::Has(signature.module, argument.gate)) return;
+      if (ops::CountAttribute(argument.presence) == nullptr) return;
+      Check(ops::SetCount(argument, Has(argument.name) ? 1 : 0, &options));
+    };
+    for (const auto& input : signature.inputs) count(input.argument);
+    for (const auto& output : signature.outputs) {
+      if (output.argument.presence == ops::Presence::kResidualGradient) count(output.argument);
+    }
+    return options;
+  }
+
+  // Refuses what nobody took.
+  void Finish() const {
+    for (const auto& [name, value] : given_) {
+      if (Has(name)) throw py::type_error(function_ + ": takes no argument `" + name + "` here");
+    }
+  }
+
+ private:
+  const std::string function_;
+  std::map<std::string, py::object> given_;
 };
-using Dimensions = std::vector<Dimension>;
 
-[[noreturn]] inline void Refuse(const std::string& function, const std::string& argument,
-                                const std::string& expected, const std::string& received) {
-  throw py::value_error(function + ": `" + argument + "` must " + expected + ", got " + received);
-}
-
-inline std::string ToString(const Shape& shape) {
-  std::ostringstream out;
-  out << "[";
-  for (size_t i = 0; i < shape.size(); ++i) out << (i ? ", " : "") << shape[i];
-  out << "]";
-  return out.str();
-}
-
-// "shape [C, hidden] = [64, hidden]".
-inline std::string ToString(const Dimensions& dimensions) {
-  std::ostringstream names, sizes;
-  bool same = true;
-  for (size_t i = 0; i < dimensions.size(); ++i) {
-    const Dimension& dimension = dimensions[i];
-    const std::string size = dimension.size < 0 ? dimension.name : std::to_string(dimension.size);
-    same = same && size == dimension.name;
-    names << (i ? ", " : "") << dimension.name;
-    sizes << (i ? ", " : "") << size;
+// Calls an op. `Memory` says where its arrays lie: it has `MapType()`, `Input(argument, map,
+// &dimensions)` and `Output(argument, map, dimensions)`, which give addresses, and `Run(problem,
+// args)`.
+template <typename Memory, typename Args>
+py::object Call(const ops::Signature<Args>& signature, const py::args& positional,
+                const py::kwargs& named) {
+  Arguments arguments(signature, positional, named);
+  Memory memory(&arguments);
+  const ops::Options options = arguments.TakeOptions(signature, memory.MapType());
+  const DataType map = options.problem.dtype;
+  ops::Dimensions dimensions(options.problem);
+  Args args;
+  for (const auto& input : signature.inputs) {
+    if (!ops::Has(signature.module, input.argument.gate)) continue;
+    const bool present =
+        arguments.Has(input.argument.name) || input.argument.presence == ops::Presence::kAlways;
+    const void* const data = present ? memory.Input(input.argument, map, &dimensions) : nullptr;
+    if (input.pointer != nullptr) args.*input.pointer = data;
   }
-  return "shape [" + names.str() + "]" + (same ? "" : " = [" + sizes.str() + "]");
-}
-
-inline void CheckShape(const std::string& function, const std::string& argument,
-                       const Dimensions& expected, const Shape& shape) {
-  bool fits = shape.size() == expected.size();
-  for (size_t i = 0; fits && i < shape.size(); ++i) {
-    fits = expected[i].size < 0 || expected[i].size == shape[i];
+  for (const auto& output : signature.outputs) {
+    if (!ops::IsPresent(output.argument, options)) continue;
+    args.*output.pointer = memory.Output(output.argument, map, dimensions);
   }
-  if (!fits) Refuse(function, argument, "have " + ToString(expected), ToString(shape));
+  arguments.Finish();
+  return memory.Run(dimensions.ToProblem(), args);
 }
 
-template <typename Value>
-Value ParseChoice(const std::string& function, const std::string& argument,
-                  const std::string& received,
-                  std::initializer_list<std::pair<const char*, Value>> choices) {
-  std::string names;
-  for (const auto& choice : choices) {
-    if (received == choice.first) return choice.second;
-    names += std::string(names.empty() ? "'" : ", '") + choice.first + "'";
+// "cbam(x, w0, b0=None, ..., *, data_format='NHWC', ..., threads=1)" and what the op does.
+template <typename Memory, typename Args>
+std::string Doc(const ops::Signature<Args>& signature) {
+  std::string text = FunctionName(signature.op) + "(";
+  const auto add = [&](const ops::Argument& argument) {
+    if (!ops::Has(signature.module, argument.gate)) return;
+    const bool optional = argument.presence != ops::Presence::kAlways;
+    text += std::string(argument.name) + (optional ? "=None, " : ", ");
+  };
+  for (const auto& input : signature.inputs) add(input.argument);
+  text += "*, ";
+  for (const auto& output : signature.outputs) {
+    const bool asked_for = output.argument.presence == ops::Presence::kResidualGradient;
+    if (Memory::kOutputsAreGiven || asked_for) add(output.argument);
   }
-  Refuse(function, argument, "be one of " + names, "'" + received + "'");
-}
-
-inline Layout ParseLayout(const std::string& function, const std::string& value) {
-  return ParseChoice<Layout>(function, "layout", value,
-                             {{"NHWC", Layout::kNHWC}, {"NCHW", Layout::kNCHW}});
-}
-
-inline Activation ParseActivation(const std::string& function, const char* argument,
-                                  const std::optional<std::string>& value) {
-  return ParseChoice<Activation>(function, argument, value.value_or("none"),
-                                 {{"none", Activation::kNone}, {"relu", Activation::kRelu}});
-}
-
-inline Module ParseGates(const std::string& function, const std::string& value) {
-  return ParseChoice<Module>(function, "gates", value,
-                             {{"channel_first", Module::kChannelFirst},
-                              {"parallel", Module::kParallel},
-                              {"channel_only", Module::kChannelAttention},
-                              {"spatial_only", Module::kSpatialAttention}});
-}
-
-inline Pooling ParsePooling(const std::string& function, const std::string& value) {
-  return ParseChoice<Pooling>(
-      function, "pooling", value,
-      {{"avg+max", Pooling::kAvgMax}, {"avg", Pooling::kAvg}, {"max", Pooling::kMax}});
-}
-
-// Everything about a problem but its sizes.
-struct Options {
-  std::string layout = "NHWC";
-  std::string gates = "channel_first";
-  std::string pooling = "avg+max";
-  std::optional<std::string> mlp_activation;
-  std::optional<std::string> activation;
-  bool batch_norm = false;
-  double epsilon = 1e-3;
-};
-
-inline Problem ParseOptions(const std::string& function, const Options& options) {
-  Problem problem;
-  problem.layout = ParseLayout(function, options.layout);
-  problem.module = ParseGates(function, options.gates);
-  problem.pooling = ParsePooling(function, options.pooling);
-  problem.mlp_activation = ParseActivation(function, "mlp_activation", options.mlp_activation);
-  problem.activation = ParseActivation(function, "activation", options.activation);
-  problem.batch_norm = options.batch_norm;
-  problem.epsilon = options.epsilon;
-  if (!(options.epsilon >= 0)) {
-    Refuse(function, "epsilon", "be at least 0", std::to_string(options.epsilon));
+  for (const ops::Choice& choice : ops::kChoices) {
+    if (!Takes(signature.module, choice)) continue;
+    text += std::string(choice.name) + "='" + *choice.words.begin() + "', ";
   }
-  if (options.batch_norm && !HasSpatialGate(problem)) {
-    Refuse(function, "batch_norm", "be False without a spatial gate", "True");
+  if (HasSpatialGate(signature.module)) {
+    text += ops::kEpsilon + ("=" + Text(py::repr(py::cast(Problem().epsilon)))) + ", ";
   }
-  return problem;
+  return text + Memory::kKeywords + ")\n\n" + signature.doc;
 }
 
-inline const char* TypeName(DataType type) {
-  switch (type) {
-    case DataType::kFloat32:
-      return "float32";
-    case DataType::kFloat16:
-      return "float16";
-    case DataType::kBFloat16:
-      return "bfloat16";
-    case DataType::kFloat64:
-      return "float64";
-  }
-  return "unknown";
+template <typename Memory, const auto& kSignature>
+void Define(py::module_* module) {
+  py::options options;
+  options.disable_function_signatures();
+  module->def((FunctionName(kSignature.op) + Memory::kSuffix).c_str(),
+              [](const py::args& positional, const py::kwargs& named) {
+                return Call<Memory>(kSignature, positional, named);
+              },
+              Doc<Memory>(kSignature).c_str());
 }
 
-// uint16 stands for the bits of a bfloat16: numpy itself has no such type.
-inline std::optional<DataType> TypeFromName(const std::string& name) {
-  if (name == "float32") return DataType::kFloat32;
-  if (name == "float16") return DataType::kFloat16;
-  if (name == "bfloat16" || name == "uint16") return DataType::kBFloat16;
-  if (name == "float64") return DataType::kFloat64;
-  return std::nullopt;
-}
-
-inline void SetMapSizes(const std::string& function, const char* argument, const Shape& shape,
-                        Problem* problem) {
-  const bool channels_last = problem->layout == Layout::kNHWC;
-  CheckShape(function, argument,
-             channels_last ? Dimensions{{"N", -1}, {"H", -1}, {"W", -1}, {"C", -1}}
-                           : Dimensions{{"N", -1}, {"C", -1}, {"H", -1}, {"W", -1}},
-             shape);
-  problem->batch = shape[0];
-  problem->height = shape[channels_last ? 1 : 2];
-  problem->width = shape[channels_last ? 2 : 3];
-  problem->channels = shape[channels_last ? 3 : 1];
-}
-
-// The shapes that a problem gives the tensors around it.
-inline Dimensions MapDimensions(const Problem& p) {
-  return p.layout == Layout::kNHWC
-             ? Dimensions{{"N", p.batch}, {"H", p.height}, {"W", p.width}, {"C", p.channels}}
-             : Dimensions{{"N", p.batch}, {"C", p.channels}, {"H", p.height}, {"W", p.width}};
-}
-inline Dimensions ChannelGateDimensions(const Problem& p) {
-  return {{"N", p.batch}, {"C", p.channels}};
-}
-inline Dimensions ChannelDescriptorDimensions(const Problem& p) {
-  return {{"2", 2}, {"N", p.batch}, {"C", p.channels}};
-}
-inline Dimensions SpatialGateDimensions(const Problem& p) {
-  return {{"N", p.batch}, {"H", p.height}, {"W", p.width}};
-}
-inline Dimensions SpatialDescriptorDimensions(const Problem& p) {
-  return {{"N", p.batch}, {"2", 2}, {"H", p.height}, {"W", p.width}};
-}
-// Of the spatial pool on its own, which keeps the layout of the map.
-inline Dimensions SpatialPoolDimensions(const Problem& p) {
-  return p.layout == Layout::kNHWC
-             ? Dimensions{{"N", p.batch}, {"H", p.height}, {"W", p.width}, {"2", 2}}
-             : Dimensions{{"N", p.batch}, {"2", 2}, {"H", p.height}, {"W", p.width}};
-}
-inline Dimensions KernelDimensions(const Problem& p) {
-  return {{"k", p.kernel_size}, {"k", p.kernel_size}, {"2", 2}, {"1", 1}};
-}
-inline Dimensions W0Dimensions(const Problem& p) {
-  return {{"C", p.channels}, {"hidden", p.hidden}};
-}
-inline Dimensions W1Dimensions(const Problem& p) {
-  return {{"hidden", p.hidden}, {"C", p.channels}};
-}
-inline Dimensions B0Dimensions(const Problem& p) { return {{"hidden", p.hidden}}; }
-inline Dimensions B1Dimensions(const Problem& p) { return {{"C", p.channels}}; }
-inline Dimensions ScalarDimensions() { return {{"1", 1}}; }
-inline Dimensions PairDimensions() { return {{"2", 2}}; }
-
-inline Shape ToShape(const Dimensions& dimensions) {
-  Shape shape;
-  for (const Dimension& dimension : dimensions) shape.push_back(dimension.size);
-  return shape;
-}
-
-inline void SetHidden(const std::string& function, const Shape& w0, Problem* problem) {
-  CheckShape(function, "w0", {{"C", problem->channels}, {"hidden", -1}}, w0);
-  if (w0[1] < 1) Refuse(function, "w0", "have hidden >= 1 in its shape [C, hidden]", ToString(w0));
-  problem->hidden = w0[1];
-}
-
-inline void SetKernelSize(const std::string& function, const Shape& kernel, Problem* problem) {
-  CheckShape(function, "kernel", {{"k", -1}, {"k", -1}, {"2", 2}, {"1", 1}}, kernel);
-  if (kernel[0] != kernel[1] || kernel[0] % 2 == 0) {
-    Refuse(function, "kernel", "have shape [k, k, 2, 1] with an odd k", ToString(kernel));
-  }
-  problem->kernel_size = kernel[0];
+// Adds a function for every op.
+template <typename Memory, const auto&... kSignatures>
+void DefineAll(py::module_* module, ops::OpList<kSignatures...>) {
+  (Define<Memory, kSignatures>(module), ...);
 }
 
 }  // namespace python

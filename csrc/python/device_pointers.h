@@ -1,0 +1,132 @@
+// The CUDA kernels on memory that the caller has, given as integers (PyTorch's data_ptr(), CuPy's
+// data.ptr), on a stream of the caller's (a cudaStream_t as an integer; 0 is the default stream).
+// Nothing is allocated, nothing is waited for. What a pointer points to cannot be checked: sizes
+// follow from `shape`, `hidden` and `kernel_size`, types from `dtype`.
+#ifndef CBAM_OPS_PYTHON_DEVICE_POINTERS_H_
+#define CBAM_OPS_PYTHON_DEVICE_POINTERS_H_
+
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <string>
+#include <type_traits>
+#include <vector>
+
+#include "core/contract.h"
+#include "core/cuda/kernels.h"
+#include "ops/dimensions.h"
+#include "ops/signature.h"
+#include "python/arguments.h"
+
+namespace cbam_ops {
+namespace python {
+
+inline constexpr const char* kCudaPaths[] = {"auto", "portable", "cluster"};
+
+// For every op there are functions that run it, say how much workspace it needs, and which path it
+// takes. They take the same arguments.
+enum class Question { kNone, kWorkspace, kPath };
+
+template <Question kQuestion>
+class DevicePointers {
+ public:
+  static constexpr const char* kSuffix = kQuestion == Question::kNone        ? ""
+                                         : kQuestion == Question::kWorkspace ? "_workspace"
+                                                                             : "_path";
+  static constexpr bool kOutputsAreGiven = true;
+  static constexpr const char* kKeywords =
+      "shape, dtype='float32', hidden=1, kernel_size=7, workspace=0, stream=0";
+
+  explicit DevicePointers(Arguments* arguments)
+      : arguments_(*arguments),
+        shape_(arguments->Take("shape", std::vector<int64_t>())),
+        type_(arguments->Take("dtype", std::string(ops::Name(Problem().dtype)))),
+        hidden_(arguments->Take("hidden", Problem().hidden)),
+        kernel_size_(arguments->Take("kernel_size", Problem().kernel_size)),
+        workspace_(TakeAddress("workspace")),
+        stream_(TakeAddress("stream")) {}
+
+  DataType MapType() const { return arguments_.TypeFromName("dtype", type_, kMapTypes); }
+
+  const void* Input(const ops::Argument& argument, DataType /*map*/, ops::Dimensions* dimensions) {
+    // The first of all is x.
+    if (dimensions->ShapeOf(argument).sizes[0] == ops::kUnknown && argument.dims.is_map) {
+      arguments_.Check(dimensions->Learn(argument, shape_.data(), static_cast<int>(shape_.size())));
+    }
+    return Address(argument, *dimensions);
+  }
+
+  void* Output(const ops::Argument& argument, DataType /*map*/, const ops::Dimensions& dimensions) {
+    return Address(argument, dimensions);
+  }
+
+  template <typename Args>
+  py::object Run(Problem problem, const Args& args) {
+    problem.hidden = hidden_;
+    problem.kernel_size = kernel_size_;
+    arguments_.Check(CheckProblem(problem));
+    if constexpr (kQuestion == Question::kWorkspace) {
+      return py::int_(cuda::WorkspaceBytes<Args>(problem));
+    } else if constexpr (kQuestion == Question::kPath) {
+      cuda::Path path = cuda::Path::kPortable;
+      if constexpr (std::is_same_v<Args, ForwardArgs>) path = cuda::ForwardPath(problem);
+      if constexpr (std::is_same_v<Args, BackwardArgs>) path = cuda::BackwardPath(problem);
+      return py::str(kCudaPaths[static_cast<int>(path)]);
+    } else {
+      Status status;
+      {
+        py::gil_scoped_release release;
+        status = cuda::Run(problem, args, workspace_, stream_);
+      }
+      arguments_.Check(status);
+      return py::none();
+    }
+  }
+
+ private:
+  void* TakeAddress(const char* name) {
+    return reinterpret_cast<void*>(arguments_.Take(name, uintptr_t{0}));
+  }
+
+  void* Address(const ops::Argument& argument, const ops::Dimensions& dimensions) {
+    void* const address = TakeAddress(argument.name);
+    const ops::Shape shape = dimensions.ShapeOf(argument);
+    const bool is_empty = std::find(shape.begin(), shape.end(), 0) != shape.end();
+    if (kQuestion == Question::kNone && address == nullptr && !is_empty) {
+      arguments_.Refuse(argument.name, "be an address", "none");
+    }
+    return address;
+  }
+
+  Arguments& arguments_;
+  const std::vector<int64_t> shape_;
+  const std::string type_;
+  const int64_t hidden_;
+  const int64_t kernel_size_;
+  void* const workspace_;
+  void* const stream_;
+};
+
+// Adds all that a module of CUDA kernels has in every build.
+inline void DefineCuda(py::module_* module) {
+  DefineAll<DevicePointers<Question::kNone>>(module, ops::AllOps());
+  DefineAll<DevicePointers<Question::kWorkspace>>(module, ops::AllOps());
+  DefineAll<DevicePointers<Question::kPath>>(module, ops::AllOps());
+  module->def(
+      "set_path",
+      [](const std::string& path) {
+        for (int i = 0; i < 3; ++i) {
+          if (path == kCudaPaths[i]) return cuda::SetPath(static_cast<cuda::Path>(i));
+        }
+        throw py::value_error(
+            "set_path: `path` must be one of 'auto', 'portable', 'cluster', got '" + path + "'");
+      },
+      py::arg("path"), "Which kernels run: 'auto', 'portable' or 'cluster'.");
+}
+
+}  // namespace python
+}  // namespace cbam_ops
+
+#endif  // CBAM_OPS_PYTHON_DEVICE_POINTERS_H_
