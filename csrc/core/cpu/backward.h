@@ -64,7 +64,7 @@ class BackwardPipeline {
       dkernel_ = arena.Take<A>(n, k, k, 2);
       dbias_ = arena.Take<double>(n);
       if (problem.batch_norm) {
-        normalized_ = arena.Take<A>(n, p);
+        convolved_ = arena.Take<A>(n, p);
         dgamma_ = arena.Take<double>(n);
       }
       line_size_ = RoundUp(g_.width, dense_.lanes);
@@ -91,6 +91,7 @@ class BackwardPipeline {
       dy_ = args.d_residual != nullptr ? args.d_residual : args.dx;
 
     if (problem_.batch_norm) {
+      ConvolveAll(args);
       for (int64_t first = 0; first < g_.batch; first += g_.wave)
         PositionsOfWave(args, first, true);
       BackwardThroughBatchNorm(args);
@@ -386,13 +387,10 @@ class BackwardPipeline {
     }
   }
 
-  // dz_ holds the gradient of the normalised and scaled convolution; turns it into the
-  // convolution's.
-  void BackwardThroughBatchNorm(const BackwardArgs& args) {
-    const A* statistics = static_cast<const A*>(args.batch_statistics);
-    const double mean = statistics[0];
-    const double inverse = 1.0 / std::sqrt(static_cast<double>(statistics[1]) + problem_.epsilon);
-    const double gamma = *static_cast<const A*>(args.gamma);
+  // The convolution of every sample, as in the forward pass, and its moments: the statistics that
+  // pass wrote are rounded, and a mean that is off by half a unit in the last place moves every
+  // centred value to the same side.
+  void ConvolveAll(const BackwardArgs& args) {
     const int64_t rows = g_.height + 2 * g_.half;
     const int64_t size = PaddedPlane<A>::Size(g_, dense_.lanes, rows);
     // Scratch is for a wave's tasks at a time.
@@ -407,21 +405,31 @@ class BackwardPipeline {
                    g_.half);
         }
         A* line = scratch + 3 * size;
-        double sum = 0, product = 0;
         for (int64_t r = 0; r < g_.height; ++r) {
           dense_.convolve_row(planes, r + g_.half, g_.width, problem_.kernel_size,
                               static_cast<const A*>(args.kernel), A{0}, line);
-          for (int64_t i = 0; i < g_.width; ++i) {
-            const int64_t p = n * g_.positions + r * g_.width + i;
-            normalized_[p] = static_cast<A>((line[i] - mean) * inverse);
-            sum += dz_[p];
-            product += static_cast<double>(dz_[p]) * normalized_[p];
-          }
+          std::copy(line, line + g_.width, convolved_ + n * g_.positions + r * g_.width);
         }
-        dbias_[n] = sum;
-        dgamma_[n] = product;
       });
     }
+    moments_ = MomentsOf(parallel_, convolved_, g_.batch, g_.positions, dbias_);
+  }
+
+  // dz_ holds the gradient of the normalised and scaled convolution; turns it into the
+  // convolution's.
+  void BackwardThroughBatchNorm(const BackwardArgs& args) {
+    const double inverse = 1.0 / std::sqrt(moments_.variance + problem_.epsilon);
+    const double gamma = *static_cast<const A*>(args.gamma);
+    const auto normalized = [&](int64_t p) { return (convolved_[p] - moments_.mean) * inverse; };
+    ForEach(parallel_, g_.batch, [&](int64_t n) {
+      double sum = 0, product = 0;
+      for (int64_t p = n * g_.positions; p < (n + 1) * g_.positions; ++p) {
+        sum += dz_[p];
+        product += dz_[p] * normalized(p);
+      }
+      dbias_[n] = sum;
+      dgamma_[n] = product;
+    });
     double sum = 0, product = 0;
     for (int64_t n = 0; n < g_.batch; ++n) {
       sum += dbias_[n];
@@ -431,7 +439,7 @@ class BackwardPipeline {
     ForEach(parallel_, g_.batch, [&](int64_t n) {
       for (int64_t p = n * g_.positions; p < (n + 1) * g_.positions; ++p) {
         dz_[p] = static_cast<A>(gamma * inverse *
-                                (dz_[p] - sum / count - normalized_[p] * product / count));
+                                (dz_[p] - sum / count - normalized(p) * product / count));
       }
     });
   }
@@ -526,8 +534,9 @@ class BackwardPipeline {
   A* d_position_max_ = nullptr;   // [wave, P]
   A* dkernel_ = nullptr;          // [N, k, k, 2]
   double* dbias_ = nullptr;       // [N]
-  A* normalized_ = nullptr;       // [N, P], with batch norm
+  A* convolved_ = nullptr;        // [N, P], with batch norm
   double* dgamma_ = nullptr;      // [N], with batch norm
+  Moments moments_;               // of convolved_
   int64_t line_size_ = 0, block_size_ = 0, kernel_size_ = 0, scratch_size_ = 0;
   A* scratch_ = nullptr;  // [wave * blocks, scratch_size]
 };

@@ -296,19 +296,7 @@ class ForwardPipeline {
   // From the convolution of every sample to the gate, by the mean and variance over all of them.
   void NormalizeGate(const ForwardArgs& args) {
     A* z = static_cast<A*>(args.spatial_gate);
-    const double count = static_cast<double>(g_.batch * g_.positions);
-    const auto mean_of = [&](auto value) {
-      ForEach(parallel_, g_.batch, [&](int64_t n) {
-        double sum = 0;
-        for (int64_t p = 0; p < g_.positions; ++p) sum += value(z[n * g_.positions + p]);
-        sums_[n] = sum;
-      });
-      double total = 0;
-      for (int64_t n = 0; n < g_.batch; ++n) total += sums_[n];
-      return count > 0 ? total / count : 0.0;
-    };
-    const double mean = mean_of([](A v) { return static_cast<double>(v); });
-    const double variance = mean_of([mean](A v) { return (v - mean) * (v - mean); });
+    const auto [mean, variance] = MomentsOf(parallel_, z, g_.batch, g_.positions, sums_);
     A* statistics = static_cast<A*>(args.batch_statistics);
     statistics[0] = static_cast<A>(mean);
     statistics[1] = static_cast<A>(variance);

@@ -274,6 +274,31 @@ void SumRows(const From* from, int64_t rows, int64_t stride, double scale, Range
   }
 }
 
+// Mean and biased variance of z [batch, positions], in double and in two passes: by samples, then
+// over them in order. `sums` is [batch]. Of no values both are 0.
+struct Moments {
+  double mean = 0, variance = 0;
+};
+template <typename A>
+Moments MomentsOf(const Parallel& parallel, const A* z, int64_t batch, int64_t positions,
+                  double* sums) {
+  const auto mean_of = [&](auto value) {
+    ForEach(parallel, batch, [&](int64_t n) {
+      double sum = 0;
+      for (int64_t p = n * positions; p < (n + 1) * positions; ++p) sum += value(z[p]);
+      sums[n] = sum;
+    });
+    double total = 0;
+    for (int64_t n = 0; n < batch; ++n) total += sums[n];
+    const double count = static_cast<double>(batch * positions);
+    return count > 0 ? total / count : 0.0;
+  };
+  Moments moments;
+  moments.mean = mean_of([](A v) { return static_cast<double>(v); });
+  moments.variance = mean_of([mean = moments.mean](A v) { return (v - mean) * (v - mean); });
+  return moments;
+}
+
 // Cuts `size` columns of work into blocks of whole cache lines; one block where there is little to
 // do.
 struct Blocks {
