@@ -369,6 +369,7 @@ def evaluate(
     y: Array | None = None,
     tie_gate: Array | None = None,
     magnitude: bool = False,
+    dtype: DTypeLike = np.float64,
 ) -> Tensors:
     """What `cbam_ops.testing.Case.evaluate` gives, from this definition.
 
@@ -376,6 +377,7 @@ def evaluate(
       case: of any function.
       tensors: its arguments.
       y: see :func:`backward`, as for `tie_gate` and `magnitude`.
+      dtype: to compute in.
     """
     values = {name: np.asarray(tensor).astype(np.float64) for name, tensor in tensors.items()}
     options = options_of(case)
@@ -383,13 +385,13 @@ def evaluate(
         x, layout = values["x"], options["layout"]
         channel = case.function == "channel_pool"
         absolute = np.abs if magnitude else np.asarray
-        results = (channel_pool if channel else spatial_pool)(absolute(x), layout)
+        results = (channel_pool if channel else spatial_pool)(absolute(x), layout, dtype)
         d = map(absolute, case.cotangents([results[name] for name in case.output_names()]))
         pool_grad = channel_pool_grad if channel else spatial_pool_grad
-        return {**results, **pool_grad(x, *d, layout)}
+        return {**results, **pool_grad(x, *d, layout, dtype)}
     if "gamma" in values:
         values["bias"] = values.pop("beta")
-    results = forward(**values, **options)
+    results = forward(**values, **options, dtype=dtype)
     if "batch_statistics" in results:
         results["mean"], results["variance"] = results["batch_statistics"].reshape(2, 1)
         if magnitude and results["spatial_gate"].size:
@@ -400,7 +402,14 @@ def evaluate(
     cotangents = case.cotangents([results[name] for name in names])
     d = {f"d_{name}": v for name, v in zip(names, cotangents, strict=True) if "gate" in name}
     gradients = backward(
-        dy=cotangents[0], y=y, tie_gate=tie_gate, magnitude=magnitude, **d, **values, **options
+        dy=cotangents[0],
+        y=y,
+        tie_gate=tie_gate,
+        magnitude=magnitude,
+        dtype=dtype,
+        **d,
+        **values,
+        **options,
     )
     if "gamma" in values:
         gradients["dbeta"] = gradients["dbias"]

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 import tensorflow as tf
+from numpy_oracle import evaluate, gradient_magnitudes
 from test_ops import run_python
 
 import cbam_ops
@@ -52,11 +53,10 @@ def instruction_set(request: pytest.FixtureRequest) -> Iterator[str]:
 def test_infinite_weights_of_the_gate(instruction_set, case, infinity, data_format):
     """Fails where a hidden unit that one branch switches off hides 0 times infinity, a NaN."""
     case = case.replace(data_format=data_format)
-    drawn = case.draw()
     kinds = set()
     for unit in range(case.hidden):
-        tensors = dict(drawn)
-        w1 = drawn["w1"].numpy()
+        tensors = case.draw()
+        w1 = tensors["w1"].numpy()
         w1[unit, 5::7] = infinity
         tensors["w1"] = tf.constant(w1)
         truth, stock = truth_and_stock(case, tensors, "call")
@@ -65,6 +65,98 @@ def test_infinite_weights_of_the_gate(instruction_set, case, infinity, data_form
             assert_accurate(*(value.numpy() for value in values), name)
         kinds |= set(np.isnan(truth[1].numpy()[:, 5::7]).ravel())
     assert np.isnan(infinity) or kinds == {True, False}, "the case shows nothing"
+
+
+# --- saturated gates ------------------------------------------------------------------------------
+
+
+def with_bias(tensors: Tensors, name: str, value: float) -> Tensors:
+    bias = tensors[name]
+    return {**tensors, name: bias * 0.25 + tf.cast(value, bias.dtype)}
+
+
+SATURATED = [
+    Case("spatial_attention", size=(4, 8, 9, 32)),
+    Case("spatial_attention", size=(3, 20, 5, 3), kernel_size=7),
+    Case("spatial_attention_with_batch_norm", size=(4, 8, 9, 32)),
+    *(
+        Case("channel_attention", size=(4, 8, 8, 72), hidden=4, options=options(**words))
+        for words in (
+            {},
+            {"pooling": "max"},
+            {"mlp_activation": "relu"},
+            {"mlp_activation": "relu", "pooling": "avg"},
+        )
+    ),
+    Case("channel_attention", size=(4, 8, 8, 72), hidden=4, dtype="bfloat16"),
+    Case("channel_attention", size=(4, 8, 8, 72), hidden=4, dtype="float64"),
+    Case(size=(4, 8, 8, 16), kernel_size=7),
+    Case(size=(4, 8, 8, 16), dtype="float16", options=options(order="parallel")),
+]
+
+
+@pytest.mark.parametrize("logit", [4.0, 7.0, 10.0, 14.0])
+@pytest.mark.parametrize("case", SATURATED, ids=str)
+def test_saturated_gates(instruction_set, case, logit, data_format):
+    """Fails where 1 - gate is a difference from 1, which has lost the digits that count."""
+    case = case.replace(data_format=data_format)
+    tensors = case.draw()
+    if "b1" in tensors:  # added once per branch
+        both = dict(case.options).get("pooling", "avg+max") == "avg+max"
+        tensors = with_bias(tensors, "b1", logit / 2 if both else logit)
+    for name in ("bias", "beta"):
+        if name in tensors:
+            tensors = with_bias(tensors, name, logit)
+    # The reference in float64 is no truth for float64: it takes the difference itself.
+    truth = evaluate(case, tensors, dtype=np.longdouble) if case.dtype == "float64" else None
+    magnitudes = gradient_magnitudes(case, tensors)
+    findings = case.compare(
+        case.evaluate(ops, tensors), tensors, magnitudes=magnitudes, truth=truth
+    )
+    faults = [finding.fault for finding in findings if finding.fault]
+    assert not faults, "\n".join(faults)
+
+
+def test_saturated_gates_do_better_than_stock(instruction_set):
+    """The derivative itself, of gates of which the stock one has at most a dozen bits."""
+    case = Case("spatial_attention", size=(1, 64, 64, 1), kernel_size=1)
+    x = np.linspace(8.0, 16.0, 64 * 64, dtype=np.float32).reshape(case.size)
+    kernel = np.array([0.75, 0.25], np.float32).reshape(1, 1, 2, 1)
+    tensors = {"x": tf.constant(x), "kernel": tf.constant(kernel), "bias": tf.constant([0.0])}
+    truth, stock = truth_and_stock(case, tensors, "gradients")
+    exact = truth["x"].numpy()
+    reached = exact != 0.0  # by a gradient that is not
+    error, stock_error = (
+        np.abs(gradients["x"].numpy()[reached] / exact[reached] - 1.0)
+        for gradients in (case.gradients(ops, tensors), stock)
+    )
+    # dx = dy * (gate + x * gate * (1 - gate)): the second term is up to 3e-3 of the first.
+    assert np.median(error) <= np.median(stock_error)
+    assert error.max() <= stock_error.max()
+
+
+# --- large means ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("function", ["spatial_attention_with_batch_norm", "cbam_with_batch_norm"])
+@pytest.mark.parametrize("kernel_size", [1, 3])
+@pytest.mark.parametrize("offset", [0.0, 1.0, 10.0, 100.0, 1000.0])
+def test_batch_norm_of_descriptors_with_a_large_mean(
+    instruction_set, function, kernel_size, offset, data_format
+):
+    """Fails where a rounded mean moves every centred value of the convolution to one side."""
+    case = Case(
+        function, size=(4, 8, 8, 16), hidden=2, kernel_size=kernel_size, data_format=data_format
+    )
+    for seed in range(3):
+        tensors = case.replace(seed=seed).draw()
+        tensors["x"] = tf.constant(offset + 0.01 * tensors["x"].numpy(), tf.float32)
+        if "w0" in tensors:
+            tensors["w0"] *= 1 / (1 + offset)
+        magnitudes = gradient_magnitudes(case, tensors)
+        findings = case.compare(case.evaluate(ops, tensors), tensors, magnitudes=magnitudes)
+        faults = [finding.fault for finding in findings if finding.name == "dkernel"]
+        assert faults == [""], faults
 
 
 # --- sizes ----------------------------------------------------------------------------------------
@@ -114,3 +206,24 @@ EMPTY_BATCHES = """
 def test_empty_batches_of_huge_maps():
     """Fails (by the process's death) where a workspace is sized for a sample that is not there."""
     assert run_python(EMPTY_BATCHES) == "fine"
+
+
+@pytest.mark.parametrize("data_type", ["float32", "float64"])
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(size=(300, 1, 1, 2), kernel_size=31),
+        Case(size=(70, 2, 3, 2), hidden=1, kernel_size=9),
+        Case("spatial_attention", size=(5, 3, 2, 5), kernel_size=401),
+        Case("spatial_attention", size=(2, 40, 1, 3), kernel_size=7),
+        Case("spatial_attention_with_batch_norm", size=(130, 2, 2, 1), kernel_size=7),
+        Case("spatial_attention_with_batch_norm", size=(3, 1, 37, 4), kernel_size=9),
+        Case("spatial_pool", size=(150, 1, 2, 3)),
+    ],
+    ids=str,
+)
+def test_kernels_larger_than_the_map(instruction_set, case, data_type, data_format):
+    """Fails where a tap that touches padding only is taken for another, or samples share badly."""
+    case = case.replace(dtype=data_type, data_format=data_format)
+    tensors = case.draw()
+    case.check(ops, tensors, magnitudes=gradient_magnitudes(case, tensors))

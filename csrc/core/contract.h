@@ -122,6 +122,7 @@ struct BackwardArgs {
   const void* w1 = nullptr;
   const void* b1 = nullptr;  // optional
   const void* kernel = nullptr;
+  const void* bias = nullptr;   // optional; of the forward pass, by which logits are found again
   const void* gamma = nullptr;  // with batch_norm
   // What the forward pass wrote.
   const void* channel_descriptors = nullptr;

@@ -173,7 +173,6 @@ inline constexpr Output<F> kForwardOutputs[] = {
     {{"batch_statistics", kU, kStatistics, kSpatial}, &F::batch_statistics},
 };
 
-// `bias` is there for the gradient of the gradient, which computes the module anew.
 inline constexpr Input<B> kBackwardInputs[] = {
     {{"x", kT, kMap}, &B::x},
     {{"dy", kT, kMap}, &B::dy},
@@ -183,7 +182,7 @@ inline constexpr Input<B> kBackwardInputs[] = {
     {{"w1", kU, kW1, kChannel}, &B::w1},
     {{"b1", kU, kB1, kChannel, kNullable}, &B::b1},
     {{"kernel", kU, kConvolution, kSpatial}, &B::kernel},
-    {{"bias", kU, kScalar, kSpatial, kNullable}, nullptr},
+    {{"bias", kU, kScalar, kSpatial, kNullable}, &B::bias},
     {{"gamma", kU, kScalar, kSpatial, kWithBatchNorm}, &B::gamma},
     {{"channel_gate", kU, kPerChannel, kChannel}, &B::channel_gate},
     {{"spatial_gate", kU, kPerPosition, kSpatial}, &B::spatial_gate},

@@ -223,6 +223,7 @@ Tensors<double> RunKernels(const Problem& p, const Tensors<double>& inputs, int 
   b.w1 = w1.data();
   b.b1 = b1.data();
   b.kernel = kernel.data();
+  b.bias = bias.data();
   b.gamma = gamma.data();
   b.channel_descriptors = f.channel_descriptors;
   b.channel_gate = f.channel_gate;
@@ -482,15 +483,17 @@ void TestAgainstDefinition() {
 void TestThreads() {
   for (int type = 0; type < 4; ++type) {
     for (const Layout layout : {Layout::kNHWC, Layout::kNCHW}) {
-      for (int gates = 0; gates < 4; ++gates) {
+      for (int number = 0; number < 8; ++number) {
+        const int gates = number / 2;
+        const bool tiny = number % 2 == 1;  // so many samples that they share scratch memory
         Problem p;
         p.dtype = static_cast<DataType>(type);
         p.layout = layout;
         p.module = static_cast<Module>(gates);
-        p.batch = 3;
-        p.height = 19;
-        p.width = 23;
-        p.channels = 37;
+        p.batch = tiny ? 150 : 3;
+        p.height = tiny ? 2 : 19;
+        p.width = tiny ? 1 : 23;
+        p.channels = tiny ? 3 : 37;
         p.hidden = 4;
         p.batch_norm = p.module == Module::kChannelFirst;
         const Tensors<double> inputs = MakeInputs(p, 11);
@@ -644,10 +647,50 @@ void TestSizes() {
   }
 }
 
+// Scratch memory is bounded by what the maps take, or is small, whatever the kernel.
+void TestWorkspace() {
+  struct Row {
+    int64_t n, h, w, c, k;
+    bool batch_norm;
+  };
+  const Row rows[] = {
+      {200000, 1, 1, 2, 7, false}, {200000, 1, 1, 2, 31, false},  {300000, 1, 1, 2, 401, false},
+      {200000, 1, 1, 2, 7, true},  {50000, 2, 2, 2, 31, true},    {20000, 4, 4, 4, 7, false},
+      {4096, 7, 7, 16, 7, false},  {1000, 16, 16, 2, 31, false},  {256, 7, 7, 2048, 7, false},
+      {32, 56, 56, 256, 7, false}, {8, 112, 112, 64, 7, true},    {1, 1024, 1024, 3, 7, false},
+      {2, 300, 300, 2, 401, true}, {1, 1, 1000000, 2, 31, false},
+  };
+  cpu::Parallel parallel;
+  for (const int threads : {1, 4, 16}) {
+    parallel.threads = threads;
+    for (const Row& row : rows) {
+      for (const Layout layout : {Layout::kNHWC, Layout::kNCHW}) {
+        Problem p;
+        p.layout = layout;
+        p.batch = row.n;
+        p.height = row.h;
+        p.width = row.w;
+        p.channels = row.c;
+        p.kernel_size = row.k;
+        p.batch_norm = row.batch_norm;
+        const auto map = static_cast<double>(4 * MapSize(p));
+        for (const auto bytes : {cpu::WorkspaceBytes<ForwardArgs>(p, parallel),
+                                 cpu::WorkspaceBytes<BackwardArgs>(p, parallel)}) {
+          const double most = 16e6 + 12 * map;
+          Expect(static_cast<double>(bytes) <= most,
+                 "workspace of " + Describe(p) + " for " + std::to_string(threads) + " threads: " +
+                     std::to_string(bytes) + " bytes of a map of " + std::to_string(map));
+        }
+      }
+    }
+  }
+}
+
 int RunAll() {
   TestWorkSharing();
   TestStatuses();
   TestSizes();
+  TestWorkspace();
   for (const cpu::InstructionSet set :
        {cpu::InstructionSet::kBaseline, cpu::InstructionSet::kAvx2, cpu::InstructionSet::kAvx512}) {
     if (!cpu::SetInstructionSet(set)) {

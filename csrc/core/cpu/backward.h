@@ -29,6 +29,27 @@ void ShareAmongMaxima(A gradient, A count, A* of_all, A* of_maxima) {
   if (!(count > 0)) *of_all = std::numeric_limits<A>::quiet_NaN();
 }
 
+// Whether a gate is so near to 1 that 1 - gate has lost digits that the logit still has: the
+// derivative is then taken from the logit, which is computed again.
+template <typename A>
+bool IsSaturated(A gate) {
+  return gate > A{0.875};
+}
+template <typename A>
+bool AnySaturated(const A* gates, int64_t count) {
+  bool any = false;
+  for (int64_t i = 0; i < count; ++i) any |= IsSaturated(gates[i]);
+  return any;
+}
+// gradients[i] *= the sigmoid's derivative at its value gates[i], or derivatives[i] where that is
+// saturated.
+template <typename A>
+void MultiplyByDerivative(const A* gates, const A* derivatives, int64_t count, A* gradients) {
+  for (int64_t i = 0; i < count; ++i) {
+    gradients[i] *= IsSaturated(gates[i]) ? derivatives[i] : gates[i] * (A{1} - gates[i]);
+  }
+}
+
 template <typename A>
 class BackwardPipeline {
  public:
@@ -44,6 +65,7 @@ class BackwardPipeline {
     Arena arena(workspace);
     const int64_t n = g_.batch, c = g_.channels, p = g_.positions, h = problem.hidden, w = g_.wave;
     blocks_ = g_.BlocksPerSample(w);
+    block_slots_ = g_.Slots(w * blocks_);
     if (HasChannelGate(problem)) {
       partial_ = arena.Take<A>(w, g_.units, 2, c);
       channel_count_ = arena.Take<A>(w, c);
@@ -57,25 +79,33 @@ class BackwardPipeline {
       }
     }
     if (HasSpatialGate(problem)) {
-      const int64_t k = problem.kernel_size;
       dz_ = arena.Take<A>(problem.batch_norm ? n : w, p);
       d_position_mean_ = arena.Take<A>(w, p);
       d_position_max_ = arena.Take<A>(w, p);
-      dkernel_ = arena.Take<A>(n, k, k, 2);
+      taps_size_ = 2 * (2 * g_.half_rows + 1) * (2 * g_.half_columns + 1);
+      fold_ = std::clamp(kFoldBytes / (taps_size_ * int64_t{sizeof(A)}),
+                         std::min<int64_t>(w, 2 * g_.threads), w);
+      dtaps_ = arena.Take<A>(fold_, taps_size_);
+      dtaps_total_ = arena.Take<double>(std::min<int64_t>(n, 1), taps_size_);
       dbias_ = arena.Take<double>(n);
       if (problem.batch_norm) {
         convolved_ = arena.Take<A>(n, p);
         dgamma_ = arena.Take<double>(n);
       }
       line_size_ = RoundUp(g_.width, dense_.lanes);
-      block_size_ = PaddedPlane<A>::Size(g_, dense_.lanes, LargestBlock() + 2 * g_.half) +  // dz
-                    2 * g_.step_rows * g_.width +  // dot, count of a step
-                    LargestBlock() * g_.width +    // count of own rows
-                    2 * line_size_;                // a row of da_s, dm_s
-      kernel_size_ =
-          3 * PaddedPlane<A>::Size(g_, dense_.lanes, g_.height + 2 * g_.half) + line_size_;
-      scratch_size_ = RoundUp(std::max(block_size_, CeilDiv(kernel_size_, blocks_)), 64);
-      scratch_ = arena.Take<A>(w, blocks_, scratch_size_);
+      const auto plane_size = [&](int64_t rows) {
+        return PaddedPlane<A>::Size(g_, dense_.lanes, rows + 2 * g_.half_rows);
+      };
+      block_size_ = RoundUp(plane_size(LargestBlock()) +       // dz
+                                2 * g_.step_rows * g_.width +  // dot, count of a step
+                                LargestBlock() * g_.width +    // count of own rows
+                                2 * line_size_ +               // a row of da_s, dm_s
+                                line_size_ +  // of the logits, and planes for those of a step
+                                2 * plane_size(g_.step_rows),
+                            64);
+      sample_size_ = RoundUp(3 * plane_size(g_.height) + line_size_, 64);
+      sample_slots_ = g_.Slots(w);
+      scratch_ = arena.Take<A>(std::max(block_slots_ * block_size_, sample_slots_ * sample_size_));
     }
     bytes_ = arena.bytes();
   }
@@ -94,8 +124,9 @@ class BackwardPipeline {
       ConvolveAll(args);
       for (int64_t first = 0; first < g_.batch; first += g_.wave)
         PositionsOfWave(args, first, true);
-      BackwardThroughBatchNorm(args);
+      BackwardThroughBatchNorm();
     }
+    if (HasSpatialGate(problem_)) std::fill_n(dtaps_total_, taps_size_, 0.0);
     for (int64_t first = 0; first < g_.batch; first += g_.wave) {
       const int64_t samples = std::min(g_.wave, g_.batch - first);
       PositionsOfWave(args, first, false);
@@ -121,6 +152,26 @@ class BackwardPipeline {
   }
   const A* SpatialDescriptorsOf(const BackwardArgs& args, int64_t n) const {
     return static_cast<const A*>(args.spatial_descriptors) + n * 2 * g_.positions;
+  }
+  Taps<A> TapsOf(const BackwardArgs& args) const {
+    return {static_cast<const A*>(args.kernel), problem_.kernel_size, g_.half_rows,
+            g_.half_columns};
+  }
+  A BiasOf(const BackwardArgs& args) const {
+    return args.bias == nullptr ? A{0} : *static_cast<const A*>(args.bias);
+  }
+  // The descriptors of sample n for the convolution at `rows`: row 0 of the planes is g_.half_rows
+  // above the first.
+  void DescriptorPlanes(const BackwardArgs& args, int64_t n, Range rows, A* memory,
+                        Plane<A>* planes) const {
+    const int64_t first = rows.begin - g_.half_rows, size = rows.size() + 2 * g_.half_rows;
+    const Range inside{std::max<int64_t>(0, first), std::min(g_.height, rows.end + g_.half_rows)};
+    for (int q = 0; q < 2; ++q) {
+      planes[q] = PaddedPlane<A>::Make(g_, dense_.lanes, size,
+                                       memory + q * PaddedPlane<A>::Size(g_, dense_.lanes, size));
+      CopyRows(SpatialDescriptorsOf(args, n) + q * g_.positions + inside.begin * g_.width, g_.width,
+               inside.size(), planes[q], inside.begin - first);
+    }
   }
   A* DzOf(int64_t first, int64_t n) const {
     return dz_ + (problem_.batch_norm ? n : n - first) * g_.positions;
@@ -156,11 +207,11 @@ class BackwardPipeline {
                   const_cast<void*>(g_.At(dy_, n)));
       });
     }
-    ForEach(parallel_, samples * blocks_, [&](int64_t task) {
+    ForEachWithSlot(parallel_, samples * blocks_, block_slots_, [&](int64_t task, int64_t slot) {
       const int64_t n = first + task / blocks_;
       const Range rows = g_.BlockRows(task % blocks_, blocks_);
       if (HasSpatialGate(problem_)) {
-        SpatialBlock(args, first, n, rows, gate_only, scratch_ + task * scratch_size_);
+        SpatialBlock(args, first, n, rows, gate_only, scratch_ + slot * block_size_);
       } else {
         ChannelPartials(args, first, n, g_.UnitsOfRows(rows));
       }
@@ -171,14 +222,15 @@ class BackwardPipeline {
                     A* scratch) {
     const int64_t w = g_.width;
     const bool dz_is_there = problem_.batch_norm && !gate_only;
-    const int64_t plane_rows = rows.size() + 2 * g_.half;
+    const int64_t plane_rows = rows.size() + 2 * g_.half_rows;
     const Plane<A> plane = PaddedPlane<A>::Make(g_, dense_.lanes, plane_rows, scratch);
-    A* step = scratch + PaddedPlane<A>::Size(g_, dense_.lanes, LargestBlock() + 2 * g_.half);
+    A* step = scratch + PaddedPlane<A>::Size(g_, dense_.lanes, LargestBlock() + 2 * g_.half_rows);
     A* own_count = step + 2 * g_.step_rows * w;
     A* line_mean = own_count + LargestBlock() * w;
     A* line_max = line_mean + line_size_;
-    const int64_t first_row = rows.begin - g_.half;
-    const int64_t halo = gate_only ? 0 : g_.half;
+    A* logits = line_max + line_size_;
+    const int64_t first_row = rows.begin - g_.half_rows;
+    const int64_t halo = gate_only ? 0 : g_.half_rows;
 
     int64_t ready = std::max<int64_t>(0, rows.begin - halo);
     const int64_t last = std::min(g_.height, rows.end + halo);
@@ -189,7 +241,6 @@ class BackwardPipeline {
         const bool own = ready >= rows.begin && ready < rows.end;
         const int64_t limit = own ? rows.end : ready < rows.begin ? rows.begin : last;
         const int64_t stop = std::min(limit, ready + g_.step_rows);
-        const int64_t count = (stop - ready) * w;
         A* dz = own || dz_is_there ? DzOf(first, n) + ready * w : step;
         A* ties = own ? own_count + (ready - rows.begin) * w : step + g_.step_rows * w;
         if (!dz_is_there || own) {
@@ -199,15 +250,14 @@ class BackwardPipeline {
                                   ChannelGateOf(args, n),
                                   SpatialDescriptorsOf(args, n) + g_.positions + ready * w,
                                   g_.RowPositions({ready, stop}), dot, ties);
-          if (!dz_is_there) ThroughSigmoid(args, n, ready * w, count, dz);
+          if (!dz_is_there) ThroughSigmoid(args, n, {ready, stop}, logits, dz);
         }
         if (!gate_only) CopyRows(dz, w, stop - ready, plane, ready - first_row);
         ready = stop;
       }
       if (gate_only) continue;
       for (int64_t r = row; r < end; ++r) {
-        dense_.convolve_row_transposed(plane, r - first_row, w, problem_.kernel_size,
-                                       static_cast<const A*>(args.kernel), line_mean, line_max);
+        dense_.convolve_row_transposed(plane, r - first_row, w, TapsOf(args), line_mean, line_max);
         A* d_mean = d_position_mean_ + (n - first) * g_.positions + r * w;
         A* d_max = d_position_max_ + (n - first) * g_.positions + r * w;
         const A* ties = own_count + (r - rows.begin) * w;
@@ -226,14 +276,36 @@ class BackwardPipeline {
     }
   }
 
-  // dz = (t + what reaches the gate otherwise) * g (1 - g), in place of t.
-  void ThroughSigmoid(const BackwardArgs& args, int64_t n, int64_t p, int64_t count, A* dz) const {
-    const A* gate = SpatialGateOf(args, n) + p;
+  // dz = (t + what reaches the gate otherwise) * g (1 - g), in place of t, over rows of sample n.
+  void ThroughSigmoid(const BackwardArgs& args, int64_t n, Range rows, A* scratch, A* dz) const {
+    const Range positions = g_.RowPositions(rows);
+    const A* gate = SpatialGateOf(args, n) + positions.begin;
     if (args.d_spatial_gate != nullptr) {
-      const A* more = static_cast<const A*>(args.d_spatial_gate) + n * g_.positions + p;
-      for (int64_t i = 0; i < count; ++i) dz[i] += more[i];
+      const A* more =
+          static_cast<const A*>(args.d_spatial_gate) + n * g_.positions + positions.begin;
+      for (int64_t i = 0; i < positions.size(); ++i) dz[i] += more[i];
     }
-    for (int64_t i = 0; i < count; ++i) dz[i] *= gate[i] * (A{1} - gate[i]);
+    if (!AnySaturated(gate, positions.size())) {
+      for (int64_t i = 0; i < positions.size(); ++i) dz[i] *= gate[i] * (A{1} - gate[i]);
+      return;
+    }
+    A* line = scratch;
+    Plane<A> planes[2] = {};
+    if (!problem_.batch_norm) DescriptorPlanes(args, n, rows, scratch + line_size_, planes);
+    for (int64_t r = rows.begin; r < rows.end; ++r) {
+      if (problem_.batch_norm) {
+        const A* convolved = convolved_ + n * g_.positions + r * g_.width;
+        for (int64_t i = 0; i < g_.width; ++i) {
+          line[i] = static_cast<A>(gamma_ * Normalized(convolved[i]) + BiasOf(args));
+        }
+      } else {
+        dense_.convolve_row(planes, r - rows.begin + g_.half_rows, g_.width, TapsOf(args),
+                            BiasOf(args), line);
+      }
+      dense_.sigmoid_derivative(line, g_.width, line);
+      const int64_t p = (r - rows.begin) * g_.width;
+      MultiplyByDerivative(gate + p, line, g_.width, dz + p);
+    }
   }
 
   void ChannelPartials(const BackwardArgs& args, int64_t first, int64_t n, Range units) {
@@ -247,23 +319,31 @@ class BackwardPipeline {
     }
   }
 
-  // Per sample of the wave: the units' partial sums, through the channel gate's sigmoid; and the
+  // Per sample of the wave: the units' partial sums, which are the channel gate's gradient; and the
   // convolution kernel's gradient.
   void Reductions(const BackwardArgs& args, int64_t first, int64_t samples) {
-    const int64_t channel_tasks = HasChannelGate(problem_) ? samples : 0;
-    const int64_t kernel_tasks = HasSpatialGate(problem_) ? samples : 0;
-    ForEach(parallel_, channel_tasks + kernel_tasks, [&](int64_t task) {
-      if (task < kernel_tasks) {
-        KernelGradient(args, first, first + task, scratch_ + task * blocks_ * scratch_size_);
-      } else {
-        CombineChannels(args, first, first + task - kernel_tasks);
+    int64_t begin = 0;
+    do {
+      const int64_t channel_tasks = HasChannelGate(problem_) && begin == 0 ? samples : 0;
+      const int64_t kernels = HasSpatialGate(problem_) ? std::min(fold_, samples - begin) : 0;
+      const int64_t runs = std::min(kernels, sample_slots_);
+      ForEach(parallel_, runs + channel_tasks, [&](int64_t task) {
+        if (task >= runs) return CombineChannels(args, first, first + task - runs);
+        for (int64_t i = kernels * task / runs; i < kernels * (task + 1) / runs; ++i) {
+          KernelGradient(args, first, first + begin + i, scratch_ + task * sample_size_,
+                         dtaps_ + i * taps_size_);
+        }
+      });
+      for (int64_t i = 0; i < kernels; ++i) {  // in the order of samples, in double
+        for (int64_t j = 0; j < taps_size_; ++j)
+          dtaps_total_[j] += static_cast<double>(dtaps_[i * taps_size_ + j]);
       }
-    });
+      begin += kernels;
+    } while (HasSpatialGate(problem_) && begin < samples);
   }
 
   void CombineChannels(const BackwardArgs& args, int64_t first, int64_t n) {
     const int64_t c = g_.channels;
-    const A* gate = ChannelGateOf(args, n);
     const A* more = args.d_channel_gate == nullptr
                         ? nullptr
                         : static_cast<const A*>(args.d_channel_gate) + n * c;
@@ -274,13 +354,13 @@ class BackwardPipeline {
         [](double a, double b) { return a + b; },
         [&](int64_t i, double dot, double count) {
           if (more != nullptr) dot += static_cast<double>(more[i]);
-          dz[i] = static_cast<A>(dot) * gate[i] * (A{1} - gate[i]);
+          dz[i] = static_cast<A>(dot);
           ties[i] = static_cast<A>(count);
         });
   }
 
-  // From dz, the gradient of the gate's logits, to the descriptors'. Leaves in d_channel_ what pass
-  // C adds to every position and to those that attain the maximum.
+  // From dz, the gradient of the gate, by that of its logits to the descriptors'. Leaves in
+  // d_channel_ what pass C adds to every position and to those that attain the maximum.
   void ThroughMlp(const BackwardArgs& args, int64_t first, int64_t samples) {
     const int64_t c = g_.channels, h = problem_.hidden;
     const Mlp<A> mlp{problem_,
@@ -295,29 +375,68 @@ class BackwardPipeline {
     A* dz[2] = {dz_channel_[0] + first * c, dz_channel_[1] + first * c};
     const bool relu = problem_.mlp_activation == Activation::kRelu;
 
+    const bool meet_early = mlp.IsUsed(0) && mlp.IsUsed(1) && !relu;
+    A* const hidden_sum = d_hidden_[0] + first * h;  // as in the forward pass; free until later
     const Blocks hidden_blocks = mlp.HiddenBlocks(samples);
-    ForEach(parallel_, hidden_blocks.count,
-            [&](int64_t i) { mlp.HiddenBlock(descriptors, samples, hidden_blocks.At(i), hidden); });
+    ForEach(parallel_, hidden_blocks.count, [&](int64_t i) {
+      const Range columns = hidden_blocks.At(i);
+      mlp.HiddenBlock(descriptors, samples, columns, hidden);
+      for (int64_t s = 0; meet_early && s < samples; ++s) {
+        for (int64_t j = s * h + columns.begin; j < s * h + columns.end; ++j)
+          hidden_sum[j] = hidden[0][j] + hidden[1][j];
+      }
+    });
 
+    const A* gate = ChannelGateOf(args, first);
     const Blocks channel_blocks = mlp.ChannelBlocks(samples);
-    if (relu) {
-      // The second activation's mask differs between the mean's and the maximum's branch. Its
-      // argument goes to d_channel_, which is free until the end.
-      ForEach(parallel_, channel_blocks.count, [&](int64_t i) {
-        const Range columns = channel_blocks.At(i);
+    ForEach(parallel_, channel_blocks.count, [&](int64_t i) {
+      const Range columns = channel_blocks.At(i);
+      bool saturated = false;
+      for (int64_t s = 0; s < samples; ++s)
+        saturated |= AnySaturated(gate + s * c + columns.begin, columns.size());
+      // Both branches' logits, or their sum, go to d_channel_, which is free until the end.
+      if (meet_early && saturated) {
+        mlp.OutputBlock(hidden_sum, samples, columns, Activation::kNone, d_channel_[0]);
+      } else if (relu || saturated) {
         for (int q = 0; q < 2; ++q) {
           if (mlp.IsUsed(q))
             mlp.OutputBlock(hidden[q], samples, columns, Activation::kNone, d_channel_[q]);
         }
-        for (int64_t s = 0; s < samples; ++s) {
-          for (int64_t j = s * c + columns.begin; j < s * c + columns.end; ++j) {
-            const A gradient = dz[0][j];
-            for (int q = 0; q < 2; ++q)
-              dz[q][j] = mlp.IsUsed(q) ? gradient * static_cast<A>(d_channel_[q][j] > 0) : A{0};
+      }
+      const auto logit = [&](int64_t row, int64_t column) {
+        const int64_t j = row + column;
+        if (meet_early) return d_channel_[0][j] + (mlp.b1 == nullptr ? A{0} : mlp.b1[column]);
+        A sum{0};
+        for (int q = 0; q < 2; ++q) {
+          if (mlp.IsUsed(q)) sum += relu ? std::max(d_channel_[q][j], A{0}) : d_channel_[q][j];
+        }
+        return sum;
+      };
+      for (int64_t s = 0; s < samples; ++s) {
+        constexpr int64_t kColumns = 64;
+        for (int64_t begin = columns.begin; begin < columns.end; begin += kColumns) {
+          const int64_t end = std::min(columns.end, begin + kColumns);
+          A derivatives[kColumns];
+          if (saturated) {
+            for (int64_t j = begin; j < end; ++j) derivatives[j - begin] = logit(s * c, j);
+            dense_.sigmoid_derivative(derivatives, end - begin, derivatives);
+          }
+          for (int64_t j = begin; j < end; ++j) {
+            const A g = gate[s * c + j];
+            A& gradient = dz[0][s * c + j];
+            gradient = saturated && IsSaturated(g) ? gradient * derivatives[j - begin]
+                                                   : gradient * g * (A{1} - g);
           }
         }
-      });
-    }
+        if (!relu) continue;
+        // The second activation's mask differs between the mean's and the maximum's branch.
+        for (int64_t j = s * c + columns.begin; j < s * c + columns.end; ++j) {
+          const A gradient = dz[0][j];
+          for (int q = 0; q < 2; ++q)
+            dz[q][j] = mlp.IsUsed(q) ? gradient * static_cast<A>(d_channel_[q][j] > 0) : A{0};
+        }
+      }
+    });
 
     ForEach(parallel_, hidden_blocks.count, [&](int64_t i) {
       const Range columns = hidden_blocks.At(i);
@@ -367,19 +486,17 @@ class BackwardPipeline {
     });
   }
 
-  void KernelGradient(const BackwardArgs& args, int64_t first, int64_t n, A* scratch) {
-    const int64_t size = PaddedPlane<A>::Size(g_, dense_.lanes, g_.height + 2 * g_.half);
-    const int64_t rows = g_.height + 2 * g_.half;
+  void KernelGradient(const BackwardArgs& args, int64_t first, int64_t n, A* scratch,
+                      A* dtaps) const {
+    const int64_t rows = g_.height + 2 * g_.half_rows;
+    const int64_t size = PaddedPlane<A>::Size(g_, dense_.lanes, rows);
     Plane<A> planes[3];
-    for (int q = 0; q < 3; ++q) {
-      const A* from = q < 2 ? SpatialDescriptorsOf(args, n) + q * g_.positions : DzOf(first, n);
-      planes[q] = PaddedPlane<A>::Make(g_, dense_.lanes, rows, scratch + q * size);
-      CopyRows(from, g_.width, g_.height, planes[q], g_.half);
-      planes[q].data += g_.half * planes[q].stride;
-    }
-    const int64_t k2 = 2 * problem_.kernel_size * problem_.kernel_size;
-    dense_.convolution_kernel_gradient(planes, planes[2], g_.height, g_.width, problem_.kernel_size,
-                                       dkernel_ + n * k2);
+    DescriptorPlanes(args, n, {0, g_.height}, scratch, planes);
+    planes[2] = PaddedPlane<A>::Make(g_, dense_.lanes, rows, scratch + 2 * size);
+    CopyRows(DzOf(first, n), g_.width, g_.height, planes[2], g_.half_rows);
+    for (Plane<A>& plane : planes) plane.data += g_.half_rows * plane.stride;
+    dense_.convolution_kernel_gradient(planes, planes[2], g_.height, g_.width, g_.half_rows,
+                                       g_.half_columns, dtaps);
     if (!problem_.batch_norm) {
       double sum = 0;
       for (int64_t p = 0; p < g_.positions; ++p) sum += DzOf(first, n)[p];
@@ -391,41 +508,32 @@ class BackwardPipeline {
   // pass wrote are rounded, and a mean that is off by half a unit in the last place moves every
   // centred value to the same side.
   void ConvolveAll(const BackwardArgs& args) {
-    const int64_t rows = g_.height + 2 * g_.half;
+    const int64_t rows = g_.height + 2 * g_.half_rows;
     const int64_t size = PaddedPlane<A>::Size(g_, dense_.lanes, rows);
-    // Scratch is for a wave's tasks at a time.
-    for (int64_t first = 0; first < g_.batch; first += g_.wave) {
-      ForEach(parallel_, std::min(g_.wave, g_.batch - first), [&](int64_t s) {
-        const int64_t n = first + s;
-        A* scratch = scratch_ + s * blocks_ * scratch_size_;
-        Plane<A> planes[2];
-        for (int q = 0; q < 2; ++q) {
-          planes[q] = PaddedPlane<A>::Make(g_, dense_.lanes, rows, scratch + q * size);
-          CopyRows(SpatialDescriptorsOf(args, n) + q * g_.positions, g_.width, g_.height, planes[q],
-                   g_.half);
-        }
-        A* line = scratch + 3 * size;
-        for (int64_t r = 0; r < g_.height; ++r) {
-          dense_.convolve_row(planes, r + g_.half, g_.width, problem_.kernel_size,
-                              static_cast<const A*>(args.kernel), A{0}, line);
-          std::copy(line, line + g_.width, convolved_ + n * g_.positions + r * g_.width);
-        }
-      });
-    }
+    ForEachWithSlot(parallel_, g_.batch, sample_slots_, [&](int64_t n, int64_t slot) {
+      A* scratch = scratch_ + slot * sample_size_;
+      Plane<A> planes[2];
+      DescriptorPlanes(args, n, {0, g_.height}, scratch, planes);
+      A* line = scratch + 3 * size;
+      for (int64_t r = 0; r < g_.height; ++r) {
+        dense_.convolve_row(planes, r + g_.half_rows, g_.width, TapsOf(args), A{0}, line);
+        std::copy(line, line + g_.width, convolved_ + n * g_.positions + r * g_.width);
+      }
+    });
     moments_ = MomentsOf(parallel_, convolved_, g_.batch, g_.positions, dbias_);
+    inverse_deviation_ = 1.0 / std::sqrt(moments_.variance + problem_.epsilon);
+    gamma_ = *static_cast<const A*>(args.gamma);
   }
+  double Normalized(A convolved) const { return (convolved - moments_.mean) * inverse_deviation_; }
 
   // dz_ holds the gradient of the normalised and scaled convolution; turns it into the
   // convolution's.
-  void BackwardThroughBatchNorm(const BackwardArgs& args) {
-    const double inverse = 1.0 / std::sqrt(moments_.variance + problem_.epsilon);
-    const double gamma = *static_cast<const A*>(args.gamma);
-    const auto normalized = [&](int64_t p) { return (convolved_[p] - moments_.mean) * inverse; };
+  void BackwardThroughBatchNorm() {
     ForEach(parallel_, g_.batch, [&](int64_t n) {
       double sum = 0, product = 0;
       for (int64_t p = n * g_.positions; p < (n + 1) * g_.positions; ++p) {
         sum += dz_[p];
-        product += dz_[p] * normalized(p);
+        product += dz_[p] * Normalized(convolved_[p]);
       }
       dbias_[n] = sum;
       dgamma_[n] = product;
@@ -438,8 +546,9 @@ class BackwardPipeline {
     const double count = static_cast<double>(g_.batch * g_.positions);
     ForEach(parallel_, g_.batch, [&](int64_t n) {
       for (int64_t p = n * g_.positions; p < (n + 1) * g_.positions; ++p) {
-        dz_[p] = static_cast<A>(gamma * inverse *
-                                (dz_[p] - sum / count - normalized(p) * product / count));
+        dz_[p] =
+            static_cast<A>(gamma_ * inverse_deviation_ *
+                           (dz_[p] - sum / count - Normalized(convolved_[p]) * product / count));
       }
     });
   }
@@ -474,8 +583,14 @@ class BackwardPipeline {
 
   void WeightGradients(const BackwardArgs& args) {
     if (HasSpatialGate(problem_)) {
-      const int64_t k2 = 2 * problem_.kernel_size * problem_.kernel_size;
-      SumRows(dkernel_, g_.batch, k2, 1.0, {0, k2}, static_cast<A*>(args.dkernel));
+      A* dkernel = static_cast<A*>(args.dkernel);
+      std::fill_n(dkernel, 2 * problem_.kernel_size * problem_.kernel_size, A{0});
+      const int64_t row_size = 2 * (2 * g_.half_columns + 1);
+      for (int64_t i = -g_.half_rows; i <= g_.half_rows; ++i) {
+        const double* from = dtaps_total_ + (i + g_.half_rows) * row_size;
+        A* to = dkernel + (TapsOf(args).At(i, -g_.half_columns) - TapsOf(args).kernel);
+        for (int64_t j = 0; j < row_size; ++j) to[j] = static_cast<A>(from[j]);
+      }
       SumRows(dbias_, g_.batch, 1, 1.0, {0, 1}, static_cast<A*>(args.dbias));
       if (problem_.batch_norm)
         SumRows(dgamma_, g_.batch, 1, 1.0, {0, 1}, static_cast<A*>(args.dgamma));
@@ -516,6 +631,9 @@ class BackwardPipeline {
   const Module module_;
   const Geometry g_;
   const bool stream_;
+  // Samples' gradients of the convolution kernel that wait to be added up.
+  static constexpr int64_t kFoldBytes = int64_t{4} << 20;
+
   size_t bytes_ = 0;
   int64_t blocks_ = 1;
   const void* dy_ = nullptr;
@@ -529,16 +647,21 @@ class BackwardPipeline {
   A* dz_channel_[2] = {};       // [N, C], one tensor unless the MLP ends in an activation
 
   // For the spatial gate.
-  A* dz_ = nullptr;               // [wave, P], with batch norm [N, P]
-  A* d_position_mean_ = nullptr;  // [wave, P]
-  A* d_position_max_ = nullptr;   // [wave, P]
-  A* dkernel_ = nullptr;          // [N, k, k, 2]
-  double* dbias_ = nullptr;       // [N]
-  A* convolved_ = nullptr;        // [N, P], with batch norm
-  double* dgamma_ = nullptr;      // [N], with batch norm
-  Moments moments_;               // of convolved_
-  int64_t line_size_ = 0, block_size_ = 0, kernel_size_ = 0, scratch_size_ = 0;
-  A* scratch_ = nullptr;  // [wave * blocks, scratch_size]
+  A* dz_ = nullptr;                // [wave, P], with batch norm [N, P]
+  A* d_position_mean_ = nullptr;   // [wave, P]
+  A* d_position_max_ = nullptr;    // [wave, P]
+  A* dtaps_ = nullptr;             // [fold, taps that touch the map, 2]
+  double* dtaps_total_ = nullptr;  // [taps that touch the map, 2]
+  double* dbias_ = nullptr;        // [N]
+  A* convolved_ = nullptr;         // [N, P], with batch norm
+  double* dgamma_ = nullptr;       // [N], with batch norm
+  Moments moments_;                // of convolved_
+  double inverse_deviation_ = 0, gamma_ = 0;
+  int64_t taps_size_ = 0, fold_ = 0;
+  int64_t line_size_ = 0;
+  // Scratch of a task on a block or on a sample.
+  int64_t block_size_ = 0, block_slots_ = 0, sample_size_ = 0, sample_slots_ = 0;
+  A* scratch_ = nullptr;
 };
 
 // What takes which arguments (kernels.cc).

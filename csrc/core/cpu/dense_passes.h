@@ -162,21 +162,30 @@ CBAM_INLINE VF ExpOfNegative(VF x) {
   return (VF)((U)p + (((U)shifted - (U)magic) << 23));
 }
 
-// 1 / (1 + exp(-z)), by exp(-|z|) so that neither end overflows; exactly 0 and 1 far out, NaN kept.
-CBAM_INLINE VF SigmoidOf(VF z) {
+// exp(-|z|), so that neither end overflows; exactly 0 far out. Of a NaN anything.
+CBAM_INLINE VF ExpOfMinusMagnitude(VF z) {
   const VF magnitude = (VF)((Simd<float>::I)z & 0x7fffffff);
   const auto far = magnitude > 87.3f;
-  const VF e = Where(~far, ExpOfNegative(-Select(far, VF{}, magnitude)));
-  const VF sigmoid = Select(z < 0.0f, e, Splat(1.0f)) / (1.0f + e);
+  return Where(~far, ExpOfNegative(-Select(far, VF{}, magnitude)));
+}
+CBAM_INLINE VD ExpOfMinusMagnitude(VD z) {
+  VD e{};
+  for (int64_t i = 0; i < Simd<double>::kLanes; ++i) e[i] = __builtin_exp(z[i] < 0 ? z[i] : -z[i]);
+  return e;
+}
+
+// 1 / (1 + exp(-z)); exactly 0 and 1 far out, NaN kept.
+template <typename V>
+CBAM_INLINE V SigmoidOf(V z) {
+  const V e = ExpOfMinusMagnitude(z);
+  const V sigmoid = Select(z < 0, e, V{} + 1) / (1 + e);
   return Select(z != z, z, sigmoid);
 }
-CBAM_INLINE VD SigmoidOf(VD z) {
-  VD sigmoid{};
-  for (int64_t i = 0; i < Simd<double>::kLanes; ++i) {
-    const double e = __builtin_exp(z[i] < 0 ? z[i] : -z[i]);
-    sigmoid[i] = (z[i] < 0 ? e : 1.0) / (1.0 + e);
-  }
-  return sigmoid;
+// sigmoid * (1 - sigmoid), without the difference.
+template <typename V>
+CBAM_INLINE V SigmoidDerivativeOf(V z) {
+  const V e = ExpOfMinusMagnitude(z);
+  return Select(z != z, z, e / ((1 + e) * (1 + e)));
 }
 
 template <typename A>
@@ -187,6 +196,14 @@ void Sigmoid(const A* in, int64_t count, A* out) {
   if (i < count) StoreFirst(out + i, SigmoidOf(LoadFirst(in + i, count - i)), count - i);
 }
 
+template <typename A>
+void SigmoidDerivative(const A* in, int64_t count, A* out) {
+  constexpr int64_t kLanes = Simd<A>::kLanes;
+  int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) Store(out + i, SigmoidDerivativeOf(Load(in + i)));
+  if (i < count) StoreFirst(out + i, SigmoidDerivativeOf(LoadFirst(in + i, count - i)), count - i);
+}
+
 // --- Convolution ---
 
 // Rows are padded with zeros to whole vectors and beyond, and outputs to whole vectors, so there
@@ -194,7 +211,7 @@ void Sigmoid(const A* in, int64_t count, A* out) {
 // the additions.
 template <int kVectors, typename A>
 CBAM_INLINE void ConvolveVectors(const Plane<A>* planes, int64_t row, int64_t w,
-                                 int64_t kernel_size, const A* kernel, A bias, A* out) {
+                                 const Taps<A>& taps, A bias, A* out) {
   using V = typename Simd<A>::V;
   constexpr int64_t kLanes = Simd<A>::kLanes;
   V sum[2][kVectors];
@@ -202,13 +219,13 @@ CBAM_INLINE void ConvolveVectors(const Plane<A>* planes, int64_t row, int64_t w,
     sum[0][v] = Splat<A>(bias);
     sum[1][v] = V{};
   }
-  const int64_t half = kernel_size / 2;
-  for (int64_t i = 0; i < kernel_size; ++i) {
-    const A* line[2] = {planes[0].data + (row + i - half) * planes[0].stride + w - half,
-                        planes[1].data + (row + i - half) * planes[1].stride + w - half};
-    for (int64_t j = 0; j < kernel_size; ++j) {
+  for (int64_t i = -taps.half_rows; i <= taps.half_rows; ++i) {
+    const A* line[2] = {planes[0].data + (row + i) * planes[0].stride + w,
+                        planes[1].data + (row + i) * planes[1].stride + w};
+    const A* weights = taps.At(i, -taps.half_columns);
+    for (int64_t j = -taps.half_columns; j <= taps.half_columns; ++j, weights += 2) {
       for (int q = 0; q < 2; ++q) {
-        const V weight = Splat<A>(kernel[(i * kernel_size + j) * 2 + q]);
+        const V weight = Splat<A>(weights[q]);
         for (int v = 0; v < kVectors; ++v)
           sum[q][v] = Fma(weight, Load(line[q] + j + v * kLanes), sum[q][v]);
       }
@@ -218,28 +235,27 @@ CBAM_INLINE void ConvolveVectors(const Plane<A>* planes, int64_t row, int64_t w,
 }
 
 template <typename A>
-void ConvolveRow(const Plane<A>* planes, int64_t row, int64_t width, int64_t kernel_size,
-                 const A* kernel, A bias, A* out) {
+void ConvolveRow(const Plane<A>* planes, int64_t row, int64_t width, const Taps<A>& taps, A bias,
+                 A* out) {
   constexpr int64_t kLanes = Simd<A>::kLanes;
   int64_t w = 0;
   for (; w + 3 * kLanes < width; w += 4 * kLanes)
-    ConvolveVectors<4>(planes, row, w, kernel_size, kernel, bias, out);
-  for (; w < width; w += kLanes) ConvolveVectors<1>(planes, row, w, kernel_size, kernel, bias, out);
+    ConvolveVectors<4>(planes, row, w, taps, bias, out);
+  for (; w < width; w += kLanes) ConvolveVectors<1>(planes, row, w, taps, bias, out);
 }
 
 template <int kVectors, typename A>
 CBAM_INLINE void ConvolveVectorsTransposed(const Plane<A>& plane, int64_t row, int64_t w,
-                                           int64_t kernel_size, const A* kernel, A* out_mean,
-                                           A* out_max) {
+                                           const Taps<A>& taps, A* out_mean, A* out_max) {
   using V = typename Simd<A>::V;
   constexpr int64_t kLanes = Simd<A>::kLanes;
   V sum[2][kVectors] = {};
-  const int64_t half = kernel_size / 2;
-  for (int64_t i = 0; i < kernel_size; ++i) {
-    const A* line = plane.data + (row - i + half) * plane.stride + w + half;
-    for (int64_t j = 0; j < kernel_size; ++j) {
-      const V mean_weight = Splat<A>(kernel[(i * kernel_size + j) * 2]);
-      const V max_weight = Splat<A>(kernel[(i * kernel_size + j) * 2 + 1]);
+  for (int64_t i = -taps.half_rows; i <= taps.half_rows; ++i) {
+    const A* line = plane.data + (row - i) * plane.stride + w;
+    const A* weights = taps.At(i, -taps.half_columns);
+    for (int64_t j = -taps.half_columns; j <= taps.half_columns; ++j, weights += 2) {
+      const V mean_weight = Splat<A>(weights[0]);
+      const V max_weight = Splat<A>(weights[1]);
       for (int v = 0; v < kVectors; ++v) {
         const V value = Load(line - j + v * kLanes);
         sum[0][v] = Fma(mean_weight, value, sum[0][v]);
@@ -254,15 +270,14 @@ CBAM_INLINE void ConvolveVectorsTransposed(const Plane<A>& plane, int64_t row, i
 }
 
 template <typename A>
-void ConvolveRowTransposed(const Plane<A>& plane, int64_t row, int64_t width, int64_t kernel_size,
-                           const A* kernel, A* out_mean, A* out_max) {
+void ConvolveRowTransposed(const Plane<A>& plane, int64_t row, int64_t width, const Taps<A>& taps,
+                           A* out_mean, A* out_max) {
   constexpr int64_t kLanes = Simd<A>::kLanes;
   int64_t w = 0;
-  for (; w + 3 * kLanes < width; w += 4 * kLanes) {
-    ConvolveVectorsTransposed<4>(plane, row, w, kernel_size, kernel, out_mean, out_max);
-  }
+  for (; w + 3 * kLanes < width; w += 4 * kLanes)
+    ConvolveVectorsTransposed<4>(plane, row, w, taps, out_mean, out_max);
   for (; w < width; w += kLanes)
-    ConvolveVectorsTransposed<1>(plane, row, w, kernel_size, kernel, out_mean, out_max);
+    ConvolveVectorsTransposed<1>(plane, row, w, taps, out_mean, out_max);
 }
 
 // kTaps neighbouring taps of one kernel row. Float sums of few rows, then double.
@@ -290,17 +305,16 @@ CBAM_INLINE void KernelGradientTaps(const Plane<A>& plane, const Plane<A>& dz, i
 
 template <typename A>
 void KernelGradient(const Plane<A>* planes, const Plane<A>& dz, int64_t rows, int64_t width,
-                    int64_t kernel_size, A* dkernel) {
-  const int64_t half = kernel_size / 2;
-  for (int64_t i = 0; i < kernel_size; ++i) {
+                    int64_t half_rows, int64_t half_columns, A* dtaps) {
+  const int64_t columns = 2 * half_columns + 1;
+  for (int64_t i = -half_rows; i <= half_rows; ++i) {
     for (int q = 0; q < 2; ++q) {
-      A* out = dkernel + i * kernel_size * 2 + q;
+      A* out = dtaps + (i + half_rows) * columns * 2 + q;
       int64_t j = 0;
-      for (; j + 7 <= kernel_size; j += 7) {
-        KernelGradientTaps<7>(planes[q], dz, rows, width, i - half, j - half, out + 2 * j);
-      }
-      for (; j < kernel_size; ++j)
-        KernelGradientTaps<1>(planes[q], dz, rows, width, i - half, j - half, out + 2 * j);
+      for (; j + 7 <= columns; j += 7)
+        KernelGradientTaps<7>(planes[q], dz, rows, width, i, j - half_columns, out + 2 * j);
+      for (; j < columns; ++j)
+        KernelGradientTaps<1>(planes[q], dz, rows, width, i, j - half_columns, out + 2 * j);
     }
   }
 }

@@ -109,11 +109,12 @@ class ForwardPipeline {
       blocks_ = g_.BlocksPerSample(g_.wave);
       int64_t rows = 0;
       for (int64_t b = 0; b < blocks_; ++b) rows = std::max(rows, g_.BlockRows(b, blocks_).size());
-      plane_size_ = PaddedPlane<A>::Size(g_, dense_.lanes, rows + 2 * g_.half);
+      plane_size_ = PaddedPlane<A>::Size(g_, dense_.lanes, rows + 2 * g_.half_rows);
       line_size_ = RoundUp(g_.width, dense_.lanes);
       halo_size_ = 2 * g_.step_rows * g_.width;
       scratch_size_ = RoundUp(2 * plane_size_ + line_size_ + halo_size_, 64);
-      scratch_ = arena_.Take<A>(g_.wave, blocks_, scratch_size_);
+      slots_ = g_.Slots(g_.wave * blocks_);
+      scratch_ = arena_.Take<A>(slots_, scratch_size_);
     }
     if (problem.batch_norm) sums_ = arena_.Take<double>(g_.batch);
   }
@@ -125,9 +126,9 @@ class ForwardPipeline {
       const int64_t samples = std::min(g_.wave, g_.batch - first);
       if (HasChannelGate(problem_)) ChannelGate(args, first, samples);
       if (HasSpatialGate(problem_)) {
-        ForEach(parallel_, samples * blocks_, [&](int64_t task) {
+        ForEachWithSlot(parallel_, samples * blocks_, slots_, [&](int64_t task, int64_t slot) {
           SpatialBlock(args, first + task / blocks_, g_.BlockRows(task % blocks_, blocks_),
-                       scratch_ + task * scratch_size_);
+                       scratch_ + slot * scratch_size_);
         });
       } else {
         ApplyAll(args, first, samples);
@@ -233,19 +234,21 @@ class ForwardPipeline {
     const A bias =
         args.bias == nullptr || problem_.batch_norm ? A{0} : *static_cast<const A*>(args.bias);
 
-    const int64_t plane_rows = rows.size() + 2 * g_.half;
+    const int64_t plane_rows = rows.size() + 2 * g_.half_rows;
     const Plane<A> planes[2] = {
         PaddedPlane<A>::Make(g_, dense_.lanes, plane_rows, scratch),
         PaddedPlane<A>::Make(g_, dense_.lanes, plane_rows, scratch + plane_size_)};
+    const Taps<A> taps{static_cast<const A*>(args.kernel), problem_.kernel_size, g_.half_rows,
+                       g_.half_columns};
     A* line = scratch + 2 * plane_size_;
     A* halo = line + line_size_;
-    const int64_t first_row = rows.begin - g_.half;  // of the planes; may lie above the map
+    const int64_t first_row = rows.begin - g_.half_rows;  // of the planes; may lie above the map
 
     int64_t described = std::max<int64_t>(0, first_row);
-    const int64_t last = std::min(g_.height, rows.end + g_.half);
+    const int64_t last = std::min(g_.height, rows.end + g_.half_rows);
     for (int64_t row = rows.begin; row < rows.end; row += g_.step_rows) {
       const int64_t end = std::min(rows.end, row + g_.step_rows);
-      while (described < std::min(last, end + g_.half)) {
+      while (described < std::min(last, end + g_.half_rows)) {
         // Own rows go to the output; a neighbour writes the halo's.
         const bool own = described >= rows.begin && described < rows.end;
         const int64_t limit = own ? rows.end : described < rows.begin ? rows.begin : last;
@@ -259,8 +262,7 @@ class ForwardPipeline {
         described = stop;
       }
       for (int64_t r = row; r < end; ++r) {
-        dense_.convolve_row(planes, r - first_row, g_.width, problem_.kernel_size,
-                            static_cast<const A*>(args.kernel), bias, line);
+        dense_.convolve_row(planes, r - first_row, g_.width, taps, bias, line);
         A* gate_row = gate + r * g_.width;
         if (problem_.batch_norm) {
           std::copy(line, line + g_.width, gate_row);
@@ -323,9 +325,9 @@ class ForwardPipeline {
   A* hidden_[2] = {};        // [wave, hidden], for the mean and the maximum
   A* hidden_sum_ = nullptr;  // [wave, hidden], where the branches meet early
   A* logits_[2] = {};        // [wave, C]
-  int64_t blocks_ = 0;
+  int64_t blocks_ = 0, slots_ = 0;
   int64_t plane_size_ = 0, line_size_ = 0, halo_size_ = 0, scratch_size_ = 0;
-  A* scratch_ = nullptr;    // [wave * blocks, scratch_size]
+  A* scratch_ = nullptr;    // [slots, scratch_size]
   double* sums_ = nullptr;  // [N]
 };
 

@@ -122,6 +122,21 @@ struct Plane {
   int64_t stride;
 };
 
+// A convolution kernel [k, k, 2], and how far from its middle a tap may be and still touch the map:
+// those beyond meet nothing but padding and are left out.
+template <typename A>
+struct Taps {
+  const A* kernel;
+  int64_t kernel_size;
+  int64_t half_rows, half_columns;
+
+  // The weights of both planes at row i and column j from the middle.
+  const A* At(int64_t i, int64_t j) const {
+    const int64_t half = kernel_size / 2;
+    return kernel + ((i + half) * kernel_size + j + half) * 2;
+  }
+};
+
 template <typename A>
 struct DensePasses {
   int64_t lanes;  // planes and rows are padded so that reading a whole vector from any element of a
@@ -130,19 +145,20 @@ struct DensePasses {
   void (*product)(const Product<A>&);
   void (*dot_products)(const DotProducts<A>&);
   void (*sigmoid)(const A* in, int64_t count, A* out);
+  // out[i] = sigmoid'(in[i]), to the last places however near to 1 the sigmoid is.
+  void (*sigmoid_derivative)(const A* in, int64_t count, A* out);
 
-  // out[w] = bias + sum over planes q, taps (i, j) of kernel[(i * k + j) * 2 + q] * plane_q[row + i
-  // - k/2, w + j - k/2].
-  void (*convolve_row)(const Plane<A>* planes, int64_t row, int64_t width, int64_t kernel_size,
-                       const A* kernel, A bias, A* out);
-  // The transposed convolution: out_q[w] = sum over taps of kernel[(i * k + j) * 2 + q] * plane[row
-  // - i + k/2, w - j + k/2].
-  void (*convolve_row_transposed)(const Plane<A>& plane, int64_t row, int64_t width,
-                                  int64_t kernel_size, const A* kernel, A* out_mean, A* out_max);
-  // dkernel[(i * k + j) * 2 + q] = sum over rows and w of dz[row, w] * plane_q[row + i - k/2, w + j
-  // - k/2]. dz's rows are padded with zeros to whole vectors.
+  // out[w] = bias + sum over planes q and taps (i, j) of weight_q(i, j) * plane_q[row + i, w + j].
+  void (*convolve_row)(const Plane<A>* planes, int64_t row, int64_t width, const Taps<A>&, A bias,
+                       A* out);
+  // The transposed convolution: out_q[w] = sum over taps of weight_q(i, j) * plane[row - i, w - j].
+  void (*convolve_row_transposed)(const Plane<A>& plane, int64_t row, int64_t width, const Taps<A>&,
+                                  A* out_mean, A* out_max);
+  // dtaps[i, j, q] = sum over rows and w of dz[row, w] * plane_q[row + i, w + j], for the taps from
+  // -half_rows and -half_columns on. dz's rows are padded with zeros to whole vectors.
   void (*convolution_kernel_gradient)(const Plane<A>* planes, const Plane<A>& dz, int64_t rows,
-                                      int64_t width, int64_t kernel_size, A* dkernel);
+                                      int64_t width, int64_t half_rows, int64_t half_columns,
+                                      A* dtaps);
 };
 
 // The tables of each instruction set that was compiled.

@@ -88,6 +88,16 @@ void ForEach(const Parallel& parallel, int64_t tasks, const Body& body) {
 
 using Arena = WorkspaceArena<kHostAlignment>;
 
+// Calls body(i, slot) for i in [0, tasks), `slots` runs of them in parallel: of two that share a slot
+// one ends before the other begins.
+template <typename Body>
+void ForEachWithSlot(const Parallel& parallel, int64_t tasks, int64_t slots, const Body& body) {
+  const int64_t runs = std::min(tasks, slots);
+  ForEach(parallel, runs, [&](int64_t slot) {
+    for (int64_t i = tasks * slot / runs; i < tasks * (slot + 1) / runs; ++i) body(i, slot);
+  });
+}
+
 // How a problem is cut. `maps` is how many maps of a sample a wave must keep in the cache. An empty
 // batch has no positions, however high and wide it says it is, and takes no workspace; nor does a
 // problem that is refused.
@@ -99,10 +109,11 @@ struct Geometry {
         channels(problem.channels),
         positions(height * width),
         threads(std::max(1, parallel.threads)),
-        half(HasSpatialGate(problem) ? problem.kernel_size / 2 : 0),
+        half_rows(HalfWithin(problem, height)),
+        half_columns(HalfWithin(problem, width)),
         sample{problem.layout, positions, channels},
         sample_bytes(positions * channels * ElementSize(problem.dtype)) {
-    const int64_t bytes = std::max<int64_t>(1, maps * sample_bytes);
+    const int64_t bytes = std::max(kLeastSampleBytes, maps * sample_bytes);
     // Waves of the same size: the last of them is no remainder too small for the MLP's products.
     const int64_t samples = std::max<int64_t>(1, batch);
     const int64_t waves = CeilDiv(samples, std::clamp<int64_t>(kWaveBytes / bytes, 1, samples));
@@ -133,17 +144,28 @@ struct Geometry {
     step_rows = std::clamp<int64_t>(step_rows, 1, std::max<int64_t>(1, height));
   }
 
+  // Rows or columns on either side of a position that its convolution can reach.
+  static int64_t HalfWithin(const Problem& problem, int64_t size) {
+    if (!HasSpatialGate(problem)) return 0;
+    return std::clamp<int64_t>(size - 1, 0, problem.kernel_size / 2);
+  }
+
   // Blocks of whole units that `samples` samples are cut into so that every thread has as much
   // work. As few as that takes: the rows that a block's convolution needs of its neighbours are
   // read and pooled in both.
   int64_t BlocksPerSample(int64_t samples) const {
     const int64_t least_rows =
-        std::max<int64_t>(2 * half, 1);  // so that a halo costs at most as much as the block
+        std::max<int64_t>(2 * half_rows, 1);  // so that a halo costs at most as much as the block
     const int64_t most = std::max<int64_t>(1, height / least_rows);
     int64_t blocks = 1;
     while (blocks < most && samples * blocks % threads != 0 && samples * blocks < 4 * threads)
       ++blocks;
     return blocks;
+  }
+  // How many of `tasks` may have scratch memory of their own (ForEachWithSlot): as many as every
+  // division of a sample makes, so that only samples too small to be divided share.
+  int64_t Slots(int64_t tasks) const {
+    return std::min(tasks, std::max<int64_t>(64, 4 * int64_t{threads}));
   }
   // Rows of block b of `blocks`, on unit boundaries.
   Range BlockRows(int64_t b, int64_t blocks) const {
@@ -175,7 +197,7 @@ struct Geometry {
 
   int64_t batch, height, width, channels, positions;
   int threads;
-  int64_t half;
+  int64_t half_rows, half_columns;
   Sample sample;
   int64_t sample_bytes;
   int64_t wave;           // samples
@@ -187,6 +209,8 @@ struct Geometry {
   // What two cores still read at cache speed; 4 and 16 MB, and steps of 64 and 256 KB, were within
   // the noise of these or slower (benchmarks/NOTES.md).
   static constexpr int64_t kWaveBytes = int64_t{8} << 20;
+  // What a sample counts at least: it has results of its own to keep besides its maps.
+  static constexpr int64_t kLeastSampleBytes = 2048;
   static constexpr int64_t kUnitPositions = 256;
   static constexpr int64_t kRunBytes = 4096;
   static constexpr int64_t kStepBytes = int64_t{128} << 10;
@@ -202,15 +226,15 @@ inline bool ShouldStream(const Geometry& g) {
 template <typename A>
 struct PaddedPlane {
   static int64_t Stride(const Geometry& g, int64_t lanes) {
-    return RoundUp(g.width, lanes) + g.half;
+    return RoundUp(g.width, lanes) + g.half_columns;
   }
   static int64_t Size(const Geometry& g, int64_t lanes, int64_t rows) {
-    return rows * Stride(g, lanes) + 2 * g.half + lanes;
+    return rows * Stride(g, lanes) + 2 * g.half_columns + lanes;
   }
   // Lays a zeroed plane out in `memory`; its row 0 is the first of `rows`.
   static Plane<A> Make(const Geometry& g, int64_t lanes, int64_t rows, A* memory) {
     std::memset(memory, 0, static_cast<size_t>(Size(g, lanes, rows)) * sizeof(A));
-    return {memory + g.half, Stride(g, lanes)};
+    return {memory + g.half_columns, Stride(g, lanes)};
   }
 };
 

@@ -103,7 +103,8 @@ class SpatialPoolPipeline {
     Arena arena(workspace);
     scratch_size_ = RoundUp(4 * g_.step_rows * g_.width, 64);
     steps_ = CeilDiv(g_.height, g_.step_rows);
-    scratch_ = arena.Take<A>(g_.wave, steps_, scratch_size_);
+    slots_ = g_.Slots(g_.wave * steps_);
+    scratch_ = arena.Take<A>(slots_, scratch_size_);
     bytes_ = arena.bytes();
   }
 
@@ -149,10 +150,11 @@ class SpatialPoolPipeline {
   template <typename Body>
   void ForSteps(const Body& body) const {
     for (int64_t first = 0; first < g_.batch; first += g_.wave) {
-      ForEach(parallel_, std::min(g_.wave, g_.batch - first) * steps_, [&](int64_t task) {
+      const int64_t tasks = std::min(g_.wave, g_.batch - first) * steps_;
+      ForEachWithSlot(parallel_, tasks, slots_, [&](int64_t task, int64_t slot) {
         const int64_t row = task % steps_ * g_.step_rows;
         body(first + task / steps_, g_.RowPositions({row, std::min(g_.height, row + g_.step_rows)}),
-             scratch_ + task * scratch_size_);
+             scratch_ + slot * scratch_size_);
       });
     }
   }
@@ -172,8 +174,8 @@ class SpatialPoolPipeline {
   const Geometry g_;
   const bool stream_;
   size_t bytes_ = 0;
-  int64_t steps_ = 0, scratch_size_ = 0;
-  A* scratch_ = nullptr;  // [wave * steps, 4 step_rows W]
+  int64_t steps_ = 0, slots_ = 0, scratch_size_ = 0;
+  A* scratch_ = nullptr;  // [slots, 4 step_rows W]
 };
 
 // What takes which arguments (kernels.cc).
