@@ -23,6 +23,10 @@ from cbam_ops._bench import KERNEL_SIZE, RATIO, WEIGHTS, Case, Inputs, Prepared,
 # more than this many bytes of x, each with all that it keeps.
 _RECORDED_LIMIT, _RECORDED_BYTES = 8, 400 * 2**20
 
+# Half a millisecond of a GPU's clock and more: longer than a call takes to enqueue.
+_BUSY_CYCLES = 2_000_000
+_JAX_CHAIN = 5  # calls that one wait is shared by
+
 
 # --- TensorFlow -----------------------------------------------------------------------------------
 
@@ -110,9 +114,28 @@ def compiled_torch_cbam() -> Callable[..., Any]:
     return torch.compile(torch_cbam, dynamic=False, fullgraph=True)
 
 
+def cuda_seconds(call: Callable[[], Any]) -> float:
+    """The time of a call on the GPU alone.
+
+    The stream is kept busy while the host enqueues: events around work on an idle GPU would show
+    the host's time.
+    """
+    import torch
+
+    start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda._sleep(_BUSY_CYCLES)
+    start.record()
+    result = call()
+    stop.record()
+    stop.synchronize()
+    del result
+    return start.elapsed_time(stop) / 1e3
+
+
 def _torch(case: Case, inputs: Inputs, compiled: bool, channels_last: bool) -> Prepared:
     import torch
 
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = getattr(torch, case.dtype)
     memory = torch.channels_last if channels_last else torch.contiguous_format
 
@@ -120,12 +143,13 @@ def _torch(case: Case, inputs: Inputs, compiled: bool, channels_last: bool) -> P
         tensor = torch.from_numpy(array)
         if case.layout == "NHWC":
             tensor = tensor.permute(0, 3, 1, 2)  # PyTorch names the axes N, C, H, W
-        return tensor.to(dtype=dtype, memory_format=memory, copy=True)
+        return tensor.to(device, dtype, memory_format=memory, copy=True)
 
     maps = inputs.as_tensors(("torch", channels_last), map_tensor)
     values = {**inputs.weights, "kernel": inputs.weights["kernel"].transpose(3, 2, 0, 1)}
     weights = {
-        name: torch.from_numpy(values[name].copy()).to(dtype).requires_grad_() for name in WEIGHTS
+        name: torch.from_numpy(values[name].copy()).to(device, dtype).requires_grad_()
+        for name in WEIGHTS
     }
     sources = [{k: v.requires_grad_() for k, v in each.items() if k != "dy"} for each in maps]
     cbam = compiled_torch_cbam() if compiled else torch_cbam
@@ -164,7 +188,7 @@ def _torch(case: Case, inputs: Inputs, compiled: bool, channels_last: bool) -> P
             if case.layout == "NHWC":
                 tensors[name] = tensors[name].permute(0, 2, 3, 1)
         tensors["dkernel"] = tensors["dkernel"].permute(2, 3, 1, 0)
-        return {name: t.detach().to(torch.float64).numpy() for name, t in tensors.items()}
+        return {name: t.detach().cpu().to(torch.float64).numpy() for name, t in tensors.items()}
 
     functions = {"forward": run_forward, "backward": backward, "step": step}
     return Prepared(
@@ -174,6 +198,7 @@ def _torch(case: Case, inputs: Inputs, compiled: bool, channels_last: bool) -> P
         results=results,
         copy=lambda i: maps[i % len(maps)]["x"].detach().clone(),
         framework="torch",
+        timer=cuda_seconds if device == "cuda" else None,
     )
 
 
@@ -194,6 +219,49 @@ def jax_cbam(x: Any, w0: Any, b0: Any, w1: Any, b1: Any, kernel: Any, bias: Any)
         descriptors, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
     )
     return u * jax.nn.sigmoid(z + bias)
+
+
+def _jax(case: Case, inputs: Inputs) -> Prepared:
+    """XLA's forward and step, NHWC; results are waited for after a chain of calls."""
+    import jax
+    import jax.numpy as jnp
+
+    if case.layout != "NHWC" or case.op != "cbam":
+        raise ValueError("the baseline in JAX is cbam on NHWC maps")
+    dtype = jnp.dtype(case.dtype)
+    maps = inputs.as_tensors("jax", lambda array: jnp.asarray(array).astype(dtype))
+    weights = {name: jnp.asarray(value).astype(dtype) for name, value in inputs.weights.items()}
+    forward = jax.jit(lambda x, w: jax_cbam(x, **w))
+
+    @jax.jit
+    def step(x: Any, w: Any, dy: Any) -> Any:
+        y, gradient = jax.vjp(lambda x, w: jax_cbam(x, **w), x, w)
+        return y, gradient(dy)
+
+    def chained(function: Callable[..., Any]) -> Callable[[int], Any]:
+        def run(i: int) -> Any:
+            chosen = [maps[(i * _JAX_CHAIN + j) % len(maps)] for j in range(_JAX_CHAIN)]
+            return jax.block_until_ready([function(each["x"], each) for each in chosen])
+
+        return run
+
+    def results() -> dict[str, np.ndarray]:
+        y, (dx, gradients) = step(maps[0]["x"], weights, maps[0]["dy"])
+        found = {"y": y, "dx": dx, **{f"d{name}": value for name, value in gradients.items()}}
+        return {name: np.asarray(value.astype(jnp.float32)) for name, value in found.items()}
+
+    runs = {
+        "forward": chained(lambda x, each: forward(x, weights)),
+        "step": chained(lambda x, each: step(x, weights, each["dy"])),
+    }
+    return Prepared(
+        run=runs,
+        calls=_JAX_CHAIN,
+        step=lambda: step(maps[0]["x"], weights, maps[0]["dy"]),
+        results=results,
+        copy=chained(jax.jit(lambda x, each: jnp.copy(x))),
+        framework="jax",
+    )
 
 
 # --- the list -------------------------------------------------------------------------------------
@@ -217,4 +285,5 @@ PROVIDERS: dict[str, Provider] = {
     "torch-eager-contiguous": _torch_provider(False, False),
     "torch-compile-channels-last": _torch_provider(True, True),
     "torch-compile-contiguous": _torch_provider(True, False),
+    "jax": Provider("jax", _jax),
 }

@@ -7,11 +7,14 @@ torch.compile of that. Used by gpu_check.py.
 
 from __future__ import annotations
 
+import functools
 import statistics
 import time
 from typing import Any
 
-import gpu_report
+from baselines import torch_cbam
+
+from cbam_ops._bench import WEIGHTS, Row
 
 try:
     import torch
@@ -20,80 +23,75 @@ except ImportError:  # gpu_check says so
     torch = None
 
 BLOCKS = (3, 4, 6, 3)
-KINDS = ("without CBAM", "ours", "torch eager", "torch.compile")
+KINDS = ("plain", "ours", "torch-eager", "torch-compile")
 
 
-def modules(library: Any) -> dict[str, Any]:
+def modules() -> dict[str, Any]:
     """The classes, which cannot be defined before PyTorch is there: `Network` makes one network."""
 
-    class Fused(torch.autograd.Function):
-        """The kernels under autograd; x is channels last, weights are float32."""
+    from cbam_ops import _core
 
-        @staticmethod
-        def problem(x: torch.Tensor, w0: torch.Tensor) -> dict[str, Any]:
-            n, c, h, w = x.shape
-            dtype = str(x.dtype).removeprefix("torch.")
-            return {"shape": (n, h, w, c), "dtype": dtype, "hidden": w0.shape[1]}
+    def call(name: str, x: torch.Tensor, w0: torch.Tensor, **tensors: torch.Tensor) -> None:
+        """Enqueues an op; x is channels last."""
+        n, c, h, w = x.shape
+        arguments = {
+            "shape": (n, h, w, c), "dtype": str(x.dtype).removeprefix("torch."),
+            "hidden": w0.shape[1], "kernel_size": 7,
+            **{key: tensor.data_ptr() for key, tensor in (tensors | {"x": x, "w0": w0}).items()},
+        }  # fmt: skip
+        size = getattr(_core.cuda, f"{name}_workspace")(**arguments)
+        workspace = torch.empty((size + 256,), dtype=torch.uint8, device="cuda")
+        start = workspace.data_ptr()
+        arguments["workspace"] = start + -start % 256
+        getattr(_core.cuda, name)(**arguments, stream=torch.cuda.current_stream().cuda_stream)
+
+    class Fused(torch.autograd.Function):
+        """The kernels under autograd; weights are float32."""
 
         @staticmethod
         def forward(ctx: Any, x: torch.Tensor, *weights: torch.Tensor) -> torch.Tensor:
             x = x.contiguous(memory_format=torch.channels_last)
             n, c, h, w = x.shape
-            w0, b0, w1, b1, kernel, bias = weights
-            problem = Fused.problem(x, w0)
-            float32 = {"dtype": torch.float32, "device": "cuda"}
+            made = functools.partial(torch.empty, dtype=torch.float32, device="cuda")
             saved = {
-                "channel_descriptors": torch.empty((2, n, c), **float32),
-                "channel_gate": torch.empty((n, c), **float32),
-                "spatial_descriptors": torch.empty((n, 2, h, w), **float32),
-                "spatial_gate": torch.empty((n, h, w), **float32),
+                "channel_descriptors": made((2, n, c)),
+                "channel_gate": made((n, c)),
+                "spatial_descriptors": made((n, 2, h, w)),
+                "spatial_gate": made((n, h, w)),
             }
             y = torch.empty_like(x)
-            library.run(
-                "cbam", problem, library.space("cbam", problem), x=x, y=y, w0=w0, b0=b0, w1=w1,
-                b1=b1, kernel=kernel, bias=bias, **saved,
-            )  # fmt: skip
+            call("cbam", x, y=y, **dict(zip(WEIGHTS, weights, strict=True)), **saved)
             ctx.names = list(saved)
             ctx.save_for_backward(x, *weights, *saved.values())
             return y
 
         @staticmethod
         def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor, ...]:
-            x, w0, b0, w1, b1, kernel, bias, *saved = ctx.saved_tensors
+            x, *rest = ctx.saved_tensors
+            weights = dict(zip(WEIGHTS, rest, strict=False))
+            saved = dict(zip(ctx.names, rest[len(weights) :], strict=True))
             dy = dy.contiguous(memory_format=torch.channels_last)
-            problem = Fused.problem(x, w0)
-            weights = {"w0": w0, "b0": b0, "w1": w1, "b1": b1, "kernel": kernel}
-            gradients = {"d" + name: torch.empty_like(w) for name, w in weights.items()}
-            gradients["dbias"] = torch.empty_like(bias)
+            gradients = {f"d{name}": torch.empty_like(weight) for name, weight in weights.items()}
             dx = torch.empty_like(x)
-            library.run(
-                "cbam_grad", problem, library.space("cbam_grad", problem), x=x, dy=dy, dx=dx,
-                **weights, **dict(zip(ctx.names, saved, strict=True)), **gradients,
-            )  # fmt: skip
+            call("cbam_grad", x, dy=dy, dx=dx, **weights, **saved, **gradients)
             return dx, *gradients.values()
 
     def stock(x: torch.Tensor, *weights: torch.Tensor) -> torch.Tensor:
-        w0, b0, w1, b1, kernel, bias = (w.to(x.dtype) for w in weights)
-
-        def mlp(t: torch.Tensor) -> torch.Tensor:
-            return torch.relu(t @ w0 + b0) @ w1 + b1
-
-        u = x * torch.sigmoid(mlp(x.mean((2, 3))) + mlp(x.amax((2, 3))))[:, :, None, None]
-        planes = torch.cat([u.mean(1, keepdim=True), u.amax(1, keepdim=True)], 1)
-        z = nn.functional.conv2d(planes, kernel.permute(2, 0, 1)[None], bias, padding=3)
-        return u * torch.sigmoid(z)
+        *mlp, kernel, bias = (w.to(x.dtype) for w in weights)
+        w0, b0, w1, b1 = mlp
+        return torch_cbam(x, w0, b0, w1, b1, kernel.permute(3, 2, 0, 1), bias)
 
     class Cbam(nn.Module):
         def __init__(self, channels: int, kind: str) -> None:
             super().__init__()
             hidden = channels // 16
-            shapes = [(channels, hidden), (hidden,), (hidden, channels), (channels,), (7, 7, 2)]
+            shapes = [(channels, hidden), (hidden,), (hidden, channels), (channels,), (7, 7, 2, 1)]
             scales = [channels**-0.5, 0.0, hidden**-0.5, 0.0, 1 / 7]
             self.weights = nn.ParameterList(
                 [nn.Parameter(torch.randn(s) * k) for s, k in zip(shapes, scales, strict=True)]
                 + [nn.Parameter(torch.zeros(1))]
             )
-            calls = {"ours": Fused.apply, "torch eager": stock}
+            calls = {"ours": Fused.apply, "torch-eager": stock}
             self.call = calls.get(kind) or torch.compile(stock, dynamic=False)
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -107,7 +105,7 @@ def modules(library: Any) -> dict[str, Any]:
                 nn.Conv2d(inputs, width, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU(),
                 nn.Conv2d(width, width, 3, stride, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU(),
                 nn.Conv2d(width, outputs, 1, bias=False), nn.BatchNorm2d(outputs),
-                *([] if kind == "without CBAM" else [Cbam(outputs, kind)]),
+                *([] if kind == "plain" else [Cbam(outputs, kind)]),
             )  # fmt: skip
             self.shortcut: nn.Module = nn.Identity()
             if stride != 1 or inputs != outputs:
@@ -137,11 +135,11 @@ def modules(library: Any) -> dict[str, Any]:
     return {"Network": Network, "Cbam": Cbam}
 
 
-def time_network(library: Any, seconds: float, batch: int = 32) -> list[gpu_report.Row]:
+def time_network(seconds: float, batch: int = 32) -> list[Row]:
     """Milliseconds of a training step, by type and kind of CBAM, until the time is up."""
     end = time.perf_counter() + seconds
-    rows: list[gpu_report.Row] = []
-    network = modules(library)["Network"]
+    rows: list[Row] = []
+    network = modules()["Network"]
     images = torch.randn(batch, 3, 224, 224, device="cuda")
     images = images.contiguous(memory_format=torch.channels_last)
     labels = torch.randint(1000, (batch,), device="cuda")
@@ -171,7 +169,7 @@ def time_network(library: Any, seconds: float, batch: int = 32) -> list[gpu_repo
                 if repeat >= 3:
                     times.append(start.elapsed_time(stop))
             ms = statistics.median(times)
-            rows.append({"batch": batch, "dtype": dtype, "who": kind, "ms": ms})
+            rows.append({"n": batch, "dtype": dtype, "provider": kind, "ms": ms})
             del model, optimizer, step
             torch.cuda.empty_cache()
     return rows

@@ -45,6 +45,16 @@ def commit() -> str | None:
         return None  # an installed copy
 
 
+def gpu() -> str | None:
+    """The first GPU's name, by the driver's tool."""
+    command = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout.strip().splitlines()[0] if done.stdout.strip() else None
+
+
 def _instruction_set() -> str | None:
     try:
         from cbam_ops import _core
@@ -67,8 +77,8 @@ def describe(name: str | None = None) -> Row:
             pass
     instruction_set = _instruction_set()
     return {
-        "machine": name or f"{processor()}, {cpus()} CPUs, {instruction_set}",
-        "processor": processor(),
+        "machine": name or gpu() or f"{processor()}, {cpus()} CPUs, {instruction_set}",
+        "processor": gpu() or processor(),
         "cpus": cpus(),
         "cache_bytes": cache_bytes(),
         "instruction_set": instruction_set,

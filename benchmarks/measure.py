@@ -5,15 +5,16 @@ from __future__ import annotations
 import ctypes
 import functools
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import cases
+import numpy as np
 from baselines import PROVIDERS
 
 from cbam_ops import _bench
-from cbam_ops._bench import Case, Outcome
+from cbam_ops._bench import Case, Inputs, Outcome, Provider
 
 # Peaks are read in pages of a process whose counters are a few hundred KB apart.
 _LEAST_MAP_FOR_MEMORY = 4 * 2**20
@@ -72,21 +73,34 @@ def shows_memory(framework: str) -> bool:
     return seen is not None and seen >= 2 * values  # half of it
 
 
-def measure(case: Case, seconds: float, cache_bytes: int) -> Outcome:
+def measure(
+    case: Case,
+    seconds: float,
+    cache_bytes: int,
+    providers: Mapping[str, Provider] = PROVIDERS,
+    truth_of: Callable[[Case, Inputs], dict[str, np.ndarray]] = _bench.truth_of,
+) -> Outcome:
     """Checks, weighs and times a case.
 
     Args:
       case: what to measure, with a known number of threads.
       seconds: how long to time each provider in each mode.
       cache_bytes: the size of the last-level cache, which the rotated inputs must exceed.
+      providers: who there is, by name.
+      truth_of: what results are checked against.
     """
     inputs = _bench.draw_inputs(case, cache_bytes)
-    prepared, outcome = _bench.prepare(case, inputs, PROVIDERS)
+    prepared, outcome = _bench.prepare(case, inputs, providers, truth_of)
     # What a step returns is no extra: y, the gradients of the maps and of the weights.
     returned = len(inputs.sets[0]) * case.map_bytes + case.weight_bytes
     extra: dict[str, int] = {}
     for name, candidate in prepared.items():
-        if case.map_bytes >= _LEAST_MAP_FOR_MEMORY and shows_memory(candidate.framework):
+        on_the_host = candidate.timer is None
+        if (
+            on_the_host
+            and case.map_bytes >= _LEAST_MAP_FOR_MEMORY
+            and shows_memory(candidate.framework)
+        ):
             peak = peak_bytes(candidate.step)
             if peak is not None:
                 extra[name] = max(0, peak - returned)

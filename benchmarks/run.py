@@ -18,11 +18,8 @@ from typing import Any
 
 import cases
 import machine
-import report
-import results
 from baselines import PROVIDERS
 from cases import NETWORKS, AnyCase, NetworkCase
-from tqdm import tqdm
 
 from cbam_ops import _bench
 from cbam_ops._bench import OURS, Outcome, Row
@@ -162,6 +159,8 @@ def run_cases(
     seconds: float | None = None,
     machine_name: str | None = None,
     on_rows: Callable[[list[Row]], None] = lambda rows: None,
+    begin: Callable[[int, str], None] = start,
+    work: Callable[[AnyCase, float, int], Outcome] = work,
 ) -> Run:
     """Measures the cases.
 
@@ -172,6 +171,8 @@ def run_cases(
       seconds: to time each provider and mode for; None fits it to `minutes`.
       machine_name: see `machine.describe`.
       on_rows: called with the rows of each case as it is done.
+      begin: see `Worker`.
+      work: what measures a case there.
     """
     common = machine.describe(machine_name)
     plan = resolve(chosen, threads or common["cpus"])
@@ -181,6 +182,8 @@ def run_cases(
     overhead = 0.5
     rows_left = sum(map(_rows_of, plan))
     worker: Worker | None = None
+    from tqdm import tqdm
+
     progress = tqdm(plan, unit="case", dynamic_ncols=True)
     try:
         for case in progress:
@@ -191,7 +194,7 @@ def run_cases(
             if worker is None or not worker.alive or worker.threads != case.threads:
                 if worker is not None:
                     worker.close()
-                worker = Worker(case.threads)
+                worker = Worker(case.threads, begin)
             each = seconds or bench.seconds_each(deadline, rows_left, overhead)
             started = time.monotonic()
             try:
@@ -261,6 +264,9 @@ def _parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns the exit code."""
+    import report
+    import results
+
     arguments = _parser().parse_args(argv)
     available = _bench.quick_cases() if arguments.quick else cases.all_cases()
     chosen = cases.select(available, arguments.cases, arguments.providers)

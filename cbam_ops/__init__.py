@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from . import _loader
+from . import _loader, testing
 from ._console import quiet_start_up
 from .options import NativeUnavailableError, build_info, set_implementation, use_implementation
 
@@ -41,7 +41,7 @@ __all__ = [
 
 try:
     with quiet_start_up():
-        from . import _gradients, ops, reference, testing  # noqa: F401
+        from . import _gradients, ops, reference  # noqa: F401
         from .ops import (
             cbam,
             cbam_with_batch_norm,

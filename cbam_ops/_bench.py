@@ -181,11 +181,10 @@ class Inputs:
 
 def draw_inputs(case: Case, cache_bytes: int) -> Inputs:
     """Seeded values; as many sets of maps as four caches hold, at least one, at most 512."""
-    import tensorflow as tf
-
-    drawn = case.problem.draw()
-    (drawn["dy"],) = case.problem.cotangents([drawn["x"]])
-    arrays = {name: tf.cast(tensor, tf.float32).numpy() for name, tensor in drawn.items()}
+    drawn = case.problem.arrays()
+    # Exactly representable in every type.
+    drawn["dy"] = np.random.default_rng(7).integers(-8, 9, size=drawn["x"].shape) / 8
+    arrays = {name: array.astype(np.float32) for name, array in drawn.items()}
     weights = {name: arrays.pop(name) for name in WEIGHTS}
     chain = chain_length(case)
     count = int(np.clip(-(-4 * cache_bytes // case.map_bytes), 1, 512))
@@ -205,17 +204,21 @@ def chain_length(case: Case) -> int:
 # --- providers ------------------------------------------------------------------------------------
 
 
+Timer = Callable[[Callable[[], Any]], float]
+
+
 @dataclasses.dataclass
 class Prepared:
     """A case set up by one provider.
 
     Attributes:
-      run: by mode, a function of the index of a call, which returns what it computed.
+      run: by mode that it can, a function of the index of a call, which returns what it computed.
       calls: how many times the module, or the copy, runs in one such call.
       step: one step on the first inputs; returns `y` and the gradients, alive.
       results: those of `step` as arrays by name, maps in the case's layout.
       copy: copies maps into fresh outputs, the framework's own way; by index of a call.
       framework: whose copy that is.
+      timer: the seconds that a call takes, where it is not over when it returns.
       errors: of the results; see `errors_of`.
     """
 
@@ -225,6 +228,7 @@ class Prepared:
     results: Callable[[], dict[str, np.ndarray]]
     copy: Callable[[int], Any]
     framework: str = "tensorflow"
+    timer: Timer | None = None
     errors: dict[str, tuple[float, float]] = dataclasses.field(default_factory=dict)
 
 
@@ -331,9 +335,19 @@ def setup_tensorflow(
     if "step" in case.modes:
         run["step"] = timed(step_function, maps)
     copy_function = tf.function(lambda x: tf.raw_ops.DeepCopy(x=x), autograph=False)
+
+    def until_done(call: Callable[[], Any]) -> float:
+        def wait() -> Any:
+            result = call()
+            tf.test.experimental.sync_devices()
+            return result
+
+        return host_seconds(wait)
+
     return Prepared(
         run=run,
         calls=chain,
+        timer=until_done if tf.config.list_physical_devices("GPU") else None,
         step=lambda: step_function(maps[0]),
         results=results,
         copy=timed(copy_function, [each["x"] for each in maps]),
@@ -436,7 +450,10 @@ class Outcome:
 
 
 def prepare(
-    case: Case, inputs: Inputs, providers: Mapping[str, Provider] = PROVIDERS
+    case: Case,
+    inputs: Inputs,
+    providers: Mapping[str, Provider] = PROVIDERS,
+    truth_of: Callable[[Case, Inputs], dict[str, np.ndarray]] = truth_of,
 ) -> tuple[dict[str, Prepared], Outcome]:
     """Sets the case up by each of its providers, and leaves out whose results are not the truth."""
     outcome, prepared = Outcome(), {}
@@ -463,34 +480,42 @@ def prepare(
 # --- time -----------------------------------------------------------------------------------------
 
 
+def host_seconds(call: Callable[[], Any]) -> float:
+    """How long a call takes that waits for what it computes; what it returns is freed after."""
+    started = time.perf_counter()
+    result = call()
+    elapsed = time.perf_counter() - started
+    del result
+    return elapsed
+
+
 def interleave(
     functions: Mapping[Any, Callable[[int], Any]],
     seconds: float,
     *,
     settle: bool = False,
     pairs: bool = False,
+    timers: Mapping[Any, Timer | None] | None = None,
 ) -> dict[Any, list[float]]:
     """Times functions in turns, so that a busy moment of the machine hits all of them alike.
 
     Args:
-      functions: by name; each is called with a running number, and waits for what it computes.
+      functions: by name; each is called with a running number.
       seconds: how long to time each, at least a few calls.
       settle: whether to wait before each turn until another framework's threads have gone to sleep.
+      timers: by name, what times a call where that is not `host_seconds`.
       pairs: whether all get the same number of calls, one per turn, for differences between them.
 
     Returns:
-      The seconds of each call, by name. What a call returns is freed after its time is taken.
+      The seconds of each call, by name.
     """
     estimates = {}
     counter = dict.fromkeys(functions, 0)
 
     def once(name: Any) -> float:
         counter[name] += 1
-        started = time.perf_counter()
-        result = functions[name](counter[name])
-        elapsed = time.perf_counter() - started
-        del result
-        return elapsed
+        timer = (timers or {}).get(name) or host_seconds
+        return timer(lambda: functions[name](counter[name]))
 
     times: dict[Any, list[float]] = {name: [] for name in functions}
     collecting = gc.isenabled()
@@ -545,15 +570,23 @@ def time_prepared(
     # The copy takes its turns among the others: its bandwidth is that of the same minute.
     copies = {("copy", p.framework): p.copy for p in prepared.values()}
     calls = {p.framework: p.calls for p in prepared.values()}
+    timers = {name: p.timer for name, p in prepared.items()}
+    copy_timers = {("copy", p.framework): p.timer for p in prepared.values()}
     for mode in case.modes:
-        functions: dict[Any, Any] = {name: p.run[mode] for name, p in prepared.items()}
-        times = interleave({**functions, **copies}, seconds, settle=len(copies) > 1)
+        able = {name: p for name, p in prepared.items() if mode in p.run}
+        functions: dict[Any, Any] = {name: p.run[mode] for name, p in able.items()}
+        times = interleave(
+            {**functions, **copies},
+            seconds,
+            settle=len(copies) > 1,
+            timers={**timers, **copy_timers},
+        )
         copy_seconds = {
             framework: spread(times["copy", framework], count)["median_s"]
             for framework, count in calls.items()
         }
-        spreads = {name: spread(times[name], p.calls) for name, p in prepared.items()}
-        for name, p in prepared.items():
+        spreads = {name: spread(times[name], p.calls) for name, p in able.items()}
+        for name, p in able.items():
             median, copy = spreads[name]["median_s"], copy_seconds[p.framework]
             moved = case.bytes_moved(mode)
             ours = spreads[OURS]["median_s"] if OURS in spreads else None

@@ -24,12 +24,12 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-import tensorflow as tf
 
-from cbam_ops import reference
+if TYPE_CHECKING:  # what needs no tensor works without TensorFlow
+    import tensorflow as tf
 
 # --- tolerances -----------------------------------------------------------------------------------
 
@@ -225,6 +225,8 @@ def assert_same_bits(actual: np.ndarray, expected: np.ndarray, name: str) -> Non
 
 def digest(results: Any) -> str:
     """A short text that changes with any bit of any tensor of a nest."""
+    import tensorflow as tf
+
     hashed = hashlib.sha256()
     for tensor in tf.nest.flatten(results):
         hashed.update(tensor.numpy().tobytes())
@@ -409,6 +411,8 @@ class Case:
 
     def arrays(self) -> dict[str, np.ndarray]:
         """The arguments, as numpy arrays of the types and in the layout that the call takes."""
+        import ml_dtypes  # noqa: F401  (numpy knows bfloat16 by it)
+
         n, h, w, c = self.size
         k, hidden = self.kernel_size, self.hidden
         generator = np.random.default_rng((self.seed, *self.size))
@@ -435,11 +439,13 @@ class Case:
             if name in MAPS and self.data_format == "NCHW":
                 value = np.moveaxis(value, 3, 1)
             dtype = self.dtype if name in MAPS else self.weights_dtype
-            arrays[name] = value.astype(tf.as_dtype(dtype).as_numpy_dtype, order="C")
+            arrays[name] = value.astype(np.dtype(dtype), order="C")
         return arrays
 
     def draw(self) -> dict[str, tf.Tensor]:
         """:meth:`arrays` as tensors."""
+        import tensorflow as tf
+
         return {name: tf.constant(array) for name, array in self.arrays().items()}
 
     def call(self, module: Any, tensors: Mapping[str, tf.Tensor]) -> list[tf.Tensor]:
@@ -463,12 +469,12 @@ class Case:
         """
         generator = np.random.default_rng(7)
         values = [generator.integers(-8, 9, size=output.shape) / 8.0 for output in outputs]
-        return [
-            value.astype(output.dtype)
-            if isinstance(output, np.ndarray)
-            else tf.constant(value, output.dtype)
-            for value, output in zip(values, outputs, strict=True)
-        ]
+        pairs = list(zip(values, outputs, strict=True))
+        if all(isinstance(output, np.ndarray) for output in outputs):
+            return [value.astype(output.dtype) for value, output in pairs]
+        import tensorflow as tf
+
+        return [tf.constant(value, output.dtype) for value, output in pairs]
 
     def gradients(self, module: Any, tensors: dict[str, tf.Tensor]) -> dict[str, tf.Tensor]:
         """The gradient of every argument, by its name, from gradients of every output."""
@@ -484,6 +490,8 @@ class Case:
     def _outputs_and_gradients(
         self, module: Any, tensors: dict[str, tf.Tensor]
     ) -> tuple[list[tf.Tensor], dict[str, tf.Tensor]]:
+        import tensorflow as tf
+
         with tf.GradientTape() as tape:
             tape.watch(list(tensors.values()))
             outputs = self.call(module, tensors)
@@ -565,11 +573,17 @@ def gradient_name(argument: str) -> str:
 
 def cast(tensors: Mapping[str, tf.Tensor], dtype: str) -> dict[str, tf.Tensor]:
     """The same values in another type."""
+    import tensorflow as tf
+
     return {name: tf.cast(tensor, dtype) for name, tensor in tensors.items()}
 
 
 def truth_and_stock(case: Case, tensors: Mapping[str, tf.Tensor], what: str) -> Any:
     """`case.<what>` of the reference in float64, and in the compute type of `tensors`."""
+    import tensorflow as tf
+
+    from cbam_ops import reference
+
     truth, stock = (cast(tensors, dtype) for dtype in ("float64", "float32"))
     half = tensors["x"].dtype in (tf.float16, tf.bfloat16)
     if half and dict(case.options).get("order") == "spatial_first":

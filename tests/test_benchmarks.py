@@ -302,7 +302,7 @@ def test_a_run_goes_on_after_a_failed_case(monkeypatch):
     asked: list[Any] = []
 
     class Worker:
-        def __init__(self, threads: int) -> None:
+        def __init__(self, threads: int, begin: Any) -> None:
             self.threads, self.alive = threads, True
 
         def ask(self, timeout: float, function: Any, case: Case, *rest: Any) -> _bench.Outcome:

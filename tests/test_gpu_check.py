@@ -2,94 +2,173 @@
 
 from __future__ import annotations
 
+import itertools
+import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
+from typing import Any
 
+import cuda_on_cpu
+import device
+import gpu_check
+import numpy as np
 import pytest
+import report
+import results
 
-BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
-NAMES = ("gpu_check", "gpu_network", "gpu_report", "gpu_tensorflow")
+from cbam_ops import _bench, testing
+from cbam_ops._cli.bench import write_rows
+from cbam_ops._console import CommandError
 
-
-@pytest.fixture
-def command(monkeypatch) -> Iterator[ModuleType]:
-    monkeypatch.syspath_prepend(BENCHMARKS)
-    monkeypatch.setattr(sys, "path", list(sys.path))  # the programs put folders there
-    import gpu_check
-
-    yield gpu_check
-    for name in NAMES:
-        sys.modules.pop(name, None)
+BENCHMARKS = Path(gpu_check.__file__).parent
 
 
-@pytest.fixture
-def report(command) -> ModuleType:
-    return sys.modules["gpu_report"]
+class NumpyMemory:
+    """Memory for the kernels' sources as a CPU runs them."""
+
+    def empty(self, shape: Any, dtype: str, offset: int = 0) -> np.ndarray:
+        return cuda_on_cpu.empty(shape, np.dtype(dtype), offset)
+
+    def place(self, array: np.ndarray, offset: int = 0) -> np.ndarray:
+        return cuda_on_cpu.place(array, offset)
+
+    def host(self, array: np.ndarray) -> np.ndarray:
+        return array
+
+    def address(self, array: np.ndarray) -> int:
+        return array.ctypes.data
+
+    def stream(self) -> int:
+        return 0
 
 
 # Figures that nobody measured: they exercise the arithmetic of the report and nothing else.
-COPY = 100.0
-MADE_UP = {"ours": 110.0, "ours (portable)": 170.0, "torch eager": 500.0, "TF graph": 450.0}
-MADE_UP |= {"torch.compile": 300.0, "JAX": 230.0}
-STAGES = ("56x56x256", "28x28x512", "14x14x1024", "7x7x2048")
+COPY = 100e-6
+MADE_UP = {"ours": 110e-6, "ours-portable": 170e-6, "torch-eager-channels-last": 500e-6}
+MADE_UP |= {"tf-graph": 450e-6, "torch-compile-channels-last": 300e-6, "jax": 230e-6}
 
 
-def made_up_rows() -> list[dict[str, object]]:
+def made_up_rows() -> list[dict[str, Any]]:
     rows = []
-    for batch, dtype, size, what in (
-        (b, d, s, w)
-        for b in (32, 1)
-        for d in ("float32", "bfloat16")
-        for s in STAGES
-        for w in ("forward", "backward", "step")
+    for n, dtype, (h, w, c), mode in itertools.product(
+        (256, 1), ("float32", "bfloat16"), _bench.RESNET50, ("forward", "backward", "step")
     ):
-        ideal = {"forward": 1.0, "backward": 1.5, "step": 2.5}[what]
-        for who, us in MADE_UP.items():
-            row = {"batch": batch, "dtype": dtype, "map": size, "copy_us": COPY}
-            row |= {"map_bytes": batch * 10**7, "l2_bytes": 6 * 10**7, "who": who, "what": what}
-            row["us"] = us * ideal
-            if who.startswith("ours"):
-                row["path"] = "cluster" if who == "ours" else "portable"
-                if batch == 1:
-                    row["launches"] = 1 if who == "ours" else 5
-            rows.append(row)
+        for provider, seconds in MADE_UP.items():
+            median = seconds * report.IDEAL[mode]
+            rows.append(
+                {
+                    "machine": "made up", "op": "cbam", "group": "resnet50", "n": n, "h": h, "w": w,
+                    "c": c, "dtype": dtype, "layout": "NHWC", "threads": 2, "mode": mode,
+                    "provider": provider, "median_s": median, "copy_s": COPY,
+                    "copies": median / COPY, "error": 1e-7,
+                }
+            )  # fmt: skip
     return rows
 
 
-def test_the_plan_fits_eight_minutes(command, capsys):
-    assert command.main(["--plan"]) == 0
+def test_the_plan_fits_eight_minutes(capsys):
+    assert gpu_check.main(["--plan"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == len(command.PLAN) + 1
-    assert int(lines[-1].split()[0]) == sum(command.PLAN.values()) <= 8 * 60
-    assert sum(command.QUICK_PLAN.values()) < sum(command.PLAN.values())
+    assert len(lines) == len(gpu_check.PLAN) + 1
+    assert int(lines[-1].split()[0]) == sum(gpu_check.PLAN.values()) <= 8 * 60
+    assert sum(gpu_check.QUICK_PLAN.values()) < sum(gpu_check.PLAN.values())
 
 
-def test_without_a_gpu_it_stops_with_a_sentence(command, monkeypatch):
-    monkeypatch.setattr(command, "torch", None)
+def test_without_a_gpu_it_stops_with_a_sentence(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch", None)
     with pytest.raises(SystemExit, match="needs PyTorch with CUDA and an NVIDIA GPU"):
-        command.main([])
+        gpu_check.main([])
 
 
-def test_the_checks_cover_every_kind_type_layout_and_path(command):
-    full, quick = list(command.cases(quick=False)), list(command.cases(quick=True))
-    gates = [arguments for name, arguments in full if name == "gates"]
-    for key, values in {
-        "gates": {"channel_first", "parallel", "channel_only", "spatial_only"},
-        "dtype": {"float32", "float16", "bfloat16", "float64"},
-        "layout": {"NHWC", "NCHW"},
-        "path": {"portable", "cluster"},
-    }.items():
-        assert {arguments[key] for arguments in gates} == values
-    assert {name for name, _ in full} == {
-        *("gates", "options", "sizes", "misaligned", "batch norm", "stage")
+def test_the_checks_cover_every_function_type_layout_and_path():
+    full, quick = list(gpu_check.checks(quick=False)), list(gpu_check.checks(quick=True))
+    options = [check for check in full if check.kind == "options"]
+    assert {check.case.function for check in options} == {
+        name for name in testing.ARGUMENTS if not name.endswith("pool")
     }
-    assert len(quick) < len(full)
+    assert {dict(check.case.options).get("order") for check in options} == {None, "parallel"}
+    assert {(check.case.dtype, check.case.data_format, check.path) for check in options} == set(
+        itertools.product(
+            ("float32", "float16", "bfloat16", "float64"), ("NHWC", "NCHW"), ("portable", "auto")
+        )
+    )
+    assert {check.kind for check in full} == {"options", "sizes", "misaligned", "stage"}
+    assert any(check.offset for check in full) and len(quick) < len(full)
 
 
-def test_batch_32_is_timed_first(command):
-    assert [shape[0] for shape in command.shapes((32, 256, 1))] == [32] * 8 + [256] * 8 + [1] * 8
+def checks_for_a_test() -> list[Any]:
+    """Every option, spread over types, layouts and paths, and a misaligned map."""
+    options = [check for check in gpu_check.checks(quick=True) if check.kind == "options"]
+    misaligned = [check for check in gpu_check.checks(quick=True) if check.kind == "misaligned"]
+    return [*options[::7], misaligned[0]]
+
+
+@pytest.mark.parametrize(
+    "check", checks_for_a_test(), ids=lambda check: f"{check.case}-{check.path}"
+)
+def test_the_checks_pass_on_the_kernels_sources(check):
+    """What runs on a GPU, on the same sources: were a check wrong, it would fail on the day."""
+    row = gpu_check.run_check(check, cuda_on_cpu.module(), NumpyMemory())
+    assert not row["wrong"] and 0 <= row["worst"] <= 1
+
+
+def test_a_wrong_result_is_found(monkeypatch):
+    """A check that cannot fail is none."""
+    right = device.Call.results
+
+    def results_with_a_fault(call: device.Call) -> dict[str, np.ndarray]:
+        found = right(call)
+        return {**found, "dkernel": found["dkernel"] * np.float32(1.001)}
+
+    monkeypatch.setattr(device.Call, "results", results_with_a_fault)
+    check = gpu_check.Check("options", testing.Case(), "portable")
+    row = gpu_check.run_check(check, cuda_on_cpu.module(), NumpyMemory())
+    assert row["wrong"].startswith("dkernel")
+
+
+def test_a_crash_is_a_wrong_row_and_the_checks_go_on(monkeypatch, tmp_path):
+    """One illegal access spoils a process: the next check needs another."""
+    asked: list[Any] = []
+
+    class Worker:
+        alive = True
+
+        def ask(self, timeout: float, function: Any, check: Any) -> dict[str, Any]:
+            asked.append(self)
+            if len(asked) == 1:
+                raise CommandError("the process ended: an illegal memory access")
+            return {"kind": check.kind, "worst": 0.5, "wrong": ""}
+
+    workers: list[Worker] = []
+
+    def worker() -> Worker:
+        if not workers or not workers[-1].alive:
+            workers.append(Worker())
+        return workers[-1]
+
+    some = checks_for_a_test()[:3]
+    monkeypatch.setattr(gpu_check, "checks", lambda quick: iter(some))
+    rows = gpu_check.check_all(worker, True, tmp_path / "checks.csv")
+    assert [bool(row["wrong"]) for row in rows] == [True, False, False]
+    assert asked[0] is not asked[1] and asked[1] is asked[2]
+    assert "illegal memory access" in (tmp_path / "checks.csv").read_text()
+
+
+def test_the_truth_without_tensorflow_is_the_reference():
+    """On a machine without TensorFlow `_core` in float64 stands for it."""
+    case = _bench.Case("tiny", 2, 5, 4, 32, layout="NCHW", op="cbam+add+relu")
+    inputs = _bench.draw_inputs(case, 1)
+    expected, found = _bench.truth_of(case, inputs), device.truth_of(case, inputs)
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        testing.assert_close(found[name], value, testing.FLOAT64, name)
+
+
+def test_batch_256_is_timed_first():
+    """The maps that matter, should the time run out."""
+    for group in gpu_check.timed_cases((256, 32, 1)):
+        assert [case.n for case in group] == [256] * 8 + [32] * 8 + [1] * 8
+        assert all(case.providers in gpu_check.GROUPS for case in group)
 
 
 @pytest.mark.parametrize(
@@ -103,82 +182,67 @@ def test_batch_32_is_timed_first(command):
         (4, "Exit: cbam_ops (nowhere) has no compiled parts: run pip install", "not run"),
     ],
 )
-def test_what_a_run_of_the_ops_tests_means(command, code, output, start):
-    assert command.judge_pytest(code, output).startswith(start)
+def test_what_a_run_of_the_ops_tests_means(code, output, start):
+    assert gpu_check.judge_pytest(code, output).startswith(start)
 
 
-def test_rows_survive_the_csv(report, tmp_path):
+def test_rows_survive_the_csv(tmp_path):
+    """They are written without pandas, and read by the reports."""
     rows = made_up_rows()
-    report.write(tmp_path / "timing.csv", rows)
-    again = report.read(tmp_path / "timing.csv")
-    assert [{k: v for k, v in row.items() if v != ""} for row in again] == rows
+    write_rows(tmp_path / "timing.csv", rows)
+    read = results.load(tmp_path / "timing.csv")
+    assert len(read) == len(rows)
+    for name in ("n", "provider", "median_s"):
+        assert list(read[name]) == pytest.approx([row[name] for row in rows]) or name == "provider"
+    assert set(read["provider"]) == set(MADE_UP)
 
 
-def test_the_table_has_a_line_per_case_and_the_ratios(report):
-    lines = report.table(made_up_rows()).splitlines()
-    assert len(lines) == 1 + 2 * 2 * 4 * 3
-    cells = dict(
-        zip(lines[0].replace("x ideal", "x_ideal").split(), lines[1].split(), strict=False)
-    )
-    assert cells["us"] == "110.0" and cells["x_ideal"] == "1.10" and cells["path"] == "cluster"
-    assert f"{500 / 110:.2f}" in lines[1] and f"{230 / 110:.2f}" in lines[1]
-
-
-def test_the_verdict_compares_with_the_targets(report):
-    lines = report.verdict(made_up_rows())
+def test_the_verdict_compares_with_the_targets():
+    rows = results.frame(made_up_rows())
+    lines = gpu_check.verdict(rows, launched=1)
     text = "\n".join(lines)
-    # On clusters 1.1 of 1.25 copies; portable 1.7 of 1.9. Batch 1 is left out: it fits the L2.
-    assert "forward, copies, clusters: at most 1.25 wanted; 8 of 8 met, worst 1.10" in text
-    assert "forward, copies, portable: at most 1.9 wanted; 8 of 8 met, worst 1.70" in text
-    # The faster compiled peer takes 230, which is 2.09 times ours.
-    assert (
-        "step, against the faster of torch.compile, JAX, TF XLA: at least 3 wanted; 0 of 8" in text
-    )
-    assert "worst 2.09" in text
+    # 1.1 of 1.25 copies; portable 1.7 of 1.9. Batch 1 is left out.
+    assert "ours, forward, times the ideal: at most 1.25 wanted; 8 of 8 met, worst 1.10" in text
+    assert "ours-portable, forward, times the ideal: at most 1.9 wanted; 8 of 8 met" in text
+    # The faster compiled baseline takes 230, which is 2.09 times ours.
+    names = ", ".join(gpu_check.COMPILED)
+    assert f"step, against the faster of {names}: at least 3 wanted; 0 of 8 met, worst 2.09" in text
     assert lines[-1].startswith("batch 1, 14x14x1024: fewer than 4 launches wanted, 1; faster")
     assert lines[-1].endswith("none")
-    assert all("not measured" in line for line in report.verdict([]))
+    nothing = gpu_check.verdict(rows.iloc[:0])
+    assert nothing and all("not measured" in line for line in nothing)
 
 
-def test_the_picture_is_drawn(report, tmp_path):
-    report.draw(made_up_rows(), tmp_path / "timing.png", "no device: made-up figures")
+def test_the_tables_and_the_picture_are_those_of_the_suite(tmp_path):
+    rows = results.frame(made_up_rows())
+    table = report.console_table(rows)
+    assert "vs JAX" in table and "2.09" in table and f"{500 / 110:.2f}" in table
+    report.draw_baselines(rows, tmp_path / "timing.png")
     assert (tmp_path / "timing.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_the_network_s_shares(report):
+def test_the_network_s_shares():
     rows = [
-        {"batch": 32, "dtype": "float32", "who": "without CBAM", "ms": 80.0},
-        {"batch": 32, "dtype": "float32", "who": "ours", "ms": 100.0},
+        {"n": 32, "dtype": "float32", "provider": "plain", "ms": 80.0},
+        {"n": 32, "dtype": "float32", "provider": "ours", "ms": 100.0},
     ]
-    assert "ours: 100.0 ms, CBAM's share 20 %" in report.network_table(rows)
-    assert report.network_table([]) == "ResNet-50: not measured"
+    assert "ours: 100.0 ms, CBAM's share 20 %" in gpu_check.network_table(rows)
+    assert gpu_check.network_table([]) == "ResNet-50: not measured"
 
 
-def test_tensorflow_s_rows_are_joined_with_what_else_is_known(command):
-    timed = made_up_rows()[:1]
-    row = {"batch": 32, "dtype": "float32", "map": STAGES[0], "who": "TF XLA", "what": "step"}
-    joined = command.with_copies([{**row, "us": 5.0}, {**row, "batch": 7, "us": 5.0}], timed)
-    assert len(joined) == 1 and joined[0]["copy_us"] == COPY
-
-
-def test_tensorflow_is_timed(command, report, tmp_path):
-    """The program itself, on a CPU and a map of a few pixels."""
-    import subprocess
-
-    output = tmp_path / "rows.csv"
-    done = subprocess.run(
-        [
-            *(sys.executable, BENCHMARKS / "gpu_tensorflow.py", "--output", output),
-            *("--device", "CPU", "--cases", "2,4,4,32,float32"),
-        ],
-        capture_output=True,
-        text=True,
-    )
+def test_what_a_gpu_machine_runs_needs_no_tensorflow():
+    """There may be none on it."""
+    program = f"""
+import sys
+sys.path.insert(0, {str(BENCHMARKS)!r})
+sys.modules["tensorflow"] = sys.modules["keras"] = None
+import cases, device, gpu_check, machine, measure, run
+from cbam_ops import _bench
+check = next(gpu_check.checks(True))
+arrays = gpu_check.arrays_of(check.case)
+found = device.on_the_cpu(check.case, arrays, "float64")
+assert found["dx"].shape == arrays["x"].shape
+_bench.draw_inputs(cases.tiny_cases()[2], 1)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    rows = report.read(output)
-    assert {(row["who"], row["what"]) for row in rows} == {
-        (who, what)
-        for who in ("ours (TF op)", "TF graph", "TF XLA")
-        for what in ("forward", "step")
-    }
-    assert all(row["us"] > 0 for row in rows)
