@@ -62,6 +62,12 @@ def _other_library() -> str:
     return library
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--seconds", type=float, default=60.0, help="how long the random tests go on (-m fuzz)"
+    )
+
+
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[_HEADER] = " ".join(filter(None, [_other_library(), _tested_package()]))
 

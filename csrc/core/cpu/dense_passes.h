@@ -214,11 +214,7 @@ CBAM_INLINE void ConvolveVectors(const Plane<A>* planes, int64_t row, int64_t w,
                                  const Taps<A>& taps, A bias, A* out) {
   using V = typename Simd<A>::V;
   constexpr int64_t kLanes = Simd<A>::kLanes;
-  V sum[2][kVectors];
-  for (int v = 0; v < kVectors; ++v) {
-    sum[0][v] = Splat<A>(bias);
-    sum[1][v] = V{};
-  }
+  V sum[2][kVectors] = {};
   for (int64_t i = -taps.half_rows; i <= taps.half_rows; ++i) {
     const A* line[2] = {planes[0].data + (row + i) * planes[0].stride + w,
                         planes[1].data + (row + i) * planes[1].stride + w};
@@ -231,7 +227,9 @@ CBAM_INLINE void ConvolveVectors(const Plane<A>* planes, int64_t row, int64_t w,
       }
     }
   }
-  for (int v = 0; v < kVectors; ++v) Store(out + w + v * kLanes, sum[0][v] + sum[1][v]);
+  // The bias comes last: beside a large one every product would be rounded to its last place.
+  for (int v = 0; v < kVectors; ++v)
+    Store(out + w + v * kLanes, sum[0][v] + sum[1][v] + Splat<A>(bias));
 }
 
 template <typename A>

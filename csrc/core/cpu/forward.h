@@ -305,11 +305,12 @@ class ForwardPipeline {
 
     const double scale =
         *static_cast<const A*>(args.gamma) / std::sqrt(variance + problem_.epsilon);
-    const double shift =
-        (args.bias == nullptr ? 0.0 : *static_cast<const A*>(args.bias)) - mean * scale;
+    const double offset = args.bias == nullptr ? 0.0 : *static_cast<const A*>(args.bias);
     ForEach(parallel_, g_.batch, [&](int64_t n) {
       A* gate = z + n * g_.positions;
-      for (int64_t p = 0; p < g_.positions; ++p) gate[p] = static_cast<A>(gate[p] * scale + shift);
+      for (int64_t p = 0; p < g_.positions; ++p) {
+        gate[p] = static_cast<A>((gate[p] - mean) * scale + offset);
+      }
       dense_.sigmoid(gate, g_.positions, gate);
     });
   }

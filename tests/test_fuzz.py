@@ -1,0 +1,148 @@
+"""Random calls of the public functions, against the definition in numpy and the reference.
+
+The calls follow from the seed below: another change may take another. More of them for a night:
+`pytest -m fuzz --seconds 30000`. What was ever found stays as an example.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from typing import Any
+
+import hypothesis
+import numpy as np
+import numpy_oracle
+import pytest
+from hypothesis import strategies as st
+
+import cbam_ops
+from cbam_ops import ops
+from cbam_ops.testing import ARGUMENTS, EPSILON, FILLS, Case
+
+SEED = 20261125
+
+# Ones, primes, and what lies around the widths of vectors and tiles.
+SIDES = (1, 2, 3, 5, 7, 8, 9, 13, 16, 17, 31, 32, 33, 61)
+CHANNELS = (1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 31, 33, 64, 65, 127, 128, 257)
+LONG = ((1, 1, 1009, 3), (1, 601, 1, 2), (2, 1, 1, 2053), (67, 1, 2, 5), (1, 2, 143, 17))
+LARGEST = 1 << 15  # values of a map: small ones find more in the same time
+
+sizes = st.one_of(
+    st.tuples(
+        st.sampled_from((1, 2, 3, 5, 0)),
+        st.sampled_from(SIDES),
+        st.sampled_from(SIDES),
+        st.sampled_from(CHANNELS),
+    ).filter(lambda size: int(np.prod(size)) <= LARGEST),
+    st.sampled_from(LONG),
+)
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> Case:
+    # Without batch norm in training: where a batch has few logits, or equal ones, the gate is what
+    # rounding leaves of a difference, and stock TensorFlow's error in one call says nothing of it.
+    functions = [name for name, arguments in ARGUMENTS.items() if "gamma" not in arguments]
+    function = draw(st.sampled_from(functions))
+    dtype = draw(st.sampled_from(list(EPSILON)))
+    words: dict[str, Any] = {}
+    pool = function.endswith("pool")
+    if not pool:
+        words["activation"] = draw(st.sampled_from([None, "relu"]))
+    if "w0" in ARGUMENTS[function]:
+        words["mlp_activation"] = draw(st.sampled_from([None, "relu"]))
+    if function == "channel_attention":
+        words["pooling"] = draw(st.sampled_from(["avg+max", "avg", "max"]))
+    if function.startswith("cbam"):
+        # Of a half type "spatial_first" is two ops with a rounded map between them, which decides
+        # what is the maximum: one number's error says nothing. test_ops.py has them.
+        orders = ["channel_first", "parallel"]
+        orders += ["spatial_first"] * (dtype in ("float32", "float64"))
+        words["order"] = draw(st.sampled_from(orders))
+    return Case(
+        function,
+        size=draw(sizes),
+        hidden=draw(st.sampled_from([1, 2, 3, 8, 17, 65])),
+        kernel_size=draw(st.sampled_from([1, 3, 5, 7, 11])),
+        residual=not pool and draw(st.booleans()),
+        biases=draw(st.booleans()),
+        half_weights=draw(st.booleans()),
+        fill=draw(st.sampled_from(list(FILLS))),
+        options=tuple(words.items()),
+        dtype=dtype,
+        data_format=draw(st.sampled_from(["NHWC", "NCHW"])),
+        seed=draw(st.integers(0, 999)),
+    )
+
+
+def check(case: Case) -> None:
+    """Ours against numpy's definition by the policy; the ordinary evaluation is the reference's."""
+    tensors = case.draw()
+    wide = np.longdouble if case.dtype == "float64" else np.float64
+    with cbam_ops.use_implementation("native"):
+        results = case.evaluate(ops, tensors)
+    with np.errstate(all="ignore"):
+        # Where a ReLU cuts and which values tie is decided on what was computed.
+        truth = numpy_oracle.evaluate(
+            case,
+            tensors,
+            y=np.asarray(results["y"]).astype(np.float64) if "y" in results else None,
+            tie_gate=np.asarray(results["channel_gate"]) if "channel_gate" in results else None,
+            dtype=wide,
+        )
+        magnitudes = numpy_oracle.gradient_magnitudes(case, tensors)
+    faults = [
+        finding.fault
+        for finding in case.compare(results, tensors, magnitudes=magnitudes, truth=truth)
+        if finding.fault
+    ]
+    assert not faults, faults
+
+
+@pytest.mark.fuzz
+@pytest.mark.long
+def test_random_calls(request: pytest.FixtureRequest) -> None:
+    """Fails where some call, of whatever options, sizes and values, errs more than it may."""
+    end = time.time() + request.config.getoption("--seconds")
+    seeds = random.Random(SEED)
+    count = 0
+
+    @hypothesis.settings(
+        max_examples=50,
+        deadline=None,
+        database=None,
+        print_blob=False,
+        report_multiple_bugs=False,
+        suppress_health_check=list(hypothesis.HealthCheck),
+    )
+    @hypothesis.given(cases())
+    def some(case: Case) -> None:
+        nonlocal count
+        count += 1
+        check(case)
+
+    while time.time() < end:
+        hypothesis.seed(seeds.getrandbits(32))(some)()
+    print(f"{count} calls")
+
+
+FOUND = [
+    # A bias of 2 beside sums of 1e-5: added first, it takes their digits.
+    Case(size=(5, 16, 16, 16), kernel_size=11, fill="denormal", dtype="float16", seed=101),
+    # One logit is its own mean: what is left of it is nothing.
+    Case(
+        "spatial_attention_with_batch_norm",
+        size=(1, 1, 1, 1),
+        hidden=1,
+        kernel_size=1,
+        biases=False,
+        options=(("activation", None), ("epsilon", 2.0**-17)),
+        dtype="float64",
+    ),
+]
+
+
+@pytest.mark.parametrize("case", FOUND, ids=str)
+def test_what_was_found_once(case: Case) -> None:
+    check(case)
