@@ -89,9 +89,7 @@ def test_without_a_driver_the_reason_is_one_sentence(cuda, capsys):
 @pytest.mark.usefixtures("no_driver")
 def test_a_kernel_without_a_driver_is_an_error_that_says_so(cuda):
     with pytest.raises(RuntimeError, match="no NVIDIA driver, or it is older than the CUDA"):
-        cuda.channel_pool(
-            (1, 2, 2, 4), "float32", {"x": 16, "mean": 16, "maximum": 16}, workspace=0
-        )
+        cuda.channel_pool(16, mean=16, maximum=16, shape=[1, 2, 2, 4])
 
 
 # --- what the decision makes of the answers -------------------------------------------------------
