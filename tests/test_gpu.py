@@ -16,7 +16,7 @@ import tensorflow as tf
 from numpy_oracle import gradient_magnitudes
 
 import cbam_ops
-from cbam_ops import _core, ops
+from cbam_ops import _core, ops, options
 from cbam_ops.testing import (
     OPTIONS,
     SIZES,
@@ -170,7 +170,7 @@ def test_a_function_s_ops_are_placed_there():
 
 def test_bad_shapes_are_refused_there_too():
     with tf.device(DEVICE), pytest.raises(tf.errors.InvalidArgumentError, match="kernel"):
-        native = ops._loaded_ops()
+        native = options.loaded_ops()
         zeros = tf.zeros
         native.cbam_ops_spatial_attention(
             x=zeros((1, 4, 4, 8)),

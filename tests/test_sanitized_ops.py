@@ -51,11 +51,13 @@ def libraries() -> Path:
 
 @pytest.mark.parametrize("kind", ["eager", "graph", "custom_call"])
 def test_hostile_calls_under_a_sanitizer(kind, libraries):
-    runtime = subprocess.run(
-        [COMPILER, "-print-file-name=libasan.so"], capture_output=True, text=True, check=True
-    ).stdout.strip()
+    def library(name: str) -> str:
+        command = [COMPILER, f"-print-file-name={name}"]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
     environment = {
-        "LD_PRELOAD": runtime,
+        # Python itself has no C++ library, and the sanitizer takes functions from it at the start.
+        "LD_PRELOAD": f"{library('libasan.so')} {library('libstdc++.so.6')}",
         "CBAM_OPS_TEST_LIBRARIES": str(libraries),
         # Python and TensorFlow are not clean themselves.
         "ASAN_OPTIONS": "detect_leaks=0:alloc_dealloc_mismatch=0",
