@@ -24,6 +24,7 @@
 #include "core/cpu/kernels.h"
 #include "core/cpu/work_sharing.h"
 #include "python/thread_pool.h"
+#include "testing/definition.h"
 
 namespace cbam_ops {
 namespace {
@@ -194,7 +195,7 @@ Tensors<double> RunKernels(const Problem& p, const Tensors<double>& inputs, int 
 
   ForwardArgs f;
   f.x = x.data();
-  f.residual = p.activation == Activation::kRelu ? residual.data() : nullptr;
+  f.residual = residual.data();
   f.w0 = w0.data();
   f.b0 = b0.data();
   f.w1 = w1.data();
@@ -271,102 +272,6 @@ Tensors<double> Run(const Problem& p, const Tensors<double>& inputs, int threads
       return RunKernels<double, double>(p, inputs, threads);
   }
   return {};
-}
-
-double Sigmoid(double z) { return 1 / (1 + std::exp(-z)); }
-
-// y by the definition, in double and without any cleverness.
-Values<double> Define(const Problem& p, const Tensors<double>& t) {
-  const int64_t n = p.batch, positions = p.height * p.width, c = p.channels, r = p.kernel_size / 2;
-  const auto at = [&](int64_t i, int64_t position, int64_t channel) {
-    return static_cast<size_t>(p.layout == Layout::kNHWC
-                                   ? (i * positions + position) * c + channel
-                                   : (i * c + channel) * positions + position);
-  };
-  const auto index = [](int64_t i) { return static_cast<size_t>(i); };
-  Values<double> gate_c(index(n * c), 1.0), logits(index(n * positions), 0.0);
-  if (HasChannelGate(p)) {
-    for (int64_t i = 0; i < n; ++i) {
-      Values<double> sum(index(c), 0.0);
-      for (const Pooling pool : {Pooling::kAvg, Pooling::kMax}) {
-        if (p.pooling != Pooling::kAvgMax && p.pooling != pool) continue;
-        Values<double> pooled(index(c));
-        for (int64_t j = 0; j < c; ++j) {
-          double mean = 0, maximum = -INFINITY;
-          for (int64_t q = 0; q < positions; ++q) {
-            mean += t.x[at(i, q, j)] / static_cast<double>(positions);
-            maximum = std::fmax(maximum, t.x[at(i, q, j)]);
-          }
-          pooled[index(j)] = pool == Pooling::kAvg ? mean : maximum;
-        }
-        Values<double> branch = t.b1;
-        for (int64_t h = 0; h < p.hidden; ++h) {
-          double hidden = t.b0[index(h)];
-          for (int64_t j = 0; j < c; ++j) {
-            hidden += pooled[index(j)] * t.w0[index(j * p.hidden + h)];
-          }
-          for (int64_t j = 0; j < c; ++j) {
-            branch[index(j)] += std::fmax(hidden, 0) * t.w1[index(h * c + j)];
-          }
-        }
-        for (int64_t j = 0; j < c; ++j) {
-          const double value = branch[index(j)];
-          sum[index(j)] += p.mlp_activation == Activation::kRelu ? std::fmax(value, 0) : value;
-        }
-      }
-      for (int64_t j = 0; j < c; ++j) gate_c[index(i * c + j)] = Sigmoid(sum[index(j)]);
-    }
-  }
-  if (HasSpatialGate(p)) {
-    const auto source = [&](int64_t i, int64_t q, int64_t j) {
-      const double gate = p.module == Module::kChannelFirst ? gate_c[index(i * c + j)] : 1.0;
-      return t.x[at(i, q, j)] * gate;
-    };
-    double total = 0, squares = 0;
-    for (int64_t i = 0; i < n; ++i) {
-      for (int64_t q = 0; q < positions; ++q) {
-        double z = 0;
-        for (int64_t a = -r; a <= r; ++a) {
-          for (int64_t b = -r; b <= r; ++b) {
-            const int64_t row = q / p.width + a, column = q % p.width + b;
-            if (row < 0 || row >= p.height || column < 0 || column >= p.width) continue;
-            double mean = 0, maximum = -INFINITY;
-            for (int64_t j = 0; j < c; ++j) {
-              const double u = source(i, row * p.width + column, j);
-              mean += u / static_cast<double>(c);
-              maximum = std::fmax(maximum, u);
-            }
-            const int64_t tap = ((a + r) * p.kernel_size + b + r) * 2;
-            z += mean * t.kernel[index(tap)] + maximum * t.kernel[index(tap + 1)];
-          }
-        }
-        logits[index(i * positions + q)] = z;
-        total += z;
-      }
-    }
-    const auto count = static_cast<double>(n * positions);
-    for (const double z : logits) squares += (z - total / count) * (z - total / count);
-    for (double& z : logits) {
-      if (p.batch_norm) {
-        z = t.gamma[0] * (z - total / count) / std::sqrt(squares / count + p.epsilon);
-      }
-      z = Sigmoid(z + t.bias[0]);
-    }
-  }
-  Values<double> y(t.x.size());
-  for (int64_t i = 0; i < n; ++i) {
-    for (int64_t q = 0; q < positions; ++q) {
-      for (int64_t j = 0; j < c; ++j) {
-        double value = t.x[at(i, q, j)] * gate_c[index(i * c + j)];
-        if (HasSpatialGate(p)) value *= logits[index(i * positions + q)];
-        if (p.activation == Activation::kRelu) {
-          value = std::fmax(value + t.residual[at(i, q, j)], 0);
-        }
-        y[at(i, q, j)] = value;
-      }
-    }
-  }
-  return y;
 }
 
 // Largest difference; NaN anywhere is infinitely far.

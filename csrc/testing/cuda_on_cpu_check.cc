@@ -1,5 +1,5 @@
 // Runs the emulated float32 kernels over a list of problems on exactly sized heap blocks, for
-// AddressSanitizer and ThreadSanitizer, and holds them against a plain evaluation in double, so
+// AddressSanitizer and ThreadSanitizer, and holds them against the definition (definition.h), so
 // that a fault in the sources is noticed with no sanitizer too. "quick" as first argument takes a
 // shorter list; "threads" runs that one for all gates and compares nothing.
 #include <algorithm>
@@ -14,6 +14,7 @@
 
 #include "core/cuda/kernels.h"
 #include "testing/cuda_on_cpu.h"
+#include "testing/definition.h"
 
 namespace {
 
@@ -117,6 +118,7 @@ class Check {
     back.w1 = w1->data;
     back.b1 = b1->data;
     back.kernel = kernel->data;
+    back.bias = bias->data;
     back.gamma = gamma->data;
     back.channel_descriptors = descriptors->data;
     back.channel_gate = channel_gate->data;
@@ -214,102 +216,27 @@ class Check {
     if (buffer == x.get()) value += shift;
     return value;
   }
-  int64_t At(int64_t n, int64_t p, int64_t c) const {
-    return problem.layout == Layout::kNHWC ? (n * positions + p) * s.c + c
-                                           : (n * s.c + c) * positions + p;
-  }
-  static double Sigmoid(double z) { return 1.0 / (1.0 + std::exp(-z)); }
 
-  // sum of dy * y of the module evaluated in double; compares y with `got` where given.
+  // sum of dy * y of the definition; compares y with `got` where given.
   double Evaluate(const float* got, const char* label) const {
-    const bool channel = HasChannelGate(problem), spatial = HasSpatialGate(problem);
-    std::vector<double> gate(s.n * s.c, 1.0), spatial_gate(s.n * positions, 1.0),
-        z(s.n * positions, 0.0);
-    for (int64_t n = 0; n < s.n && channel; ++n) {
-      std::vector<double> logits(s.c, 0.0);
-      for (int t = 0; t < 2; ++t) {
-        std::vector<double> descriptor(s.c), hidden(s.hidden);
-        for (int64_t c = 0; c < s.c; ++c) {
-          double sum = 0, most = -1e300;
-          for (int64_t p = 0; p < positions; ++p) {
-            sum += Value(x.get(), At(n, p, c));
-            most = std::max(most, Value(x.get(), At(n, p, c)));
-          }
-          descriptor[c] = t == 0 ? sum / static_cast<double>(positions) : most;
-        }
-        for (int64_t j = 0; j < s.hidden; ++j) {
-          double sum = Value(b0.get(), j);
-          for (int64_t c = 0; c < s.c; ++c)
-            sum += descriptor[c] * Value(w0.get(), c * s.hidden + j);
-          hidden[j] = std::max(sum, 0.0);
-        }
-        for (int64_t c = 0; c < s.c; ++c) {
-          double sum = Value(b1.get(), c);
-          for (int64_t j = 0; j < s.hidden; ++j) sum += hidden[j] * Value(w1.get(), j * s.c + c);
-          logits[c] += sum;
-        }
-      }
-      for (int64_t c = 0; c < s.c; ++c) gate[n * s.c + c] = Sigmoid(logits[c]);
-    }
-    if (spatial) {
-      const bool parallel = problem.module == Module::kParallel;
-      std::vector<double> planes(s.n * 2 * positions);
-      for (int64_t n = 0; n < s.n; ++n) {
-        for (int64_t p = 0; p < positions; ++p) {
-          double sum = 0, most = -1e300;
-          for (int64_t c = 0; c < s.c; ++c) {
-            const double u = Value(x.get(), At(n, p, c)) * (parallel ? 1.0 : gate[n * s.c + c]);
-            sum += u;
-            most = std::max(most, u);
-          }
-          planes[(2 * n) * positions + p] = sum / static_cast<double>(s.c);
-          planes[(2 * n + 1) * positions + p] = most;
-        }
-      }
-      double total = 0, squares = 0;
-      for (int64_t n = 0; n < s.n; ++n) {
-        for (int64_t p = 0; p < positions; ++p) {
-          double sum = 0;
-          for (int64_t i = 0; i < s.k; ++i) {
-            for (int64_t j = 0; j < s.k; ++j) {
-              const int64_t r = p / s.w + i - s.k / 2, q = p % s.w + j - s.k / 2;
-              if (r < 0 || r >= s.h || q < 0 || q >= s.w) continue;
-              for (int plane = 0; plane < 2; ++plane) {
-                sum += planes[(2 * n + plane) * positions + r * s.w + q] *
-                       Value(kernel.get(), (i * s.k + j) * 2 + plane);
-              }
-            }
-          }
-          z[n * positions + p] = sum;
-          total += sum;
-          squares += sum * sum;
-        }
-      }
-      const auto count = static_cast<double>(s.n * positions);
-      const double mean = total / count, variance = squares / count - mean * mean;
-      for (size_t i = 0; i < z.size(); ++i) {
-        double v = z[i];
-        if (problem.batch_norm)
-          v = (v - mean) / std::sqrt(variance + problem.epsilon) * Value(gamma.get(), 0);
-        spatial_gate[i] = Sigmoid(v + Value(bias.get(), 0));
-      }
-    }
+    struct {
+      std::vector<double> x, residual, w0, b0, w1, b1, kernel, bias, gamma;
+    } inputs;
+    const auto values = [this](const Pointer& buffer) {
+      std::vector<double> result;
+      for (int64_t i = 0; i < buffer->count; ++i) result.push_back(Value(buffer.get(), i));
+      return result;
+    };
+    inputs = {values(x),  values(residual), values(w0),   values(b0),   values(w1),
+              values(b1), values(kernel),   values(bias), values(gamma)};
+    const std::vector<double> y = cbam_ops::Define(problem, inputs);
     double loss = 0;
-    for (int64_t n = 0; n < s.n; ++n) {
-      for (int64_t p = 0; p < positions; ++p) {
-        for (int64_t c = 0; c < s.c; ++c) {
-          const int64_t at = At(n, p, c);
-          double value = Value(x.get(), at) * gate[n * s.c + c] * spatial_gate[n * positions + p] +
-                         residual->data[at];
-          if (problem.activation == Activation::kRelu) value = std::max(value, 0.0);
-          loss += value * dy->data[at];
-          if (got != nullptr && !(std::fabs(value - got[at]) <= 2e-5 * (1 + std::fabs(value)))) {
-            std::printf("%s: y[%lld] is %g, not %g\n", label, static_cast<long long>(at),
-                        static_cast<double>(got[at]), value);
-            ++failures;
-            return loss;
-          }
-        }
+    for (size_t i = 0; i < y.size(); ++i) {
+      loss += y[i] * dy->data[i];
+      if (got != nullptr && !(std::fabs(y[i] - got[i]) <= 2e-5 * (1 + std::fabs(y[i])))) {
+        std::printf("%s: y[%zu] is %g, not %g\n", label, i, static_cast<double>(got[i]), y[i]);
+        ++failures;
+        return loss;
       }
     }
     return loss;
