@@ -409,15 +409,11 @@ class Case:
         """The type of the weights."""
         return self.dtype if self.half_weights else compute_type(self.dtype)
 
-    def arrays(self) -> dict[str, np.ndarray]:
-        """The arguments, as numpy arrays of the types and in the layout that the call takes."""
-        import ml_dtypes  # noqa: F401  (numpy knows bfloat16 by it)
-
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shape of every argument that some function takes, maps as in NHWC."""
         n, h, w, c = self.size
         k, hidden = self.kernel_size, self.hidden
-        generator = np.random.default_rng((self.seed, *self.size))
-        fill = FILLS[self.fill]
-        shapes: dict[str, tuple[int, ...]] = {
+        return {
             "x": (n, h, w, c),
             "w0": (c, hidden),
             "b0": (hidden,),
@@ -429,8 +425,20 @@ class Case:
             "beta": (1,),
             "residual": (n, h, w, c),
         }
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """The arguments, as numpy arrays of the types and in the layout that the call takes."""
+        import ml_dtypes  # noqa: F401  (numpy knows bfloat16 by it)
+
+        generator = np.random.default_rng((self.seed, *self.size))
+        fill = FILLS[self.fill]
+        shapes = self.shapes()
         # Scales that keep the gates' logits near 1, so that no sigmoid saturates.
-        scales = {"w0": fill.weights * c**-0.5, "w1": hidden**-0.5, "kernel": fill.weights / k}
+        scales = {
+            "w0": fill.weights * self.size[3] ** -0.5,
+            "w1": self.hidden**-0.5,
+            "kernel": fill.weights / self.kernel_size,
+        }
         arrays = {}
         for name in self.names:
             value = generator.normal(size=shapes[name]) * scales.get(name, 1.0)

@@ -94,6 +94,19 @@ def threads(request: pytest.FixtureRequest) -> int:
     return request.param
 
 
+@pytest.fixture(params=["baseline", "avx2", "avx512"])
+def instruction_set(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Runs the test with each instruction set that the machine and the build have."""
+    from cbam_ops import _core
+
+    if request.param not in _core.available_instruction_sets():
+        pytest.skip(f"this machine or this build has no {request.param}")
+    before = _core.instruction_set()
+    _core.set_instruction_set(request.param)
+    yield request.param
+    _core.set_instruction_set(before)
+
+
 @pytest.fixture(params=["NHWC", "NCHW"])
 def data_format(request: pytest.FixtureRequest) -> str:
     return request.param

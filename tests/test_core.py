@@ -10,7 +10,6 @@ from __future__ import annotations
 import concurrent.futures
 import functools
 import itertools
-from collections.abc import Iterator
 from typing import Any
 
 import ml_dtypes
@@ -30,7 +29,6 @@ MODULES = {
     "channel_only": Case("channel_attention"),
     "spatial_only": Case("spatial_attention"),
 }
-INSTRUCTION_SETS = ("baseline", "avx2", "avx512")
 
 
 class Poisoned:
@@ -44,16 +42,6 @@ class Poisoned:
 
 
 CORE = Poisoned()
-
-
-@pytest.fixture(params=INSTRUCTION_SETS)
-def instruction_set(request: pytest.FixtureRequest) -> Iterator[str]:
-    if request.param not in _core.available_instruction_sets():
-        pytest.skip(f"this machine or this build has no {request.param}")
-    before = _core.instruction_set()
-    _core.set_instruction_set(request.param)
-    yield request.param
-    _core.set_instruction_set(before)
 
 
 def type_of(name: str) -> np.dtype:

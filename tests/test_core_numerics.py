@@ -15,7 +15,7 @@ from numpy_oracle import evaluate, gradient_magnitudes
 from test_ops import run_python
 
 import cbam_ops
-from cbam_ops import _core, ops
+from cbam_ops import ops
 from cbam_ops.testing import Case, assert_accurate, options, truth_and_stock
 
 Tensors = dict[str, tf.Tensor]
@@ -25,16 +25,6 @@ Tensors = dict[str, tf.Tensor]
 def native() -> Iterator[None]:
     with cbam_ops.use_implementation("native"):
         yield
-
-
-@pytest.fixture(params=["baseline", "avx2", "avx512"])
-def instruction_set(request: pytest.FixtureRequest) -> Iterator[str]:
-    if request.param not in _core.available_instruction_sets():
-        pytest.skip(f"this machine or this build has no {request.param}")
-    before = _core.instruction_set()
-    _core.set_instruction_set(request.param)
-    yield request.param
-    _core.set_instruction_set(before)
 
 
 # --- infinities -----------------------------------------------------------------------------------

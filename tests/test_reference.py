@@ -35,18 +35,7 @@ def arguments(
 ) -> dict[str, np.ndarray]:
     """Arguments of every function by name, NHWC."""
     rng = np.random.default_rng(seed)
-    shapes = {
-        "x": (n, h, w, c),
-        "w0": (c, hidden),
-        "b0": (hidden,),
-        "w1": (hidden, c),
-        "b1": (c,),
-        "kernel": (k, k, 2, 1),
-        "bias": (1,),
-        "gamma": (1,),
-        "beta": (1,),
-        "residual": (n, h, w, c),
-    }
+    shapes = testing.Case(size=(n, h, w, c), hidden=hidden, kernel_size=k).shapes()
     return {name: rng.standard_normal(shape).astype(dtype) for name, shape in shapes.items()}
 
 
