@@ -8,8 +8,11 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+import types
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from cbam_ops import __version__
@@ -171,6 +174,35 @@ def _complain(text: str) -> None:
         print(text, file=sys.stderr, flush=True)
 
 
+@contextlib.contextmanager
+def _interruptible() -> Iterator[None]:
+    """Makes Ctrl-C a KeyboardInterrupt whatever the block makes of it.
+
+    TensorFlow, interrupted while it calls Python, ends with an error of its own.
+    """
+    before = signal.getsignal(signal.SIGINT)
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    if before is not signal.default_int_handler or not in_main_thread:
+        yield  # ignored, or somebody else's
+        return
+    interrupted = False
+
+    def interrupt(number: int, frame: types.FrameType | None) -> None:
+        nonlocal interrupted
+        interrupted = True
+        signal.default_int_handler(number, frame)
+
+    signal.signal(signal.SIGINT, interrupt)
+    try:
+        yield
+    except Exception as error:
+        if interrupted:
+            raise KeyboardInterrupt from error
+        raise
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code (see `_EPILOG`).
 
@@ -191,7 +223,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             arguments = _parser().parse_args(argv)
             program, traceback = f"cbam-ops {arguments.command}", arguments.traceback
             check_environment()
-            return _run(arguments)
+            with _interruptible():
+                return _run(arguments)
         finally:
             sys.stdout.flush()
     except CommandError as error:

@@ -203,6 +203,26 @@ def test_demo_is_interrupted_cleanly(tmp_path):
     assert errors.strip() == "cbam-ops demo: interrupted"
 
 
+def test_an_interrupt_that_becomes_another_error_is_one(monkeypatch, capsys):
+    """TensorFlow, interrupted while it traces or compiles, raises an error of its own."""
+
+    def run(quick: bool) -> int:
+        try:
+            signal.raise_signal(signal.SIGINT)
+        except KeyboardInterrupt:
+            raise RuntimeError("something failed in a callback") from None
+        return 0
+
+    monkeypatch.setattr(check, "run", run)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        result = _here(capsys, "check")
+        assert (result.returncode, result.stderr) == (130, "\ncbam-ops check: interrupted\n")
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 @pytest.fixture
 def nothing_fused(monkeypatch):
     """An installation whose compiled ops do not load."""
