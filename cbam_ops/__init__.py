@@ -12,6 +12,7 @@ from typing import Any
 
 from . import _loader, testing
 from ._console import quiet_start_up
+from ._dialects import dialects
 from .options import NativeUnavailableError, build_info, set_implementation, use_implementation
 
 __version__ = "0.1.0"
@@ -27,6 +28,7 @@ __all__ = [
     "cbam_with_batch_norm",
     "channel_attention",
     "channel_pool",
+    "dialects",
     "layers",
     "models",
     "ops",

@@ -38,19 +38,29 @@ DIMENSIONS = {
     "beta": ("1",),
 }
 MAPS = ("x", "residual")
-MAY_BE_NONE = ("b0", "b1", "bias", "residual")
+MAY_BE_NONE = ("b0", "w1", "b1", "bias", "residual")
+# Without a hidden layer (no `w1`) the first layer of the MLP is the only one.
+_NO_HIDDEN_LAYER = {"w0": ("C", "C"), "b0": ("C",)}
 WORDS: dict[str, tuple[str | None, ...]] = {
     "data_format": ("NHWC", "NCHW"),
     "pooling": ("avg+max", "avg", "max"),
     "mlp_activation": (None, "relu"),
     "activation": (None, "relu"),
     "order": ("channel_first", "spatial_first", "parallel"),
+    # Those that the native ops do not know: see `_is_fused`.
+    "hidden_activation": ("relu", "swish", "gelu", "elu", "mish"),
+    "gate_activation": ("sigmoid", "hard_sigmoid"),
+    "ties": ("even", "first"),
 }
 
 
 class Arguments(SimpleNamespace):
-    """The arguments of a call by name; as tensors, or None, where they are tensors."""
+    """The arguments of a call by name; as tensors, or None, where they are tensors.
 
+    With `native`, those ops read the map for its means and maxima in a definition.
+    """
+
+    native: ModuleType | None = None
     # What some functions lack.
     residual: tf.Tensor | None = None
     bias: tf.Tensor | None = None
@@ -58,6 +68,9 @@ class Arguments(SimpleNamespace):
     activation: str | None = None
     pooling = "avg+max"
     order = "channel_first"
+    hidden_activation = "relu"
+    gate_activation = "sigmoid"
+    ties = "even"
 
     @property
     def compute_type(self) -> tf.DType:
@@ -83,7 +96,7 @@ def call(function: str, values: dict[str, Any]) -> Any:
     if native is None:
         _check_shapes(function, args)
         return _results(_definitions[op](args), args)
-    if not tf.executing_eagerly():
+    if not tf.executing_eagerly() or not _is_fused(op, args):
         _check_shapes(function, args)
         return _results(_native(native, op, args), args)
     # The op checks the shapes itself. What it refuses is then explained in the function's words.
@@ -203,7 +216,10 @@ def _check_type(function: str, args: Arguments, name: str, dtype: tf.DType) -> N
 def _check_shapes(function: str, args: Arguments) -> None:
     """Checks that the shapes fit each other, as far as they are known."""
     known: dict[str, int] = {"1": 1, "2": 2}
-    for name, dimensions in DIMENSIONS.items():
+    one_layer = hasattr(args, "w0") and args.w1 is None
+    if one_layer and args.b1 is not None:
+        _refuse(function, "b1", f"be None as `w1` is, got shape {_text(args.b1.shape.as_list())}")
+    for name, dimensions in (DIMENSIONS | (_NO_HIDDEN_LAYER if one_layer else {})).items():
         tensor = getattr(args, name, None)
         if tensor is None or tensor.shape.rank is None:
             continue
@@ -314,7 +330,47 @@ def run(native: ModuleType, op: str, values: dict[str, Any]) -> Outputs:
     return dict(zip(outputs, result if isinstance(result, tuple) else (result,), strict=True))
 
 
+def _is_fused(op: str, args: Arguments) -> bool:
+    """Whether a native op computes this, as one or (`_halves`) as two of them."""
+    if args.gate_activation != "sigmoid" or args.ties != "even":
+        return False
+    if op == "CbamOps>Cbam" and args.order == "parallel" and args.pooling != "avg+max":
+        return False
+    if op not in ("CbamOps>Cbam", "CbamOps>ChannelAttention"):
+        return True
+    return args.hidden_activation == "relu" and args.w1 is not None
+
+
+def _halves(op: str, args: Arguments) -> tuple[str, ...]:
+    """The two ops, in order, whose composition this is; none if it is to be computed as one."""
+    halves = ("CbamOps>ChannelAttention", "CbamOps>SpatialAttention")
+    if op != "CbamOps>Cbam" or args.order == "parallel":
+        return ()
+    if args.order == "spatial_first":
+        return halves[::-1]
+    return () if args.pooling == "avg+max" and _is_fused(op, args) else halves
+
+
 def _native(native: ModuleType, op: str, args: Arguments) -> Outputs:
+    """The outputs of a function, by native ops as far as there are such."""
+    halves = _halves(op, args)
+    if halves:
+        without = {"residual": None, "activation": None}
+        outputs = _native(native, halves[0], Arguments(**{**vars(args), **without}))
+        rest = _native(native, halves[1], Arguments(**{**vars(args), "x": outputs["y"]}))
+        return outputs | rest
+    if _is_fused(op, args):
+        return _fused(native, op, args)
+    # The definition, with fused pools; its weights have the compute type, as those of native ops.
+    weights = {
+        name: tf.cast(value, args.compute_type)
+        for name, value in vars(args).items()
+        if name in DIMENSIONS and name not in MAPS and value is not None
+    }
+    return _definitions[op](Arguments(**{**vars(args), **weights, "native": native}))
+
+
+def _fused(native: ModuleType, op: str, args: Arguments) -> Outputs:
     """The outputs of a native op, which takes weights in the compute type, with all biases."""
     values = {"gamma": [], **vars(args)}
     compute_type = args.compute_type
@@ -325,19 +381,15 @@ def _native(native: ModuleType, op: str, args: Arguments) -> Outputs:
             values[name] = [] if value is None else [value]
         elif name in DIMENSIONS and name != "x":
             if value is None:
-                weight = getattr(args, {"b0": "w0", "b1": "w1", "bias": "kernel"}[name])
-                values[name] = _zero_bias(weight, compute_type)
+                weight = getattr(args, {"b0": "w0", "b1": "w1", "bias": "kernel"}.get(name, name))
+                if weight is not None:  # else this is half of a module, and they are the other's
+                    values[name] = _zero_bias(weight, compute_type)
             elif value.dtype is not compute_type:
                 values[name] = tf.cast(value, compute_type)
     if args.gamma is not None:
         values.update(gamma=[values["gamma"]], bias=values["beta"])
-    if args.order == "spatial_first":
-        without = {"residual": [], "activation": "none"}
-        outputs = run(native, "CbamOps>SpatialAttention", {**values, **without})
-        outputs |= run(native, "CbamOps>ChannelAttention", {**values, "x": outputs["y"]})
-    else:
-        outputs = run(native, op, values)
-    if args.gamma is not None:
+    outputs = run(native, op, values)
+    if args.gamma is not None and "batch_statistics" in outputs:
         outputs["batch_statistics"] = tf.split(tf.stop_gradient(outputs["batch_statistics"]), 2)
     return outputs
 

@@ -10,25 +10,43 @@ TensorFlow backend.
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import keras
 import tensorflow as tf
 
 from cbam_ops import _call, _loader, ops, options
+from cbam_ops._dialects import options_of_dialect
 
 __all__ = ["CBAM", "ChannelAttention", "SpatialAttention"]
 
 _DATA_FORMATS = {"channels_last": "NHWC", "channels_first": "NCHW"}
 # The constructors' arguments that the ops take too, and the words they may be.
 _WORDS = {name: words for name, words in _call.WORDS.items() if name != "data_format"}
+_KERAS_WORDS = {"linear": None, "silu": "swish"}  # its names of ours
 # ... and those that describe a weight, by the end of their names.
 _DESCRIPTIONS = {
     "initializer": keras.initializers,
     "regularizer": keras.regularizers,
     "constraint": keras.constraints,
+}
+_Layer = TypeVar("_Layer", bound="_Attention")
+
+
+def _multiple_of_8(channels: int, ratio: int) -> int:
+    """The nearest multiple of 8, or the next if that is less than 90 % of it (MobileNetV3)."""
+    units = max(8, int(channels / ratio + 4) // 8 * 8)
+    return units if units >= 0.9 * channels / ratio else units + 8
+
+
+# `hidden_rounding`: the number of hidden units of C channels.
+_ROUNDINGS: dict[str, Callable[[int, int], int]] = {
+    "floor": lambda channels, ratio: channels // ratio,
+    "half_up": lambda channels, ratio: max(1, int(channels / ratio + 0.5)),
+    "multiple_of_8": _multiple_of_8,
 }
 # From here on, one hidden unit is more likely a mistake (`CBAM(channels)`) than meant.
 _MANY_CHANNELS = 32
@@ -52,6 +70,7 @@ _MLP = (
     _Weight("w1", "mlp_kernel_1", ("hidden", "C"), "mlp_kernel"),
     _Weight("b1", "mlp_bias_1", ("C",), "mlp_bias", "use_bias"),
 )
+_SECOND_LAYER = _MLP[2:]
 _BATCH_NORM = "spatial_batch_norm"
 _SPATIAL = (
     _Weight("spatial_kernel", "spatial_kernel", ("k", "k", 2, 1), "spatial_kernel"),
@@ -107,19 +126,24 @@ class _Attention(keras.layers.Layer):
         if end in _DESCRIPTIONS:
             return _DESCRIPTIONS[end].get(value)
         if name in _WORDS:
-            if name.endswith("activation") and isinstance(value, str) and value == "linear":
-                value = None  # Keras's name of it
+            if isinstance(value, str):
+                known = _KERAS_WORDS.get(value, value)
+                value = known if known in _WORDS[name] else value
             return self._word(name, value, _WORDS[name])
         match name:
             case "data_format":
                 value = keras.config.image_data_format() if value is None else value
                 return self._word(name, value, tuple(_DATA_FORMATS))
+            case "hidden_rounding":
+                return self._word(name, value, tuple(_ROUNDINGS))
             case "hidden" if value is None:
                 return None
-            case "ratio" | "hidden":
-                return self._integer(name, value)
+            case "hidden":
+                return self._integer(name, value, "a positive integer, 0 or None", least=0)
+            case "ratio":
+                return self._integer(name, value, "a positive integer")
             case "kernel_size":
-                return self._integer(name, value, odd=True)
+                return self._integer(name, value, "an odd positive integer", odd=True)
             case "use_bias" | "spatial_batch_norm":
                 return bool(value)
             case "batch_norm_momentum" if not 0.0 <= value <= 1.0:
@@ -135,20 +159,40 @@ class _Attention(keras.layers.Layer):
             return value
         raise self._error(name, " or ".join(repr(choice) for choice in allowed), value)
 
-    def _integer(self, name: str, value: Any, odd: bool = False) -> int:
+    def _integer(
+        self, name: str, value: Any, expected: str, least: int = 1, odd: bool = False
+    ) -> int:
         try:
             number = int(value)
             if (
                 number != value
-                or number < 1
+                or number < least
                 or (odd and number % 2 == 0)
                 or isinstance(value, bool)
             ):
                 raise ValueError
         except (TypeError, ValueError):
-            expected = "an odd positive integer" if odd else "a positive integer"
             raise self._error(name, expected, value) from None
         return number
+
+    @classmethod
+    def from_dialect(cls: type[_Layer], dialect: str, /, **overrides: Any) -> _Layer:
+        """The layer that computes what some published code does.
+
+        Args:
+            dialect: one of `cbam_ops.dialects`, which has a sentence and the source of each.
+            **overrides: arguments of the layer, which go before the dialect's.
+
+        Returns:
+            The layer. :class:`ChannelAttention` and :class:`SpatialAttention` take their part of a
+            dialect of :class:`CBAM`.
+
+        Raises:
+            ValueError: there is no such dialect, or it has no such layer; and as the layer itself.
+        """
+        options = options_of_dialect(cls.__name__, dialect)
+        taken = inspect.signature(cls.__init__).parameters
+        return cls(**{name: v for name, v in options.items() if name in taken} | overrides)
 
     def get_config(self) -> dict[str, Any]:
         """All arguments of the constructor."""
@@ -165,12 +209,14 @@ class _Attention(keras.layers.Layer):
         channels = self._channels(input_shape)
         sizes: dict[str | int, Any] = {"C": channels, "k": getattr(self, "kernel_size", None)}
         if "ratio" in self._arguments:
-            sizes["hidden"] = self._hidden_units(channels)
+            sizes["hidden"] = self._hidden_units(channels) or channels
         for weight in self._table:
             shape = tuple(sizes.get(size, size) for size in weight.shape)
             setattr(self, weight.attribute, self._add(weight, shape) if self._has(weight) else None)
 
     def _has(self, weight: _Weight) -> bool:
+        if weight in _SECOND_LAYER and self.hidden == 0:
+            return False
         if weight.condition is None:
             return True
         wanted = getattr(self, weight.condition)
@@ -189,14 +235,16 @@ class _Attention(keras.layers.Layer):
         return self.add_weight(name=weight.name, shape=shape, autocast=False, **options)
 
     def _hidden_units(self, channels: int) -> int:
-        hidden = channels // self.ratio if self.hidden is None else self.hidden
+        if self.hidden is not None:
+            return self.hidden
+        hidden = _ROUNDINGS[self.hidden_rounding](channels, self.ratio)
         if hidden < 1:
             raise ValueError(
                 f"{type(self).__name__}: `ratio` must be at most the number of channels, "
                 f"C = {channels}, so that the hidden layer has C // ratio >= 1 units, got "
                 f"ratio={self.ratio}; give a smaller `ratio`, or the size itself as `hidden`."
             )
-        if hidden == 1 and self.hidden is None and channels >= _MANY_CHANNELS:
+        if hidden == 1 and channels >= _MANY_CHANNELS:
             warnings.warn(
                 f"{type(self).__name__}: ratio={self.ratio} leaves one hidden unit of C = "
                 f"{channels} channels. `ratio` is what C is divided by; the number of channels is "
@@ -369,10 +417,22 @@ class CBAM(_Attention):
         order: `"channel_first"` (the paper), `"spatial_first"` (the spatial gate is taken from the
             inputs and the channel gate from the result) or `"parallel"` (both gates are taken from
             the inputs). Defaults to `"channel_first"`.
-        hidden: Integer or `None`, number of hidden units; overrides `ratio`. timm's rounding is
-            `hidden=max(1, int(C / 16 + 0.5))`. Defaults to `None`.
+        pooling: `"avg+max"` (the paper), `"avg"` or `"max"`: which descriptors feed the MLP.
+            Defaults to `"avg+max"`.
+        hidden: Integer or `None`, number of hidden units; overrides `ratio`. 0 leaves one layer, of
+            C units, and its bias (`b0`). Defaults to `None`.
+        hidden_rounding: What is made of C / `ratio` where `hidden` does not say it: `"floor"`,
+            `"half_up"` (timm; at least 1) or `"multiple_of_8"` (MobileNetV3: the nearest, but at
+            least 8 and 90 % of it). Defaults to `"floor"`.
+        hidden_activation: `"relu"`, `"swish"` (or `"silu"`), `"gelu"` (by the error function),
+            `"elu"` or `"mish"`, what follows the hidden layer. Defaults to `"relu"`.
         mlp_activation: `None` or `"relu"`, applied to each of the two MLP outputs before their sum.
             Defaults to `None` (the paper).
+        gate_activation: `"sigmoid"` or `"hard_sigmoid"` (`relu6(z + 3) / 6`), of both gates.
+            Defaults to `"sigmoid"`.
+        ties: `"even"` or `"first"`: whether equal maxima share the gradient, as in TensorFlow, or
+            the first takes it, as in PyTorch's `max_pool2d` and `max` over a dimension. Defaults to
+            `"even"`.
         use_bias: Boolean, whether the MLP has biases. Defaults to `True`.
         spatial_use_bias: Boolean or `None`, whether the spatial convolution has a bias. `None`
             means one exactly without `spatial_batch_norm`, with which there can be none (`beta`
@@ -421,6 +481,10 @@ class CBAM(_Attention):
         training: Boolean; matters only with `spatial_batch_norm`.
         return_gates: Boolean, whether to return the gates too. Defaults to `False`.
 
+    Not fused is a part, channel or spatial, with another `hidden_activation` than `"relu"`, another
+    `gate_activation` than `"sigmoid"`, `ties="first"` or `hidden=0`: there the layer is composed of
+    the fused pools and stock TensorFlow.
+
     A mask on `inputs` is passed on unchanged and not used.
 
     Raises:
@@ -453,7 +517,12 @@ class CBAM(_Attention):
         spatial_batch_norm: bool = False,
         *,
         order: str = "channel_first",
+        pooling: str = "avg+max",
         hidden: int | None = None,
+        hidden_rounding: str = "floor",
+        hidden_activation: str = "relu",
+        gate_activation: str = "sigmoid",
+        ties: str = "even",
         mlp_activation: str | None = None,
         use_bias: bool = True,
         spatial_use_bias: bool | None = None,
@@ -496,9 +565,17 @@ class ChannelAttention(_Attention):
             most C. Defaults to 16.
         pooling: `"avg+max"` (CBAM), `"avg"` (squeeze and excitation) or `"max"`. Defaults to
             `"avg+max"`.
-        hidden: Integer or `None`, number of hidden units; overrides `ratio`. Defaults to `None`.
+        hidden: Integer or `None`, number of hidden units; overrides `ratio`. 0 leaves one layer.
+            Defaults to `None`.
+        hidden_rounding: `"floor"`, `"half_up"` or `"multiple_of_8"`; see :class:`CBAM`. Defaults to
+            `"floor"`.
+        hidden_activation: `"relu"`, `"swish"` (or `"silu"`), `"gelu"`, `"elu"` or `"mish"`.
+            Defaults to `"relu"`.
         mlp_activation: `None` or `"relu"`, applied to each MLP output before their sum. Defaults to
             `None`.
+        gate_activation: `"sigmoid"` or `"hard_sigmoid"`. Defaults to `"sigmoid"`.
+        ties: `"even"` or `"first"`; see :class:`CBAM`, also for what is not fused. Defaults to
+            `"even"`.
         use_bias: Boolean, whether the MLP has biases. Defaults to `True`.
         activation: `None` (or `"linear"`) or `"relu"`, applied last. Defaults to `None`.
         data_format: `"channels_last"`, `"channels_first"` or `None` for
@@ -551,6 +628,10 @@ class ChannelAttention(_Attention):
         *,
         pooling: str = "avg+max",
         hidden: int | None = None,
+        hidden_rounding: str = "floor",
+        hidden_activation: str = "relu",
+        gate_activation: str = "sigmoid",
+        ties: str = "even",
         mlp_activation: str | None = None,
         use_bias: bool = True,
         activation: str | None = None,
@@ -579,6 +660,9 @@ class SpatialAttention(_Attention):
             sigmoid; see :class:`CBAM`. Defaults to `False`.
         spatial_use_bias: Boolean or `None`, whether the convolution has a bias; `None` means one
             exactly without `spatial_batch_norm`. Defaults to `None`.
+        gate_activation: `"sigmoid"` or `"hard_sigmoid"`. Defaults to `"sigmoid"`.
+        ties: `"even"` or `"first"`; see :class:`CBAM`, also for what is not fused. Defaults to
+            `"even"`.
         activation: `None` (or `"linear"`) or `"relu"`, applied last. Defaults to `None`.
         data_format: `"channels_last"`, `"channels_first"` or `None` for
             `keras.config.image_data_format()`. Defaults to `None`.
@@ -638,6 +722,8 @@ class SpatialAttention(_Attention):
         spatial_batch_norm: bool = False,
         *,
         spatial_use_bias: bool | None = None,
+        gate_activation: str = "sigmoid",
+        ties: str = "even",
         activation: str | None = None,
         data_format: str | None = None,
         spatial_kernel_initializer: Any = "glorot_uniform",

@@ -5,7 +5,9 @@ Two families, which differ in more than their depth:
 - `CBAMResNet18/34/50/101/152`: the network of the paper as its authors released it (the PyTorch
   repository Jongchan/attention-module): no biases in the convolutions, symmetric padding, stride on
   the 3x3 convolution, a projection shortcut with batch norm only where the shape changes, and a
-  batch norm on the spatial attention's convolution.
+  batch norm on the spatial attention's convolution. One thing differs: the spatial descriptors are
+  mean first here, maximum first there. Weights of the release, copied, need the two input planes of
+  every spatial kernel swapped.
 - `SeedCBAMResNet50/101/152`: an older TensorFlow network that this project grew from: biases
   everywhere, TensorFlow's `same` padding, stride on the first 1x1 convolution, a projection
   shortcut without batch norm in every block, a ReLU after the second dense layer of the channel
@@ -26,11 +28,13 @@ import operator
 import os
 import re
 from collections.abc import Callable, Sequence
+from functools import reduce
 from typing import Any, Protocol
 
 import keras
 import numpy as np
 
+from cbam_ops._dialects import options_of_dialect
 from cbam_ops.layers import CBAM
 
 __all__ = [
@@ -79,8 +83,11 @@ _ARGUMENTS_DOC = """
             logits. The classifier computes in the type of the variables, so that a mixed precision
             policy still gives float32 probabilities.
         name: name of the model.
-        ratio: reduction ratio of the channel attention: hidden units = C // ratio.
+        ratio: reduction ratio of the channel attention: hidden units = C // ratio. `None`: that of
+            the dialect, 16 where it names none.
         kernel_size: odd size of the spatial attention's convolution.
+        dialect: whose module the blocks have: one of `cbam_ops.dialects` that is of a CBAM. `None`:
+            this network's own, `"{dialect}"`.
 
     Returns:
         A `keras.Model`. Its input is a batch of images as `preprocess_input` makes them; its
@@ -91,7 +98,7 @@ _ARGUMENTS_DOC = """
         ValueError: for a `weights` that is neither `None` nor a file of this very network, an
             `input_shape` or `input_tensor` that does not fit, an unknown `pooling`, `classes` below
             1, a `ratio` larger than the narrowest block's {narrowest} channels, an even
-            `kernel_size`.
+            `kernel_size`, an unknown `dialect`.
 
     TensorFlow's CPU kernels convolve `channels_last` images only: a `channels_first` model can be
     built anywhere, and runs on a GPU.
@@ -195,18 +202,22 @@ def _stock_module(x: Any, shortcut: Any, name: str, out_name: str, options: dict
         return keras.layers.Dense(
             units,
             activation,
+            use_bias=cbam.use_bias,
             kernel_initializer=cbam.mlp_kernel_initializer.clone(),
             name=f"{name}_{part}",
         )
 
-    average = keras.layers.GlobalAveragePooling2D(cbam.data_format, name=f"{name}_channel_mean")(x)
-    maximum = keras.layers.GlobalMaxPooling2D(cbam.data_format, name=f"{name}_channel_max")(x)
-    hidden_layer = dense(channels // cbam.ratio, "relu", "mlp_0")
-    logits_layer = dense(channels, cbam.mlp_activation, "mlp_1")
-    logits = keras.layers.Add(name=f"{name}_mlp_sum")(
-        [logits_layer(hidden_layer(average)), logits_layer(hidden_layer(maximum))]
-    )
-    gate = keras.layers.Activation("sigmoid", name=f"{name}_channel_gate")(logits)
+    average = keras.layers.GlobalAveragePooling2D(cbam.data_format, name=f"{name}_channel_mean")
+    maximum = keras.layers.GlobalMaxPooling2D(cbam.data_format, name=f"{name}_channel_max")
+    pools = {"avg": [average], "max": [maximum], "avg+max": [average, maximum]}[cbam.pooling]
+    hidden = cbam._hidden_units(channels)
+    mlp = [dense(hidden, cbam.hidden_activation, "mlp_0")] if hidden else []
+    mlp.append(dense(channels, cbam.mlp_activation, f"mlp_{len(mlp)}"))
+    branches = [reduce(lambda t, layer: layer(t), [pool, *mlp], x) for pool in pools]
+    logits = branches[0]
+    if len(branches) > 1:
+        logits = keras.layers.Add(name=f"{name}_mlp_sum")(branches)
+    gate = keras.layers.Activation(cbam.gate_activation, name=f"{name}_channel_gate")(logits)
     gate = keras.layers.Reshape(column, name=f"{name}_channel_gate_map")(gate)
     x = keras.layers.Multiply(name=f"{name}_channel_scale")([x, gate])
 
@@ -217,7 +228,7 @@ def _stock_module(x: Any, shortcut: Any, name: str, out_name: str, options: dict
         1,
         cbam.kernel_size,
         padding="same",
-        use_bias=not cbam.spatial_batch_norm,
+        use_bias=not cbam.spatial_batch_norm and cbam.spatial_use_bias is not False,
         data_format=cbam.data_format,
         kernel_initializer=cbam.spatial_kernel_initializer,
         name=f"{name}_spatial_conv",
@@ -230,7 +241,7 @@ def _stock_module(x: Any, shortcut: Any, name: str, out_name: str, options: dict
             gamma_initializer=cbam.batch_norm_gamma_initializer,
             name=f"{name}_spatial_bn",
         )(gate)
-    gate = keras.layers.Activation("sigmoid", name=f"{name}_spatial_gate")(gate)
+    gate = keras.layers.Activation(cbam.gate_activation, name=f"{name}_spatial_gate")(gate)
     x = keras.layers.Multiply(name=f"{name}_spatial_scale")([x, gate])
     return _no_module(x, shortcut, name, out_name, options)
 
@@ -264,20 +275,30 @@ class _Network:
 
     depths: tuple[int, ...]
     prefix: str  # of its name
-    title: str  # in the constructors' docstrings
+    title: str  # in the constructors' docstrings, as is the next
     source: str
     classifier: str  # name of the last layer
+    dialect: str  # of its modules
 
-    def __init__(self, depth: int, attention: str | None, ratio: int, kernel_size: int) -> None:
+    def __init__(
+        self,
+        depth: int,
+        attention: str | None,
+        ratio: int | None,
+        kernel_size: int,
+        dialect: str | None,
+    ) -> None:
         self.blocks_per_stage, self.bottleneck = _DEPTHS[depth]
         self.module = _MODULES[attention]
         self.data_format = _data_format()
         self.channel_axis = _channel_axis(self.data_format)
         self.options = {
-            "ratio": ratio,
+            **options_of_dialect("CBAM", self.dialect if dialect is None else dialect),
             "kernel_size": kernel_size,
             "data_format": self.data_format,
         }
+        if ratio is not None:
+            self.options["ratio"] = ratio
 
     def features(self, x: Any) -> Any:
         x = self.stem(x)
@@ -303,9 +324,12 @@ class _Released(_Network):
     title = "ResNet-{depth} with a CBAM in every block, as the paper's authors released it"
     source = (
         "Woo et al., CBAM: Convolutional Block Attention Module, ECCV 2018, sections 3 and 4.1;\n"
-        "    the authors' release, Jongchan/attention-module, `MODELS/model_resnet.py`."
+        "    the authors' release, Jongchan/attention-module, `MODELS/model_resnet.py`, which\n"
+        "    stacks the spatial descriptors maximum first, where this package has the mean first:\n"
+        "    weights copied from it need the two input planes of every spatial kernel swapped."
     )
     classifier = "predictions"
+    dialect = "official"
 
     def conv(
         self, x: Any, filters: int, size: int, stride: int, name: str, initializer: Any
@@ -356,11 +380,9 @@ class _Released(_Network):
                 x = keras.layers.ReLU(name=f"{name}_{index - 1}_relu")(x)
             x = self.conv(x, *conv, f"{name}_{index}", _he_normal())
         options = {
-            **self.options,
             "mlp_kernel_initializer": _torch_default(),
             "spatial_kernel_initializer": _he_normal(),
-            "spatial_batch_norm": True,
-            "batch_norm_gamma_initializer": "zeros",  # every spatial gate starts at 0.5
+            **self.options,
         }
         return self.module(x, shortcut, f"{name}_cbam", f"{name}_out", options)
 
@@ -377,6 +399,7 @@ class _Seed(_Network):
         "    Woo et al. 2018, section 3, with a ReLU added after the MLP."
     )
     classifier = "fc"
+    dialect = "seed"
 
     def conv(self, x: Any, filters: int, size: int, stride: int, name: str) -> Any:
         return keras.layers.Conv2D(
@@ -403,8 +426,7 @@ class _Seed(_Network):
                 x = keras.layers.ReLU(name=f"{name}_relu{index - 1}")(x)
             x = self.conv(x, *conv, f"{name}_conv{index}")
             x = self.batch_norm(x, f"{name}_bn{index}")
-        options = {**self.options, "mlp_activation": "relu"}
-        return self.module(x, shortcut, f"{name}_cbam", f"{name}_relu3", options)
+        return self.module(x, shortcut, f"{name}_cbam", f"{name}_relu3", self.options)
 
 
 _NETWORKS: dict[str, type[_Network]] = {"released": _Released, "seed": _Seed}
@@ -475,8 +497,9 @@ def build_resnet(
     classes: int = 1000,
     classifier_activation: Any = "softmax",
     name: str | None = None,
-    ratio: int = 16,
+    ratio: int | None = None,
     kernel_size: int = 7,
+    dialect: str | None = None,
 ) -> keras.Model:
     """Builds a residual network of one family and depth with the wanted attention in its blocks.
 
@@ -497,8 +520,9 @@ def build_resnet(
         classifier_activation: activation of the classifier.
         name: name of the model; default e.g. `cbam_resnet50`, `stock_cbam_resnet50`, `resnet50`,
             with `seed_` before it for the seed's network.
-        ratio: reduction ratio of the channel attention.
+        ratio: reduction ratio of the channel attention, or `None`.
         kernel_size: size of the spatial attention's convolution.
+        dialect: whose module the blocks have, or `None` for the network's own.
 
     Returns:
         A `keras.Model`.
@@ -530,7 +554,7 @@ def build_resnet(
 
     data_format = _data_format()
     images = _image_input(input_tensor, input_shape, include_top, data_format)
-    layers = family(depth, attention, ratio, kernel_size)
+    layers = family(depth, attention, ratio, kernel_size, dialect)
     x = layers.features(images)
 
     if include_top:
@@ -586,8 +610,9 @@ class _Constructor(Protocol):
         classifier_activation: Any = "softmax",
         name: str = ...,
         *,
-        ratio: int = 16,
+        ratio: int | None = None,
         kernel_size: int = 7,
+        dialect: str | None = None,
     ) -> keras.Model: ...
 
 
@@ -605,8 +630,9 @@ def _constructor(network: str, depth: int) -> _Constructor:
         classifier_activation: Any = "softmax",
         name: str = f"{family.prefix}cbam_resnet{depth}",
         *,
-        ratio: int = 16,
+        ratio: int | None = None,
         kernel_size: int = 7,
+        dialect: str | None = None,
     ) -> keras.Model:
         return build_resnet(
             depth,
@@ -621,6 +647,7 @@ def _constructor(network: str, depth: int) -> _Constructor:
             name=name,
             ratio=ratio,
             kernel_size=kernel_size,
+            dialect=dialect,
         )
 
     construct.__name__ = construct.__qualname__ = (
@@ -632,6 +659,7 @@ def _constructor(network: str, depth: int) -> _Constructor:
         features=_STAGE_FILTERS[-1] * expansion,
         narrowest=_STAGE_FILTERS[0] * expansion,
         source=family.source,
+        dialect=family.dialect,
     )
     return construct
 

@@ -10,6 +10,11 @@ Gradients are exact, to any order, and flow to every floating argument; at equal
 split evenly, as ``tf.reduce_max`` splits them. The first gradient is a fused kernel, the gradient
 of that goes through the reference.
 
+What the kernels do not fuse is composed of the fused pools and stock TensorFlow: a
+``hidden_activation`` that is not "relu", a ``gate_activation`` that is not "sigmoid",
+``ties="first"`` and an MLP of one layer, each for that part alone (of a "channel_first" or
+"spatial_first" :func:`cbam` the other part stays one fused op).
+
 All functions raise ``ValueError`` for arguments that do not fit each other (where sizes are known
 only when a graph runs, ``tf.errors.InvalidArgumentError``); the message names the argument, what
 was expected and what was received. They raise :class:`cbam_ops.NativeUnavailableError` where
@@ -51,6 +56,10 @@ def cbam(
     residual: Any = None,
     activation: str | None = None,
     order: str = "channel_first",
+    pooling: str = "avg+max",
+    hidden_activation: str = "relu",
+    gate_activation: str = "sigmoid",
+    ties: str = "even",
     return_gates: bool = False,
 ) -> Any:
     """The convolutional block attention module (Woo et al., 2018, equations 1 to 3).
@@ -63,7 +72,8 @@ def cbam(
         x: Feature map, ``[N, H, W, C]`` or ``[N, C, H, W]``.
         w0: ``[C, hidden]``, first layer of the shared MLP.
         b0: ``[hidden]`` or None.
-        w1: ``[hidden, C]``, second layer of the shared MLP.
+        w1: ``[hidden, C]``, second layer of the shared MLP; None if it has no hidden layer, but
+            ``w0 [C, C]`` and ``b0 [C]`` alone.
         b1: ``[C]`` or None.
         kernel: ``[k, k, 2, 1]`` with odd k; input plane 0 is the mean, plane 1 the maximum.
         bias: ``[1]`` or None, the bias of the spatial convolution.
@@ -74,6 +84,14 @@ def cbam(
         activation: None or "relu", applied last.
         order: "channel_first" (the paper), "spatial_first" (the other way round, as two fused ops)
             or "parallel" (both gates taken from ``x``).
+        pooling: "avg+max" (the paper), "avg" or "max": which descriptors feed the MLP; all but the
+            first as two fused ops, or not fused in the order "parallel".
+        hidden_activation: "relu", "swish" (SiLU), "gelu" (by the error function), "elu" or "mish":
+            what follows the MLP's first layer.
+        gate_activation: "sigmoid" or "hard_sigmoid" (``relu6(z + 3) / 6``), of both gates.
+        ties: where the gradient of a maximum goes among equals: "even" (split, as
+            ``tf.reduce_max``) or "first" (to the first, as PyTorch's ``max_pool2d`` and ``max``
+            over a dimension).
         return_gates: Whether to return the gates too; gradients flow through them.
 
     Returns:
@@ -103,6 +121,10 @@ def cbam_with_batch_norm(
     residual: Any = None,
     activation: str | None = None,
     order: str = "channel_first",
+    pooling: str = "avg+max",
+    hidden_activation: str = "relu",
+    gate_activation: str = "sigmoid",
+    ties: str = "even",
     return_gates: bool = False,
 ) -> Any:
     """:func:`cbam` with a batch norm between the spatial convolution and its sigmoid, in training.
@@ -126,6 +148,10 @@ def cbam_with_batch_norm(
         residual: See :func:`cbam`.
         activation: See :func:`cbam`.
         order: See :func:`cbam`.
+        pooling: See :func:`cbam`.
+        hidden_activation: See :func:`cbam`.
+        gate_activation: See :func:`cbam`.
+        ties: See :func:`cbam`.
         return_gates: See :func:`cbam`.
 
     Returns:
@@ -152,6 +178,9 @@ def channel_attention(
     mlp_activation: str | None = None,
     residual: Any = None,
     activation: str | None = None,
+    hidden_activation: str = "relu",
+    gate_activation: str = "sigmoid",
+    ties: str = "even",
     return_gates: bool = False,
 ) -> Any:
     """The channel part of CBAM (Woo et al., 2018, equation 2).
@@ -162,13 +191,16 @@ def channel_attention(
         x: Feature map, ``[N, H, W, C]`` or ``[N, C, H, W]``.
         w0: ``[C, hidden]``.
         b0: ``[hidden]`` or None.
-        w1: ``[hidden, C]``.
+        w1: ``[hidden, C]`` or None; see :func:`cbam`.
         b1: ``[C]`` or None.
         pooling: "avg+max", "avg" (squeeze and excitation) or "max": which descriptors feed the MLP.
         data_format: "NHWC" or "NCHW".
         mlp_activation: None or "relu", applied to each MLP output before their sum.
         residual: Like ``x`` or None; added to the gated map.
         activation: None or "relu", applied last.
+        hidden_activation: See :func:`cbam`.
+        gate_activation: See :func:`cbam`.
+        ties: See :func:`cbam`.
         return_gates: Whether to return the gate too.
 
     Returns:
@@ -190,6 +222,8 @@ def spatial_attention(
     data_format: str = "NHWC",
     residual: Any = None,
     activation: str | None = None,
+    gate_activation: str = "sigmoid",
+    ties: str = "even",
     return_gates: bool = False,
 ) -> Any:
     """The spatial part of CBAM (Woo et al., 2018, equation 3).
@@ -203,6 +237,8 @@ def spatial_attention(
         data_format: "NHWC" or "NCHW".
         residual: Like ``x`` or None; added to the gated map.
         activation: None or "relu", applied last.
+        gate_activation: See :func:`cbam`.
+        ties: See :func:`cbam`.
         return_gates: Whether to return the gate too.
 
     Returns:
@@ -226,6 +262,8 @@ def spatial_attention_with_batch_norm(
     data_format: str = "NHWC",
     residual: Any = None,
     activation: str | None = None,
+    gate_activation: str = "sigmoid",
+    ties: str = "even",
     return_gates: bool = False,
 ) -> Any:
     """:func:`spatial_attention` with a batch norm before its sigmoid, in training.
@@ -239,6 +277,8 @@ def spatial_attention_with_batch_norm(
         data_format: "NHWC" or "NCHW".
         residual: Like ``x`` or None; added to the gated map.
         activation: None or "relu", applied last.
+        gate_activation: See :func:`cbam`.
+        ties: See :func:`cbam`.
         return_gates: Whether to return the gate too.
 
     Returns:

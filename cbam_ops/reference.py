@@ -20,13 +20,16 @@ Types. With weights of type U the descriptors of a half-type map are cast to flo
 the convolution compute in float32, and the gates are cast back to T before they multiply the map.
 With weights of the half type of ``x`` everything is computed in that type, as a stock graph would.
 Gates and batch statistics are returned in U either way. Gradients are TensorFlow's own: at equal
-maxima the gradient is split evenly.
+maxima the gradient is split evenly, but for ``ties="first"``.
 
 The functions are those of :mod:`cbam_ops.ops`, whatever implementation is chosen: same arguments,
 results and errors.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import reduce
 
 import tensorflow as tf
 
@@ -106,31 +109,42 @@ def _position_axes(data_format: str) -> list[int]:
     return [data_format.index("H"), data_format.index("W")]
 
 
+_HIDDEN: dict[str, Callable[[tf.Tensor], tf.Tensor]] = {
+    "relu": tf.nn.relu,
+    "swish": lambda t: t * tf.sigmoid(t),
+    # Not tf.nn.gelu, which divides by a square root of 2 in float32 whatever the type.
+    "gelu": lambda t: t * (1.0 + tf.math.erf(t * 0.5**0.5)) * 0.5,
+    "elu": tf.nn.elu,
+    "mish": lambda t: t * tf.tanh(tf.nn.softplus(t)),
+}
+_GATES: dict[str, Callable[[tf.Tensor], tf.Tensor]] = {
+    "sigmoid": tf.sigmoid,
+    "hard_sigmoid": lambda t: tf.nn.relu6(t + 3.0) * (1.0 / 6.0),
+}
+
+
 def _channel_gate(x: tf.Tensor, args: Arguments) -> tf.Tensor:
-    """``[N, C]`` in the weights' type: sigmoid of the shared MLP's summed logits."""
+    """``[N, C]`` in the weights' type: the gate of the shared MLP's summed logits."""
 
     def mlp(t: tf.Tensor) -> tf.Tensor:
         t = tf.matmul(tf.cast(t, args.w0.dtype), args.w0)
-        t = tf.nn.relu(t if args.b0 is None else t + args.b0)
-        t = tf.matmul(t, args.w1)
-        t = t if args.b1 is None else t + args.b1
+        t = t if args.b0 is None else t + args.b0
+        if args.w1 is not None:
+            t = tf.matmul(_HIDDEN[args.hidden_activation](t), args.w1)
+            t = t if args.b1 is None else t + args.b1
         return tf.nn.relu(t) if args.mlp_activation == "relu" else t
 
-    axes = _position_axes(args.data_format)
-    if args.pooling == "avg":
-        return tf.sigmoid(mlp(tf.reduce_mean(x, axes)))
-    if args.pooling == "max":
-        return tf.sigmoid(mlp(tf.reduce_max(x, axes)))
-    return tf.sigmoid(mlp(tf.reduce_mean(x, axes)) + mlp(tf.reduce_max(x, axes)))
+    descriptors = _descriptors(x, _position_axes(args.data_format), args.pooling, args)
+    return _GATES[args.gate_activation](reduce(tf.add, map(mlp, descriptors)))
 
 
 def _spatial_gate(
     x: tf.Tensor, args: Arguments
 ) -> tuple[tf.Tensor, tuple[tf.Tensor, tf.Tensor] | None]:
     """``[N, H, W]`` in the kernel's type, and the batch's mean and variance, both ``[1]`` in U."""
-    z = _spatial_logits(x, args.kernel, args.bias, args.data_format)
+    z = _spatial_logits(x, args)
     if args.gamma is None:
-        return tf.sigmoid(z), None
+        return _GATES[args.gate_activation](z), None
     # The statistics span the whole batch: at least float32, as in Keras's batch norm.
     z = tf.cast(z, args.compute_type)
     # Moments as tf.nn.moments computes them, except that those of an empty batch are 0, not NaN.
@@ -139,21 +153,20 @@ def _spatial_gate(
     deviation = tf.math.squared_difference(z, mean)
     variance = tf.reshape(tf.reduce_sum(deviation) / count, [1])
     gamma, beta = tf.cast(args.gamma, z.dtype), tf.cast(args.beta, z.dtype)
-    gate = tf.sigmoid(tf.nn.batch_normalization(z, mean, variance, beta, gamma, args.epsilon))
+    normalised = tf.nn.batch_normalization(z, mean, variance, beta, gamma, args.epsilon)
     # In the kernel's type, as without batch norm.
-    gate = tf.cast(gate, args.kernel.dtype)
+    gate = tf.cast(_GATES[args.gate_activation](normalised), args.kernel.dtype)
     return gate, (tf.stop_gradient(mean), tf.stop_gradient(variance))
 
 
-def _spatial_logits(
-    x: tf.Tensor, kernel: tf.Tensor, bias: tf.Tensor | None, data_format: str
-) -> tf.Tensor:
+def _spatial_logits(x: tf.Tensor, args: Arguments) -> tf.Tensor:
     """``[N, H, W]`` in the kernel's type: the convolution of the spatial descriptors."""
-    axis = _channel_axis(data_format)
     # The spatial descriptors are put last in both layouts: CPUs have no NCHW convolution.
-    descriptors = tf.stack([tf.reduce_mean(x, axis), tf.reduce_max(x, axis)], 3)
+    pooled = _descriptors(x, [_channel_axis(args.data_format)], "avg+max", args)
+    descriptors = tf.stack(pooled, 3)
+    kernel = args.kernel
     z = tf.nn.conv2d(tf.cast(descriptors, kernel.dtype), kernel, strides=1, padding="SAME")
-    z = z if bias is None else z + bias
+    z = z if args.bias is None else z + args.bias
     if descriptors.shape[0]:
         return tf.squeeze(z, 3)
     # Of an empty batch (or one not known yet) by a reshape: on processors with AVX-512 TensorFlow
@@ -161,6 +174,42 @@ def _spatial_logits(
     logits = tf.reshape(z, tf.shape(descriptors)[:3])
     logits.set_shape(descriptors.shape[:3])
     return logits
+
+
+def _descriptors(
+    x: tf.Tensor, axes: Sequence[int], pooling: str, args: Arguments
+) -> list[tf.Tensor]:
+    """The mean and the maximum over positions or channels, or the one that ``pooling`` names."""
+    mean = maximum = None
+    if args.native is not None:
+        values = {"x": x, "data_format": args.data_format}
+        if len(axes) == 2:
+            mean, maximum = _call.run(args.native, "CbamOps>ChannelPool", values).values()
+        else:
+            (pooled,) = _call.run(args.native, "CbamOps>SpatialPool", values).values()
+            mean, maximum = tf.unstack(pooled, axis=axes[0])
+    descriptors = []
+    if pooling != "max":
+        descriptors.append(tf.reduce_mean(x, axes) if mean is None else mean)
+    if pooling != "avg":
+        maximum = tf.reduce_max(x, axes) if maximum is None else maximum
+        descriptors.append(_first(x, axes, maximum) if args.ties == "first" else maximum)
+    return descriptors
+
+
+def _first(x: tf.Tensor, axes: Sequence[int], maximum: tf.Tensor) -> tf.Tensor:
+    """The maximum once more, as the one value that comes first among its equals.
+
+    So the gradient is that value's alone. First in the order of rows, as in PyTorch; NaN is the
+    maximum where there is one.
+    """
+    for axis in sorted(axes):
+        maximum = tf.expand_dims(maximum, axis)
+    sizes = [tf.shape(x)[axis] if axis in axes else 1 for axis in range(4)]
+    places = tf.reshape(tf.range(tf.reduce_prod(sizes)), sizes)
+    places = tf.where((x == maximum) | tf.math.is_nan(x), places, places.dtype.max)
+    first = places == tf.reduce_min(places, axes, keepdims=True)
+    return tf.reduce_sum(tf.where(first, x, tf.zeros_like(x)), axes)
 
 
 def _scale_channels(x: tf.Tensor, gate: tf.Tensor, data_format: str) -> tf.Tensor:

@@ -350,7 +350,7 @@ class Case:
     Attributes:
       function: its name.
       size: `(N, H, W, C)`, whatever the layout.
-      hidden: hidden units of the MLP.
+      hidden: hidden units of the MLP; 0 for an MLP of one layer.
       kernel_size: of the convolution.
       residual: whether a residual is added.
       biases: whether the MLP and the convolution have them.
@@ -400,6 +400,8 @@ class Case:
     def names(self) -> tuple[str, ...]:
         """The names of the tensors that the call takes, in the order of its arguments."""
         names = ARGUMENTS[self.function]
+        if self.hidden == 0:
+            names = tuple(name for name in names if name not in ("w1", "b1"))
         if not self.biases:
             names = tuple(name for name in names if name not in ("b0", "b1", "bias"))
         return (*names, "residual") if self.residual else names
@@ -412,7 +414,7 @@ class Case:
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """The shape of every argument that some function takes, maps as in NHWC."""
         n, h, w, c = self.size
-        k, hidden = self.kernel_size, self.hidden
+        k, hidden = self.kernel_size, self.hidden or c
         return {
             "x": (n, h, w, c),
             "w0": (c, hidden),
@@ -436,7 +438,7 @@ class Case:
         # Scales that keep the gates' logits near 1, so that no sigmoid saturates.
         scales = {
             "w0": fill.weights * self.size[3] ** -0.5,
-            "w1": self.hidden**-0.5,
+            "w1": (self.hidden or 1) ** -0.5,
             "kernel": fill.weights / self.kernel_size,
         }
         arrays = {}

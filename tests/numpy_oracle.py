@@ -20,6 +20,8 @@ and ``[N, 2, H, W]`` (mean, then max, for both layouts); ``w0 [C, hidden]``, ``w
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -49,12 +51,58 @@ def _relu(v: Array) -> Array:
     return np.maximum(v, 0)  # NaN stays NaN
 
 
-def _share(values: Array, largest: Array, axes: tuple[int, ...]) -> Array:
+def _normal_density(v: Array) -> Array:
+    return np.exp(-v * v / 2) / math.sqrt(2 * math.pi)
+
+
+def _normal_distribution(v: Array) -> Array:
+    erf = np.vectorize(math.erf, otypes=[v.dtype])
+    return (1 + erf(v / math.sqrt(2))) / 2
+
+
+def _mish_slope(v: Array) -> Array:
+    t = np.tanh(np.logaddexp(v, 0))
+    return t + v * (1 - t * t) * sigmoid(v)
+
+
+# Functions with their derivatives.
+_HIDDEN: dict[str, tuple[Callable[[Array], Array], Callable[[Array], Array]]] = {
+    "relu": (_relu, lambda v: v > 0),
+    "swish": (
+        lambda v: v * sigmoid(v),
+        lambda v: sigmoid(v) * (1 + v * (1 - sigmoid(v))),
+    ),
+    "gelu": (
+        lambda v: v * _normal_distribution(v),
+        lambda v: _normal_distribution(v) + v * _normal_density(v),
+    ),
+    "elu": (
+        lambda v: np.where(v > 0, v, np.expm1(np.minimum(v, 0))),
+        lambda v: np.where(v > 0, 1, np.exp(np.minimum(v, 0))),
+    ),
+    "mish": (lambda v: v * np.tanh(np.logaddexp(v, 0)), _mish_slope),
+}
+_GATES: dict[str, tuple[Callable[[Array], Array], Callable[[Array], Array]]] = {
+    "sigmoid": (sigmoid, lambda z: sigmoid(z) * (1 - sigmoid(z))),
+    "hard_sigmoid": (
+        lambda z: np.clip(z + 3, 0, 6) / 6,
+        lambda z: (np.abs(z) < 3).astype(z.dtype) / 6,
+    ),
+}
+
+
+def _share(values: Array, largest: Array, axes: tuple[int, ...], ties: str = "even") -> Array:
     """How the gradient of a maximum falls on ``values``: evenly over those equal to it.
 
-    Without any equal (the maximum is NaN) the share is 0 / 0 = NaN, as in ``tf.reduce_max``.
+    Or to the first of them, in the order of rows. Without any equal (the maximum is NaN) the share
+    is 0 / 0 = NaN, as in ``tf.reduce_max``.
     """
     equal = values == largest
+    if ties == "first":
+        positions = equal.reshape(len(equal), -1, equal.shape[3]) if len(axes) == 2 else equal
+        axis = 1 if len(axes) == 2 else 3
+        first = positions & (np.cumsum(positions, axis=axis) == 1)
+        return first.reshape(equal.shape).astype(values.dtype)
     with np.errstate(invalid="ignore", divide="ignore"):
         return equal / np.sum(equal, axis=axes, keepdims=True).astype(values.dtype)
 
@@ -129,6 +177,9 @@ def forward(
     gates: str = "channel_first",
     pooling: str = "avg+max",
     mlp_activation: str = "none",
+    hidden_activation: str = "relu",
+    gate_activation: str = "sigmoid",
+    ties: str = "even",
     activation: str = "none",
     batch_norm: bool = False,
     epsilon: float = 1e-5,
@@ -143,11 +194,12 @@ def forward(
     if gates == "spatial_first":
         first = forward(
             x, kernel=kernel, bias=bias, gamma=gamma, layout=layout, gates="spatial_only",
-            batch_norm=batch_norm, epsilon=epsilon, dtype=dtype,
+            gate_activation=gate_activation, batch_norm=batch_norm, epsilon=epsilon, dtype=dtype,
         )  # fmt: skip
         second = forward(
             first["y"], w0, b0, w1, b1, residual=residual, layout=layout, gates="channel_only",
-            pooling=pooling, mlp_activation=mlp_activation, activation=activation, dtype=dtype,
+            pooling=pooling, mlp_activation=mlp_activation, hidden_activation=hidden_activation,
+            gate_activation=gate_activation, activation=activation, dtype=dtype,
         )  # fmt: skip
         return {**first, **second}
 
@@ -156,6 +208,7 @@ def forward(
 
     v = cast(to_nhwc(x, layout))
     out: Tensors = {}
+    gate, slope = _GATES[gate_activation]
     u = v
     if gates != "spatial_only":
         mean, maximum = v.mean(axis=(1, 2)), v.max(axis=(1, 2))
@@ -171,11 +224,15 @@ def forward(
         ):
             if used:
                 pre = t @ cast(w0) + (0 if b0 is None else cast(b0))
-                hidden = _relu(pre)
-                branch = hidden @ cast(w1) + (0 if b1 is None else cast(b1))
-                out["_hidden_" + name], out["_branch_" + name] = hidden, branch
+                if w1 is None:
+                    branch = pre
+                else:
+                    hidden = _HIDDEN[hidden_activation][0](pre)
+                    branch = hidden @ cast(w1) + (0 if b1 is None else cast(b1))
+                    out["_hidden_" + name] = hidden
+                out["_pre_" + name], out["_branch_" + name] = pre, branch
                 logits = logits + (_relu(branch) if mlp_activation == "relu" else branch)
-        out["channel_gate"] = sigmoid(logits)
+        out["channel_gate"], out["_channel_slope"] = gate(logits), slope(logits)
         u = v * out["channel_gate"][:, None, None, :]
     gated = u
     if gates != "channel_only":
@@ -190,7 +247,7 @@ def forward(
             z = out["_normalised"] * cast(gamma)
         if bias is not None:
             z = z + cast(bias)
-        out["spatial_gate"] = sigmoid(z)
+        out["spatial_gate"], out["_spatial_slope"] = gate(z), slope(z)
         gated = u * out["spatial_gate"][..., None]
     if residual is not None:
         gated = gated + cast(to_nhwc(residual, layout))
@@ -216,6 +273,9 @@ def backward(
     gates: str = "channel_first",
     pooling: str = "avg+max",
     mlp_activation: str = "none",
+    hidden_activation: str = "relu",
+    gate_activation: str = "sigmoid",
+    ties: str = "even",
     activation: str = "none",
     batch_norm: bool = False,
     epsilon: float = 1e-5,
@@ -240,7 +300,12 @@ def backward(
         before they cancelled, which is what rounding errors are proportional to.
     """
     options: dict[str, Any] = {"layout": layout, "dtype": dtype}
-    mlp = {"pooling": pooling, "mlp_activation": mlp_activation}
+    options["gate_activation"] = gate_activation
+    mlp = {
+        "pooling": pooling,
+        "mlp_activation": mlp_activation,
+        "hidden_activation": hidden_activation,
+    }
     norm = {"batch_norm": batch_norm, "epsilon": epsilon}
     if gates == "spatial_first":
         u = forward(
@@ -248,11 +313,11 @@ def backward(
         )["y"]
         second = backward(
             u, dy, w0, b0, w1, b1, residual=residual, gates="channel_only", activation=activation,
-            d_channel_gate=d_channel_gate, y=y, magnitude=magnitude, **mlp, **options,
+            d_channel_gate=d_channel_gate, y=y, magnitude=magnitude, ties=ties, **mlp, **options,
         )  # fmt: skip
         first = backward(
             x, second.pop("dx"), kernel=kernel, bias=bias, gamma=gamma, gates="spatial_only",
-            d_spatial_gate=d_spatial_gate, magnitude=magnitude, **norm, **options,
+            d_spatial_gate=d_spatial_gate, magnitude=magnitude, ties=ties, **norm, **options,
         )  # fmt: skip
         return {**second, **first}
 
@@ -286,7 +351,7 @@ def backward(
         t = np.sum(dv * v * g_c, axis=3)
         if d_spatial_gate is not None:
             t = t + cast(d_spatial_gate)
-        dz = t * (g_s * (1 - g_s))[..., 0]
+        dz = t * saved["_spatial_slope"]
         if bias is not None:
             out["dbias"] = np.sum(dz).reshape(1)
         if batch_norm:
@@ -305,7 +370,7 @@ def backward(
             u = to_nhwc(x, layout).astype(gate.dtype) * gate
         else:
             u = exact
-        share = _share(u, u.max(axis=3, keepdims=True), (3,)).astype(dtype)
+        share = _share(u, u.max(axis=3, keepdims=True), (3,), ties).astype(dtype)
         d_spatial_input = d_planes[:, 0, ..., None] / c + d_planes[:, 1, ..., None] * share
 
     if gates == "parallel":
@@ -319,31 +384,34 @@ def backward(
         d_gate = np.sum(d_gated * v, axis=(1, 2))
         if d_channel_gate is not None:
             d_gate = d_gate + cast(d_channel_gate)
-        gate = saved["channel_gate"]
-        d_logits = d_gate * gate * (1 - gate)
+        d_logits = d_gate * saved["_channel_slope"]
         for name, source in (("dw0", w0), ("db0", b0), ("dw1", w1), ("db1", b1)):
             if source is not None:
                 out[name] = np.zeros(np.shape(source), dtype)
         for index, name in enumerate(("mean", "max")):
-            if "_hidden_" + name not in saved:
+            if "_branch_" + name not in saved:
                 continue
-            hidden, branch = saved["_hidden_" + name], saved["_branch_" + name]
-            d_branch = d_logits * (branch > 0) if mlp_activation == "relu" else d_logits
-            d_hidden = (d_branch @ cast(w1).T) * (hidden > 0)
+            pre, branch = saved["_pre_" + name], saved["_branch_" + name]
+            d_hidden = d_logits * (branch > 0) if mlp_activation == "relu" else d_logits
             t = absolute(saved["channel_descriptors"][index])
-            if magnitude:  # the hidden unit is a sum that cancels too
-                hidden = (t @ cast(w0) + (0 if b0 is None else cast(b0))) * (hidden > 0)
-            out["dw1"] += hidden.T @ d_branch
+            if w1 is not None:
+                d_branch = d_hidden
+                hidden, slope = saved["_hidden_" + name], _HIDDEN[hidden_activation][1](pre)
+                d_hidden = (d_branch @ cast(w1).T) * absolute(slope)
+                if magnitude:  # the hidden unit is a sum that cancels too
+                    hidden = (t @ cast(w0) + (0 if b0 is None else cast(b0))) * absolute(slope)
+                out["dw1"] += hidden.T @ d_branch
+                if b1 is not None:
+                    out["db1"] += d_branch.sum(axis=0)
             out["dw0"] += t.T @ d_hidden
-            if b1 is not None:
-                out["db1"] += d_branch.sum(axis=0)
             if b0 is not None:
                 out["db0"] += d_hidden.sum(axis=0)
             d_t = (d_hidden @ cast(w0).T)[:, None, None, :]
             if name == "mean":
                 dx = dx + d_t / (height * width)
             else:
-                dx = dx + d_t * _share(exact, exact.max(axis=(1, 2), keepdims=True), (1, 2))
+                share = _share(exact, exact.max(axis=(1, 2), keepdims=True), (1, 2), ties)
+                dx = dx + d_t * share
     out["dx"] = from_nhwc(dx, layout)
     return out
 

@@ -108,6 +108,8 @@ UNUSUAL = {
     "ratio": 2, "kernel_size": 5, "spatial_batch_norm": True, "order": "parallel", "hidden": 3,
     "mlp_activation": "relu", "use_bias": False, "spatial_use_bias": False, "activation": "relu",
     "data_format": "channels_first", "pooling": "max", "mlp_kernel_initializer": "he_normal",
+    "hidden_rounding": "half_up", "hidden_activation": "gelu", "gate_activation": "hard_sigmoid",
+    "ties": "first",
     "mlp_bias_initializer": "ones", "spatial_kernel_initializer": "he_uniform",
     "spatial_bias_initializer": "ones", "mlp_kernel_regularizer": keras.regularizers.L2(0.5),
     "mlp_bias_regularizer": keras.regularizers.L1(0.25), "spatial_kernel_regularizer": "l1",
@@ -274,11 +276,27 @@ def test_parameter_counts(channels, ratio, k):
     assert bare.count_params() == 2 * channels * hidden + 2 * k * k
 
 
-@pytest.mark.parametrize(("channels", "hidden"), [(24, 2), (40, 3), (72, 5)])
-def test_hidden_overrides_ratio(channels, hidden):
-    """timm's rounding, `max(1, int(C / 16 + 0.5))`."""
-    layer = make(shape=(1, 2, 2, channels), hidden=max(1, int(channels / 16 + 0.5)))
-    assert layer.w0.shape == (channels, hidden)
+@pytest.mark.parametrize(
+    ("rounding", "ratio", "units"),
+    [
+        ("floor", 16, {24: 1, 40: 2, 72: 4}),
+        ("half_up", 16, {4: 1, 24: 2, 40: 3, 72: 5}),  # timm's CBAM
+        ("multiple_of_8", 4, {16: 8, 64: 16, 72: 24, 96: 24, 120: 32, 576: 144}),  # MobileNetV3
+    ],
+)
+def test_hidden_units(rounding, ratio, units):
+    for channels, hidden in units.items():
+        layer = cbam_ops.CBAM(ratio, hidden_rounding=rounding)
+        layer.build((1, 2, 2, channels))
+        assert layer.w0.shape == (channels, hidden)
+        layer = make(shape=(1, 2, 2, channels), hidden=hidden + 1, hidden_rounding=rounding)
+        assert layer.w1.shape == (hidden + 1, channels)
+
+
+def test_no_hidden_layer():
+    layer = make(hidden=0)
+    assert [w.name for w in layer.weights][:2] == ["mlp_kernel_0", "mlp_bias_0"]
+    assert (layer.w0.shape, layer.b0.shape, layer.w1, layer.b1) == ((8, 8), (8,), None, None)
 
 
 def test_the_weights_do_not_start_alike():
@@ -600,7 +618,10 @@ def test_stateless_calls_return_the_new_statistics(implementation):
 BAD_ARGUMENTS = [
     ({"ratio": 0}, "`ratio` must be a positive integer, got 0"),
     ({"ratio": 2.5}, "`ratio` must be a positive integer, got 2.5"),
-    ({"hidden": 0}, "`hidden` must be a positive integer, got 0"),
+    ({"hidden": -1}, "`hidden` must be a positive integer, 0 or None, got -1"),
+    ({"hidden_rounding": "up"}, "`hidden_rounding` must be 'floor' or 'half_up' or .*, got 'up'"),
+    ({"hidden_activation": "linear"}, "`hidden_activation` must be 'relu' or .*, got 'linear'"),
+    ({"gate_activation": "tanh"}, "`gate_activation` must be 'sigmoid' or .*, got 'tanh'"),
     ({"kernel_size": 4}, "`kernel_size` must be an odd positive integer, got 4"),
     ({"kernel_size": (7, 7)}, r"`kernel_size` must be an odd positive integer, got \(7, 7\)"),
     ({"order": "serial"}, "`order` must be 'channel_first' or .*, got 'serial'"),

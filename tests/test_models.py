@@ -213,7 +213,8 @@ _BATCH_NORM = ("batch_norm_gamma", "batch_norm_beta", "moving_mean", "moving_var
 
 def _cbam_weights(layer: CBAM) -> list[keras.Variable]:
     names = _MLP + (_BATCH_NORM if layer.spatial_batch_norm else ("spatial_bias",))
-    return [getattr(layer, name) for name in names]
+    weights = [getattr(layer, name) for name in names]
+    return [weight for weight in weights if weight is not None]
 
 
 @pytest.mark.parametrize("depth", [18, 50])
@@ -328,19 +329,22 @@ def test_seed_network_is_the_seeds_code(float64):
         assert_close(model(images, training=training), expected, testing.MODEL_FORWARD, "output")
 
 
-@pytest.mark.parametrize(("network", "depth"), [("released", 18), ("seed", 50)])
-def test_stock_form_is_the_same_function(float64, network, depth):
+@pytest.mark.parametrize(
+    ("network", "depth", "dialect"),
+    [("released", 18, None), ("seed", 50, None), ("released", 18, "ultralytics")],
+)
+def test_stock_form_is_the_same_function(float64, network, depth, dialect):
     """Benchmarks against the stock form compare different functions when this fails."""
     rng = np.random.default_rng(1)
     shape = (48, 33, 3)
-    arguments = {"network": network, "input_shape": shape, "classes": 10}
+    arguments = {"network": network, "input_shape": shape, "classes": 10, "dialect": dialect}
     stock = models.build_resnet(depth, attention="stock", **arguments)
     fused = models.build_resnet(depth, **arguments)
     assert stock.name == f"{'seed_' if network == 'seed' else ''}stock_cbam_resnet{depth}"
     assert _trainable(stock) == _trainable(fused)
     _randomize(stock, rng)
     parts = ("_mlp_0", "_mlp_1", "_spatial_conv") + ("_spatial_bn",) * (network == "released")
-    _copy_weights(stock, fused, parts)
+    _copy_weights(stock, fused, ("_mlp_0", "_spatial_conv") if dialect else parts)
     images = rng.normal(size=(2, *shape))
     for training in (False, True):
         expected = stock(images, training=training)
@@ -444,6 +448,20 @@ def test_ratio_and_kernel_size_reach_the_modules(shapes_only):
     assert module.spatial_kernel.shape == (3, 3, 2, 1)
 
 
+def test_a_dialect_reaches_the_modules(shapes_only):
+    """Every block has the published code's module; the network around it stays its own."""
+    model = models.CBAMResNet18(input_shape=SMALL, dialect="timm", kernel_size=3)
+    module = model.get_layer("conv3_block1_cbam")
+    assert [w.name for w in module.trainable_weights] == [
+        "mlp_kernel_0", "mlp_kernel_1", "spatial_kernel", "batch_norm_gamma", "batch_norm_beta"
+    ]  # fmt: skip
+    assert (module.batch_norm_momentum, module.kernel_size) == (0.9, 3)
+    module = models.CBAMResNet18(input_shape=SMALL, dialect="kobiso").get_layer("conv3_block1_cbam")
+    assert (module.w0.shape, module.spatial_bias) == ((128, 16), None)
+    module = models.CBAMResNet18(input_shape=SMALL, dialect="kobiso", ratio=4)
+    assert module.get_layer("conv3_block1_cbam").w0.shape == (128, 32)
+
+
 def test_input_tensor():
     """The model starts where the given tensor comes from."""
     raw = keras.Input((40, 40, 3), name="raw")
@@ -471,6 +489,8 @@ def test_input_tensor():
         ({"ratio": 65}, "ratio"),
         ({"ratio": 0}, "ratio"),
         ({"kernel_size": 4}, "kernel_size"),
+        ({"dialect": "jongchan"}, "`dialect` must be one of paper, official, .*, got 'jongchan'"),
+        ({"dialect": "mobilenet_v3"}, "'mobilenet_v3' is one of ChannelAttention alone, not of CB"),
     ],
     ids=str,
 )
