@@ -178,14 +178,19 @@ class Kernels:
     gives by so many elements off a boundary.
     """
 
-    def __init__(self) -> None:
-        self.module = module()
+    def __init__(self, kernels: ModuleType | None = None) -> None:
+        self.module = kernels or module()
         self._signatures = _core.signatures()
 
     def __getattr__(self, name: str) -> Any:
         if name in self._signatures:
             return functools.partial(self._call, name)
         return getattr(self.module, name)
+
+    def _announce(
+        self, inputs: dict[str, Array], outputs: dict[str, Array], workspace: Array
+    ) -> None:
+        """What a call may touch, before it."""
 
     def _call(self, op: str, misalign: int = 0, **given: Any) -> dict[str, Array]:
         signature = self._signatures[op]
@@ -221,6 +226,7 @@ class Kernels:
         size = getattr(self.module, f"{op}_workspace")(**arguments)
         workspace = np.full(size + 512, 0xFF, np.uint8)
         start = -workspace.ctypes.data % 256
+        self._announce(arrays, outputs, workspace[start : start + size])
         try:
             getattr(self.module, op)(**arguments, workspace=workspace.ctypes.data + start)
         finally:

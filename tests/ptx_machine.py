@@ -1,0 +1,124 @@
+"""Executes the PTX that nvcc emits for the CUDA kernels, checks it and counts it.
+
+csrc/testing/ptx is a machine for PTX: `machine()` takes programs as text, `PtxKernels` has the
+functions of `cbam_ops._core.cuda` over what nvcc compiled, host code included. No GPU is needed;
+the kernels need nvcc, the machine a C++ compiler.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib.machinery
+import importlib.util
+import os
+import subprocess
+import sysconfig
+import tempfile
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import ModuleType
+
+import cuda_on_cpu
+from cuda_on_cpu import COMPILER, CSRC, Array, cuda_sources
+from cuda_resources import nvcc
+
+CACHE = cuda_on_cpu.CACHE.with_name("cbam_ops_ptx")
+FLAGS = ["-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-ffp-contract=off"]
+FLAGS += ["-fno-strict-aliasing", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Werror"]
+# PTX alone, as text in the object, with the source lines.
+NVCC_FLAGS = [
+    "-std=c++17",
+    "-O3",
+    "-lineinfo",
+    "-no-compress",
+    "-Xcompiler=-fPIC,-fvisibility=hidden",
+]
+NVCC_FLAGS += ["-gencode=arch=compute_90,code=compute_90"]
+MACHINE = ("program", "arithmetic", "memory", "compile", "machine")
+
+
+def _run(command: Sequence[str | Path]) -> None:
+    done = subprocess.run([str(c) for c in command], capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        raise RuntimeError(f"{' '.join(str(c) for c in command)}\n{done.stderr[-4000:]}")
+
+
+def _compile(source: Path, csrc: Path, flags: Sequence[str]) -> Path:
+    """The object of a source of the tree, from the cache if nothing has changed there."""
+    compiler = nvcc() if source.suffix == ".cu" or source.stem == "runtime" else COMPILER
+    folders = ("core", "ops", "python", "testing/ptx")
+    if source.stem in MACHINE:
+        folders = ("testing/ptx",)
+    elif source.suffix == ".cu":
+        folders = ("core",)
+    digest = hashlib.sha256(repr((compiler, flags, source.name)).encode())
+    for path in sorted(p for folder in folders for p in (csrc / folder).rglob("*.*")):
+        if path.suffix in (".h", ".cuh") or path == source:
+            digest.update(path.read_bytes())
+    target = CACHE / f"{source.stem}-{digest.hexdigest()[:20]}.o"
+    if not target.exists():
+        CACHE.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=CACHE) as folder:
+            _run([compiler or "nvcc", *flags, f"-I{csrc}", "-c", source, "-o", f"{folder}/out.o"])
+            os.replace(f"{folder}/out.o", target)
+    return target
+
+
+def _build(name: str, csrc: Path, kernels: Sequence[Path]) -> ModuleType:
+    import pybind11
+
+    folder = csrc / "testing" / "ptx"
+    includes = [f"-isystem{p}" for p in (pybind11.get_include(), sysconfig.get_path("include"))]
+    glue = [*FLAGS, *includes, f"-DCBAM_PTX_MODULE={name}"]
+    units = [(folder / f"{stem}.cc", FLAGS) for stem in MACHINE]
+    if kernels:
+        glue.append("-DCBAM_PTX_KERNELS=1")
+        units += [(source, NVCC_FLAGS) for source in kernels]
+        units.append(
+            (folder / "runtime.cc", ["-std=c++17", "-Xcompiler=-fPIC,-fvisibility=hidden"])
+        )
+        units += [(csrc / "ops" / f"{stem}.cc", FLAGS) for stem in ("dimensions", "options")]
+    units.append((folder / "module.cc", glue))
+    with ThreadPoolExecutor(os.cpu_count() or 2) as pool:
+        objects = list(pool.map(lambda unit: _compile(unit[0], csrc, unit[1]), units))
+    digest = hashlib.sha256(repr([p.name for p in objects]).encode()).hexdigest()
+    library = CACHE / f"{name}-{digest[:20]}.so"
+    if not library.exists():
+        with tempfile.TemporaryDirectory(dir=CACHE) as building:
+            _run([COMPILER, "-shared", *objects, "-o", f"{building}/{name}.so"])
+            os.replace(f"{building}/{name}.so", library)
+    loader = importlib.machinery.ExtensionFileLoader(name, str(library))
+    loaded = importlib.util.module_from_spec(importlib.util.spec_from_loader(name, loader))
+    loader.exec_module(loaded)
+    return loaded
+
+
+@functools.cache
+def machine() -> ModuleType:
+    """The machine alone."""
+    return _build("ptx_machine", CSRC, ())
+
+
+class PtxKernels(cuda_on_cpu.Kernels):
+    """`cbam_ops._core` over the PTX of the kernels: the same functions, on numpy arrays.
+
+    Args:
+      csrc: the source tree; a changed copy of it for planted faults.
+    """
+
+    def __init__(self, csrc: Path = CSRC) -> None:
+        super().__init__(_build("ptx_kernels", csrc, cuda_sources(csrc)))
+
+    def _announce(
+        self, inputs: dict[str, Array], outputs: dict[str, Array], workspace: Array
+    ) -> None:
+        self.module.remove_buffers()
+        for name, array in inputs.items():
+            self.module.add_buffer(name, array.ctypes.data, array.nbytes, True, False)
+        for name, array in outputs.items():
+            self.module.add_buffer(name, array.ctypes.data, array.nbytes, False, True)
+        self.module.add_buffer(
+            "the workspace", workspace.ctypes.data, workspace.nbytes, False, True
+        )
