@@ -29,6 +29,8 @@ __all__ = [
     "channel_attention",
     "channel_pool",
     "dialects",
+    "fuse",
+    "fusing",
     "layers",
     "models",
     "ops",
@@ -56,7 +58,8 @@ try:
 
         _loader.load_ops()
         # Last, since Keras may be set to another backend than TensorFlow.
-        from . import layers, models
+        from . import fusing, layers, models
+        from .fusing import fuse
         from .layers import CBAM, ChannelAttention, SpatialAttention
 except Exception as error:  # what a broken installation raises is of any type
     _error: Exception | None = error

@@ -1,0 +1,1171 @@
+"""Hand-written attention in a Keras model, replaced by this package's layers: :func:`fuse`.
+
+By proposing and proving, in five steps:
+
+1. The graph: the calls of a functional model, in order, as Keras keeps them.
+2. Regions: one map goes in, a map of the same shape comes out, and nothing else leaves.
+3. Candidates: the layers of this package whose weights have the shapes of the region's.
+4. Proof: on random maps and random weights, region and candidate have the same outputs, the same
+   gradients and the same moving statistics, in float64 where the region computes in it. How the
+   region is written does not matter; nothing is told from names.
+5. A new model, which calls the candidate where the region's last call was.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import dataclasses
+import inspect
+import itertools
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from cbam_ops import _console, layers, testing
+
+__all__ = ["Attention", "fuse"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Attention:
+    """A place of the model with attention: a row of the report of :func:`fuse`.
+
+    Attributes:
+      layer: the layer there, in the new model; inside nested models after their names, with "/".
+      found: what it is; empty if it was left as it was.
+      options: the arguments of the `cbam_ops` layer that is there now.
+      replaced: the names of the layers and ops that it replaces.
+      difference: the largest difference in the proof, of an output, a gradient or a moving
+        statistic, relative to its largest value; NaN without a proof.
+      dtype: the type in which the proof was computed.
+      reads: how often the map is read in a forward pass, before and after.
+      reason: why it was left as it was; empty if it was replaced.
+    """
+
+    layer: str
+    found: str = ""
+    options: dict[str, Any] = dataclasses.field(default_factory=dict)
+    replaced: tuple[str, ...] = ()
+    difference: float = math.nan
+    dtype: str = ""
+    reads: tuple[int, int] | None = None
+    reason: str = ""
+
+
+class _LeftError(Exception):
+    """Why a region is left as it is, in a few words."""
+
+
+# --- graph ----------------------------------------------------------------------------------------
+
+
+class _Graph:
+    """The calls of a functional model.
+
+    Attributes:
+      nodes: in the order in which `keras.models.clone_model` visits them.
+      producer: the node of a tensor, by the tensor's id.
+      consumers: the nodes that take a tensor, by its id.
+      outputs: the ids of the model's outputs.
+    """
+
+    def __init__(self, model: Any) -> None:
+        by_depth = keras.Function(model.inputs, model.outputs)._nodes_by_depth
+        self.nodes = [
+            node for depth in sorted(by_depth, reverse=True) for node in by_depth[depth]
+            if not node.is_input
+        ]  # fmt: skip
+        self.place = {id(node): i for i, node in enumerate(self.nodes)}
+        self.producer = {id(tensor): node for node in self.nodes for tensor in node.outputs}
+        self.consumers: dict[int, list[Any]] = collections.defaultdict(list)
+        for node in self.nodes:
+            for tensor in node.input_tensors:
+                self.consumers[id(tensor)].append(node)
+        self.outputs = {id(tensor) for tensor in model.outputs}
+
+
+def _run(nodes: Iterable[Any], values: dict[int, Any]) -> None:
+    """Runs calls on values of tensors by their ids, and adds what they return."""
+    for node in nodes:
+        arguments, keywords = node.arguments.fill_in(values)
+        outputs = keras.tree.flatten(node.operation(*arguments, **keywords))
+        values.update(zip(map(id, node.outputs), outputs, strict=True))
+
+
+def _is_graph(operation: Any) -> bool:
+    """Whether it is a model whose calls are known."""
+    return isinstance(operation, (keras.Function, keras.Sequential)) and operation.built
+
+
+def _sublayers(operation: Any) -> list[Any]:
+    """The layer and all inside it; nothing of an op."""
+    return operation._flatten_layers() if isinstance(operation, keras.layers.Layer) else []
+
+
+def _variables(operation: Any) -> list[Any]:
+    return operation.variables if isinstance(operation, keras.layers.Layer) else []
+
+
+# --- regions --------------------------------------------------------------------------------------
+
+
+class _Region(NamedTuple):
+    """Calls that make one map of another, and perhaps of a residual."""
+
+    nodes: tuple[Any, ...]  # in order
+    map: Any
+    residual: Any
+    output: Any
+
+    @property
+    def inputs(self) -> list[Any]:
+        """The tensors that go in, each once."""
+        both = [self.map] if self.residual is None else [self.map, self.residual]
+        return both[:1] if both[0] is both[-1] else both
+
+    @property
+    def operations(self) -> list[Any]:
+        return list({id(node.operation): node.operation for node in self.nodes}.values())
+
+    @property
+    def variables(self) -> list[Any]:
+        found = (variable for operation in self.operations for variable in _variables(operation))
+        return list({id(variable): variable for variable in found}.values())
+
+
+# A CBAM with a batch norm and 1x1 convolutions takes fewer than thirty calls.
+_MOST_CALLS = 80
+
+
+def _regions(graph: _Graph, last: Any, strict: bool = True) -> Iterator[_Region]:
+    """The regions that end with a call, small ones first.
+
+    Not `strict`: with those that something leaves besides the output, or with other weights.
+    """
+    if len(last.outputs) != 1 or len(last.outputs[0].shape) != 4:
+        return
+    (output,) = last.outputs
+    inside = {id(last): last}
+    border = {id(tensor): tensor for tensor in last.input_tensors}
+    while True:
+        if len(border) == 1:
+            (start,) = border.values()
+            nodes = sorted(inside.values(), key=lambda node: graph.place[id(node)])
+            region = _Region(tuple(nodes), start, None, output)
+            if _alike(start, output) and not (strict and _leaks(graph, region)):
+                yield region
+        # Of all tensors at the border, the one that is made last cannot lead to another.
+        made = [graph.producer[id(t)] for t in border.values() if id(t) in graph.producer]
+        if not made or len(inside) == _MOST_CALLS:
+            return
+        node = max(made, key=lambda node: graph.place[id(node)])
+        weights = _variables(node.operation)
+        if strict and not all(_may_belong(weight, output.shape) for weight in weights):
+            return
+        inside[id(node)] = node
+        for tensor in node.outputs:
+            border.pop(id(tensor), None)
+        border.update((id(tensor), tensor) for tensor in node.input_tensors)
+
+
+def _alike(a: Any, b: Any) -> bool:
+    return a.shape == b.shape and a.dtype == b.dtype
+
+
+def _leaks(graph: _Graph, region: _Region) -> bool:
+    """Whether something made inside is used outside, besides the output."""
+    inside = {id(node) for node in region.nodes}
+    made = (tensor for node in region.nodes for tensor in node.outputs)
+    return any(
+        id(tensor) in graph.outputs
+        or any(id(node) not in inside for node in graph.consumers[id(tensor)])
+        for tensor in made if tensor is not region.output
+    )  # fmt: skip
+
+
+def _may_belong(variable: Any, shape: Sequence[int | None]) -> bool:
+    """Whether a weight may be attention's: a vector, a layer of an MLP, or a spatial kernel."""
+    size = _core(variable.shape)
+    in_mlp = len(size) == 2 and bool({*size} & {*shape})
+    return len(size) < 2 or in_mlp or _is_spatial(variable.shape)
+
+
+def _core(shape: Sequence[int]) -> tuple[int, ...]:
+    """Without leading ones, down to rank 2: 1x1 convolutions have the kernels of dense layers."""
+    size = tuple(shape)
+    while len(size) > 2 and size[0] == 1:
+        size = size[1:]
+    return size
+
+
+def _is_spatial(shape: Sequence[int]) -> bool:
+    return (
+        len(shape) == 4
+        and shape[0] == shape[1]
+        and shape[0] % 2 == 1
+        and tuple(shape[2:]) == (2, 1)
+    )
+
+
+# --- candidates -----------------------------------------------------------------------------------
+
+
+class _Candidate(NamedTuple):
+    """A layer of this package that a region may be."""
+
+    layer: type
+    options: dict[str, Any]
+    weights: dict[str, Any]  # the layer's attributes, and the region's variables
+    maximum_first: bool = False  # the order of the region's spatial descriptors
+
+    def make(self, shape: Sequence[int | None], **keywords: Any) -> Any:
+        made = self.layer(**self.options, **keywords)
+        made.build(tuple(shape))
+        return made
+
+    def value(self, attribute: str, value: Any, layer: Any) -> Any:
+        """What a weight of the layer is, from a value of the region's."""
+        value = tf.reshape(value, getattr(layer, attribute).shape)
+        if attribute == "spatial_kernel" and self.maximum_first:
+            value = tf.reverse(value, [2])
+        return value
+
+
+_BATCH_NORM = {
+    "batch_norm_gamma": "gamma",
+    "batch_norm_beta": "beta",
+    "moving_mean": "moving_mean",
+    "moving_variance": "moving_variance",
+}
+_STATISTICS = ("moving_mean", "moving_variance")
+# The weights that one argument describes.
+_GROUPS = {
+    "mlp_kernel": ("w0", "w1"),
+    "mlp_bias": ("b0", "b1"),
+    "spatial_kernel": ("spatial_kernel",),
+    "spatial_bias": ("spatial_bias",),
+    "batch_norm_gamma": ("batch_norm_gamma",),
+    "batch_norm_beta": ("batch_norm_beta",),
+}
+
+
+def _candidates(region: _Region) -> Iterator[_Candidate]:
+    """Every layer that has the region's weights.
+
+    Raises:
+      _LeftError: there is none.
+    """
+    variables = region.variables
+    if not variables:
+        raise _LeftError("it has no weights")
+    others = [v.name for v in variables if not tf.as_dtype(v.dtype).is_floating]
+    if others:
+        raise _LeftError("it draws random numbers" if "seed" in others[0] else f"weight {others}")
+    norm = _batch_norm(region)
+    found = False
+    for data_format, axis in (("channels_last", 3), ("channels_first", 1)):
+        channels = region.output.shape[axis]
+        for weights in _assignments(variables, channels, norm):
+            common = {"data_format": data_format, **_described(weights)}
+            if norm is not None:
+                common.update(
+                    spatial_batch_norm=True,
+                    batch_norm_momentum=norm.momentum,
+                    batch_norm_epsilon=norm.epsilon,
+                )
+            for candidate in _with_options(weights, common):
+                found = True
+                yield candidate
+    if not found:
+        raise _LeftError(_misfit(variables, region.output.shape))
+
+
+def _batch_norm(region: _Region) -> Any:
+    """The region's batch norm, or None."""
+    everything = [layer for operation in region.operations for layer in _sublayers(operation)]
+    for layer in everything:
+        if getattr(layer, "activity_regularizer", None) is not None:
+            raise _LeftError(f"{layer.name} has an activity regularizer")
+    norms = [v for v in everything if isinstance(v, keras.layers.BatchNormalization)]
+    norms = list({id(norm): norm for norm in norms}.values())
+    if not norms:
+        return None
+    if len(norms) > 1 or norms[0].moving_mean.shape != (1,):
+        raise _LeftError("it has a batch norm elsewhere than before the spatial sigmoid")
+    if not (norms[0].scale and norms[0].center) or norms[0].synchronized:
+        raise _LeftError("its batch norm has no scale, no offset, or is synchronized")
+    return norms[0]
+
+
+_Shapes = dict[str, tuple[Any, ...]]
+
+
+def _assignments(variables: list[Any], channels: int | None, norm: Any) -> Iterator[dict[str, Any]]:
+    """Every way to take the variables for all weights of an MLP, a spatial convolution or both."""
+    fixed = {} if norm is None else {ours: getattr(norm, its) for ours, its in _BATCH_NORM.items()}
+    taken = {id(variable) for variable in fixed.values()}
+    free = [variable for variable in variables if id(variable) not in taken]
+    shapes = [tuple(variable.shape) for variable in free]
+    mlps: list[_Shapes] = [{}]
+    hidden = {size[1] for size in map(_core, shapes) if len(size) == 2 and size[0] == channels}
+    for units in sorted(hidden) if channels else ():
+        mlp = {"w0": (channels, units), "w1": (units, channels)}
+        mlps += [mlp, {**mlp, "b0": (units,), "b1": (channels,)}]
+    convolutions: list[_Shapes] = [] if fixed else [{}]
+    for kernel in dict.fromkeys(filter(_is_spatial, shapes)):
+        convolutions += [{"spatial_kernel": kernel}]
+        if not fixed:
+            convolutions += [{"spatial_kernel": kernel, "spatial_bias": (1,)}]
+    for mlp, convolution in itertools.product(mlps, convolutions):
+        for match in _matches(free, {**mlp, **convolution}):
+            yield {**match, **fixed}
+
+
+def _matches(variables: list[Any], wanted: _Shapes) -> Iterator[dict[str, Any]]:
+    """Every way to give each name a variable of its shape, all variables used."""
+    if len(variables) != len(wanted):
+        return
+    if not variables:
+        yield {}
+        return
+    first, *rest = variables
+    size = tuple(first.shape)
+    for name, shape in wanted.items():
+        ones = (1,) * (len(size) - len(shape))
+        if size == (*ones, *shape):
+            others = {key: value for key, value in wanted.items() if key != name}
+            for match in _matches(rest, others):
+                yield {name: first, **match}
+
+
+def _described(weights: dict[str, Any]) -> dict[str, Any]:
+    """The regularizers and constraints of the weights, as arguments."""
+    arguments = {}
+    for group, names in _GROUPS.items():
+        members = [weights[name] for name in names if name in weights]
+        for what in ("regularizer", "constraint"):
+            module = getattr(keras, f"{what}s")
+            kept = [getattr(variable, what, None) for variable in members]
+            configs = [module.serialize(value) if value is not None else None for value in kept]
+            if any(config != configs[0] for config in configs):
+                raise _LeftError(f"its weights have different {what}s")
+            if not kept or kept[0] is None:
+                continue
+            if any(len(variable.shape) != len(_core(variable.shape)) for variable in members):
+                if not isinstance(kept[0], (module.L1, module.L2, module.L1L2)):
+                    raise _LeftError(f"a {what} of a 1x1 convolution depends on its shape")
+            arguments[f"{group}_{what}"] = kept[0]
+    return arguments
+
+
+def _with_options(weights: dict[str, Any], common: dict[str, Any]) -> Iterator[_Candidate]:
+    """The layers that have these weights."""
+    choices: dict[str, tuple[Any, ...]] = {}
+    planes: tuple[bool, ...] = (False,)
+    if "w0" in weights:
+        common = {"hidden": weights["w0"].shape[-1], "use_bias": "b0" in weights, **common}
+        choices["mlp_activation"] = (None, "relu")
+    if "spatial_kernel" in weights:
+        size = weights["spatial_kernel"].shape[0]
+        common = {"kernel_size": size, "spatial_use_bias": "spatial_bias" in weights, **common}
+        planes = (False, True)
+    layer: type = layers.SpatialAttention
+    if "spatial_kernel" not in weights:
+        layer = layers.ChannelAttention
+        choices["pooling"] = ("avg+max", "avg", "max")
+    elif "w0" in weights:
+        layer = layers.CBAM
+        choices["order"] = ("channel_first", "spatial_first", "parallel")
+    for values in itertools.product(*choices.values()):
+        for maximum_first in planes:
+            chosen = dict(zip(choices, values, strict=True))
+            yield _Candidate(layer, {**common, **chosen}, weights, maximum_first)
+
+
+def _misfit(variables: list[Any], shape: Sequence[int | None]) -> str:
+    """Why no layer has these weights."""
+    sizes = [_core(variable.shape) for variable in variables]
+    matrices = [size for size in sizes if len(size) == 2]
+    if len(matrices) > 2 and len(set(matrices)) == 2:
+        return "its MLPs are not shared"
+    listed = ", ".join(str(tuple(variable.shape)) for variable in variables)
+    return f"no layer has weights of these shapes: {listed}"
+
+
+# --- proof ----------------------------------------------------------------------------------------
+
+# Heights and widths of probes where the model leaves them open.
+_SIZES = ((5, 7), (8, 3))
+
+
+class _Fill(NamedTuple):
+    """What a probe holds: a map of `testing.FILLS`, its scale, and the sign of `w0`, 0 for either.
+
+    Positive maps and one sign make hidden units live, or dead, however few there are.
+    """
+
+    map: str
+    scale: float = 1.0
+    sign: int = 0
+
+    def __str__(self) -> str:
+        return f"{self.map} values"
+
+
+_FILLS = (_Fill("normal"), _Fill("steps"), _Fill("relu", 8.0, 1), _Fill("relu", 1.0, -1))
+# Of a first comparison, which only chooses the candidate.
+_NEAR = 1e-3
+_TOLERANCES = {
+    "float64": (testing.MODEL_FORWARD, testing.MODEL_GRADIENT),
+    "float32": (testing.FLOAT32, testing.FLOAT32),
+}
+
+
+class _Outermost(keras.layers.Layer):
+    """A call as a model makes it: layers inside take `training` from it."""
+
+    def __init__(self, function: Callable[..., Any], dtype: str) -> None:
+        super().__init__(dtype=dtype)
+        self._function = function
+
+    def call(self, *tensors: Any, training: bool = False) -> Any:
+        return self._function(*tensors)
+
+
+@contextlib.contextmanager
+def _computing_in(dtype: str, operations: list[Any]) -> Iterator[None]:
+    """Makes layers compute in a type, and functions inside them run without being traced.
+
+    A traced function would keep the weights of a probe.
+    """
+    everything = [layer for operation in operations for layer in _sublayers(operation)]
+    # A model inside converts to the type of its inputs.
+    inputs = [tensor for layer in everything if _is_graph(layer) for tensor in layer.inputs]
+    inputs = [tensor for tensor in inputs if tf.as_dtype(tensor.dtype).is_floating]
+    places = [
+        *((layer, "_dtype_policy", keras.DTypePolicy(dtype)) for layer in everything),
+        *((tensor, "_dtype", dtype) for tensor in inputs),
+        *((tensor._keras_history.operation, "_dtype", dtype) for tensor in inputs),
+    ]
+    before = [getattr(owner, name) for owner, name, _ in places]
+    default, eager = keras.config.dtype_policy(), tf.config.functions_run_eagerly()
+    try:
+        keras.config.set_dtype_policy(dtype)
+        tf.config.run_functions_eagerly(True)
+        for owner, name, value in places:
+            setattr(owner, name, value)
+        yield
+    finally:
+        for (owner, name, _), value in zip(places, before, strict=True):
+            setattr(owner, name, value)
+        tf.config.run_functions_eagerly(eager)
+        keras.config.set_dtype_policy(default)
+
+
+class _Probe:
+    """Random maps and weights for a region, in one type."""
+
+    def __init__(
+        self, region: _Region, candidate: _Candidate, size: tuple[int, ...], fill: _Fill, dtype: str
+    ) -> None:
+        random = np.random.default_rng([*size, _FILLS.index(fill)])
+        self.region, self.dtype = region, dtype
+
+        def draw(values: np.ndarray) -> tf.Tensor:
+            return tf.constant(values, dtype)
+
+        def map_() -> tf.Tensor:
+            values = testing.FILLS[fill.map].make(random.standard_normal(size), dtype)
+            return draw(fill.scale * values)
+
+        self.inputs = [map_() for _ in region.inputs]
+        self.dy = draw(random.standard_normal(size))
+        self.weights = {}
+        for name, variable in candidate.weights.items():
+            values = random.standard_normal(tuple(variable.shape))
+            if name == "moving_variance":
+                values = 0.5 + values**2
+            elif name in ("w0", "w1", "spatial_kernel"):
+                values *= 2 / math.sqrt(values.size / values.shape[-1])
+                values /= 1.0 if name == "w1" else fill.scale  # gates stay away from 0 and 1
+            if name == "w0" and fill.sign:
+                values = fill.sign * np.abs(values)
+            self.weights[name] = draw(values)
+
+    def run_region(self, *tensors: Any) -> Any:
+        values = dict(zip(map(id, self.region.inputs), tensors, strict=True))
+        _run(self.region.nodes, values)
+        return values[id(self.region.output)]
+
+    def of_region(self, candidate: _Candidate, **how: Any) -> dict[str, Any]:
+        with _computing_in(self.dtype, self.region.operations):
+            return self._evaluate(self.run_region, candidate.weights, lambda _, value: value, **how)
+
+    def of_candidate(self, candidate: _Candidate, layer: Any, **how: Any) -> dict[str, Any]:
+        weights = {name: getattr(layer, name) for name in candidate.weights}
+        with_residual = self.region.residual is not None
+
+        def call(*tensors: Any) -> Any:
+            return layer(tensors[0], residual=tensors[-1] if with_residual else None)
+
+        return self._evaluate(call, weights, lambda n, v: candidate.value(n, v, layer), **how)
+
+    def _evaluate(
+        self,
+        function: Callable[..., Any],
+        variables: dict[str, Any],
+        transform: Callable[[str, Any], Any],
+        training: bool = False,
+        gradients: bool = True,
+    ) -> dict[str, Any]:
+        """The output, the gradients of maps and weights, and the statistics afterwards."""
+        maps = {f"map {i}": tensor for i, tensor in enumerate(self.inputs)}
+        sources = {**maps, **{n: w for n, w in self.weights.items() if n not in _STATISTICS}}
+        outermost = _Outermost(function, self.dtype)
+        with tf.GradientTape(watch_accessed_variables=False) as tape:
+            tape.watch(sources)
+            with keras.StatelessScope() as scope:
+                for name, variable in variables.items():
+                    scope.add_update((variable, transform(name, self.weights[name])))
+                y = outermost(*self.inputs, training=training)
+        results = {"output": y}
+        if gradients:
+            slopes = tape.gradient(y, sources, self.dy, tf.UnconnectedGradients.ZERO)
+            results.update((f"gradient of {name}", slope) for name, slope in slopes.items())
+            for name in _STATISTICS:
+                if name in variables:
+                    results[name] = scope.get_current_value(variables[name])
+        return results
+
+
+def _differences(actual: dict[str, Any], expected: dict[str, Any]) -> dict[str, float]:
+    """Largest differences relative to the largest values; infinite where there is none."""
+    found = {}
+    for name, truth in expected.items():
+        a, b = (np.asarray(value, np.float64) for value in (actual[name], truth))
+        if a.shape != b.shape or not (np.isfinite(a).all() and np.isfinite(b).all()):
+            found[name] = math.inf
+        else:
+            scale = np.abs(b).max(initial=0.0)
+            found[name] = (
+                float(np.abs(a - b).max(initial=0.0) / scale)
+                if scale
+                else float(np.abs(a).max(initial=0.0))
+            )
+    return found
+
+
+def _sizes(shape: Sequence[int | None]) -> list[tuple[int, ...]]:
+    """Sizes of probes for a map of this shape, whose axes may be open."""
+    sizes = (
+        (2, h, w, 0) if shape[3] is not None else (2, 0, h, w)  # where the channels are last
+        for h, w in _SIZES
+    )
+    both = (zip(shape, open_, strict=True) for open_ in sizes)
+    return list(dict.fromkeys(tuple(known or size for known, size in pairs) for pairs in both))
+
+
+def _near(region: _Region, candidates: Iterable[_Candidate]) -> Iterator[_Candidate]:
+    """The candidates whose output on a first probe is the region's.
+
+    Raises:
+      _LeftError: there is none, or the region cannot be run.
+    """
+    differences: list[tuple[float, _Candidate]] = []
+    size = _sizes(region.map.shape)[0]
+    weights: dict[str, Any] = {}
+    for candidate in candidates:
+        if candidate.weights is not weights:
+            weights = candidate.weights
+            probe = _Probe(region, candidate, size, _FILLS[0], "float32")
+            try:
+                expected = probe.of_region(candidate, gradients=False)
+            except Exception as error:
+                raise _LeftError(f"it does not run on a probe: {_first_line(error)}") from error
+        layer = candidate.make(region.map.shape, dtype=probe.dtype)
+        actual = probe.of_candidate(candidate, layer, gradients=False)
+        differences.append((_differences(actual, expected)["output"], candidate))
+        if differences[-1][0] < _NEAR:
+            yield candidate
+    difference, nearest = min(differences, key=lambda pair: pair[0])
+    if difference < _NEAR:
+        return
+    unusual = sorted(_activations(region) - {"linear", "relu", "sigmoid"})
+    if unusual:
+        raise _LeftError(f"no layer has its activation: {', '.join(unusual)}")
+    raise _LeftError(
+        f"it has the weights of {nearest.layer.__name__}, whose output differs by "
+        f"{difference:.2g} of the largest value"
+    )
+
+
+def _activations(region: _Region) -> set[str]:
+    """The names of the activations of the region's layers."""
+    names = set()
+    for operation in region.operations:
+        for layer in _sublayers(operation):
+            function = getattr(layer, "activation", None)
+            if function is not None:
+                names.add(getattr(function, "__name__", type(function).__name__))
+    return names
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def _prove(region: _Region, candidate: _Candidate) -> _Found:
+    """Says that they are the same.
+
+    Raises:
+      _LeftError: they are not.
+    """
+    trainable = _trainable(region, candidate)
+    for dtype in _TOLERANCES:
+        try:
+            difference = _compare(region, candidate, trainable, dtype)
+            return _Found(region, candidate, trainable, difference, dtype)
+        except _LeftError as error:
+            reason = error
+        except Exception as error:
+            reason = _LeftError(f"it does not run on a probe: {_first_line(error)}")
+    raise reason
+
+
+def _compare(region: _Region, candidate: _Candidate, trainable: bool, dtype: str) -> float:
+    """The largest difference."""
+    largest = 0.0
+    forward, backward = _TOLERANCES[dtype]
+    layer = candidate.make(region.map.shape, dtype=dtype, trainable=trainable)
+    for size, fill in itertools.product(_sizes(region.map.shape), _FILLS):
+        probe = _Probe(region, candidate, size, fill, dtype)
+        # Both ways to call it where it has statistics, and once where it should have none.
+        both = not candidate.weights.keys().isdisjoint(_STATISTICS) or fill is _FILLS[0]
+        for training in (False, True) if both else (False,):
+            expected = probe.of_region(candidate, training=training)
+            actual = probe.of_candidate(candidate, layer, training=training)
+            for name, difference in _differences(actual, expected).items():
+                if not difference <= (forward if name == "output" else backward):
+                    mode = "training" if training else "inference"
+                    raise _LeftError(
+                        f"{name} differs from {candidate.layer.__name__}'s by {difference:.2g} "
+                        f"of the largest value ({mode}, {dtype}, {fill})"
+                    )
+                largest = max(largest, difference)
+    return largest
+
+
+# --- search ---------------------------------------------------------------------------------------
+
+
+class _Found(NamedTuple):
+    """A region that a candidate was proved to be."""
+
+    region: _Region
+    candidate: _Candidate
+    trainable: bool
+    difference: float
+    dtype: str
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """The same for regions that share their weights and options."""
+        weights = tuple((name, id(v)) for name, v in sorted(self.candidate.weights.items()))
+        return (self.candidate.layer, weights, repr(self.candidate.options))
+
+    @property
+    def name(self) -> str:
+        options = self.candidate.options
+        squeezes = options.get("pooling") == "avg"
+        name = "squeeze and excitation" if squeezes else _NAMES[self.candidate.layer]
+        if self.region.residual is not None:
+            name += " + residual"
+        return name + (" + ReLU" if options.get("activation") else "")
+
+    @property
+    def reads(self) -> tuple[int, int]:
+        """How often a map is read in a forward pass, before and after."""
+        options, layer = self.candidate.options, self.candidate.layer
+        poolings = 2 if options.get("pooling", "avg+max") == "avg+max" else 1
+        before = 0 if layer is layers.SpatialAttention else poolings + 1
+        before += 0 if layer is layers.ChannelAttention else 3
+        after = 2 if options.get("order") == "spatial_first" else 1
+        if self.region.residual is not None:
+            before, after = before + 2, after + 1
+        return before + bool(options.get("activation")), after
+
+
+_NAMES = {
+    layers.CBAM: "CBAM",
+    layers.ChannelAttention: "channel gate",
+    layers.SpatialAttention: "spatial gate",
+}
+# They end no attention: they follow it.
+_TAILS = ("Add", "Concatenate", "Subtract", "Average", "Maximum", "Minimum")
+
+
+class _Search:
+    """What is found in a model and in those inside it.
+
+    Attributes:
+      model: the outer one.
+      graphs: the graph of each model, by the model's id.
+      found: by the id of a region's last call.
+      left: for calls that look like attention, why they are left, by id.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+        self.graphs: dict[int, _Graph] = {}
+        self.found: dict[int, _Found] = {}
+        self.left: dict[int, str] = {}
+        self._users: dict[int, set[int]] = collections.defaultdict(set)
+        self._read(model)
+        for graph, _ in self._remaining():
+            self._look(graph)
+        self._keep_shared_together()
+
+    def _read(self, model: Any) -> None:
+        graph = self.graphs[id(model)] = _Graph(model)
+        for node in graph.nodes:
+            if not _is_graph(node.operation):
+                for variable in _variables(node.operation):
+                    self._users[id(variable)].add(id(node))
+            elif id(node.operation) not in self.graphs:
+                self._read(node.operation)
+
+    def _remaining(self) -> Iterator[tuple[_Graph, str]]:
+        """The graphs that no region includes, outer ones first, and the names that lead there."""
+        names = {id(self.model): ""}
+        models = [self.model]
+        for model in models:
+            graph, name = self.graphs[id(model)], names[id(model)]
+            yield graph, name
+            gone = self.inner | self.found.keys()
+            for node in graph.nodes:
+                inside = node.operation
+                if _is_graph(inside) and id(node) not in gone and id(inside) not in names:
+                    names[id(inside)] = f"{name}{inside.name}/"
+                    models.append(inside)
+
+    @property
+    def inner(self) -> set[int]:
+        """The ids of the calls that regions include besides their last ones."""
+        return {id(n) for found in self.found.values() for n in found.region.nodes[:-1]}
+
+    def _look(self, graph: _Graph) -> None:
+        # From the last on: a module is met before its parts.
+        for node in reversed(graph.nodes):
+            if id(node) in self.inner or not _may_end(node):
+                continue
+            reason = ""
+            for region in reversed(list(_regions(graph, node))):
+                try:
+                    found = self._identify(graph, region)
+                except _LeftError as error:
+                    reason = str(error)
+                    continue
+                for inside in found.region.nodes:
+                    self.left.pop(id(inside), None)
+                self.found[id(found.region.nodes[-1])] = found
+                break
+            else:
+                if _looks_like_attention(node):
+                    self.left[id(node)] = reason or _why_no_region(graph, node)
+
+    def _identify(self, graph: _Graph, region: _Region) -> _Found:
+        reason = _LeftError()
+        for candidate in _near(region, _candidates(region)):
+            choices = [(region, candidate)]
+            if not self._shared(region):
+                choices += _with_tails(graph, region, candidate)
+            for choice in reversed(choices):
+                try:
+                    return _prove(*choice)
+                except _LeftError as error:
+                    reason = error
+        raise reason
+
+    def _shared(self, region: _Region) -> set[int]:
+        """The calls outside the region that use its weights."""
+        users = (self._users[id(variable)] for variable in region.variables)
+        return set().union(*users) - self._calls(region.nodes)
+
+    def _calls(self, nodes: Iterable[Any]) -> set[int]:
+        """The ids of calls, and of those inside the models that they call."""
+        calls = set()
+        for node in nodes:
+            calls.add(id(node))
+            if _is_graph(node.operation):
+                calls |= self._calls(self.graphs[id(node.operation)].nodes)
+        return calls
+
+    def _keep_shared_together(self) -> None:
+        """Leaves regions whose weights others use that are not replaced by the same layer."""
+        while True:
+            keys = {
+                call: found.key
+                for found in self.found.values() for call in self._calls(found.region.nodes)
+            }  # fmt: skip
+            for last, found in self.found.items():
+                if any(keys.get(user) != found.key for user in self._shared(found.region)):
+                    self.left[last] = "its weights are used elsewhere too"
+                    del self.found[last]
+                    break
+            else:
+                return
+
+    def report(self) -> list[Attention]:
+        rows = []
+        for graph, path in self._remaining():
+            for node in graph.nodes:
+                layer = path + node.operation.name
+                if id(node) in self.found:
+                    found = self.found[id(node)]
+                    names = dict.fromkeys(path + n.operation.name for n in found.region.nodes)
+                    options = dict(found.candidate.options)
+                    rows.append(
+                        Attention(layer, found.name, options, tuple(names), found.difference,
+                                  found.dtype, found.reads)
+                    )  # fmt: skip
+                elif id(node) in self.left and id(node) not in self.inner:
+                    rows.append(Attention(layer, reason=self.left[id(node)]))
+        return rows
+
+
+def _why_no_region(graph: _Graph, node: Any) -> str:
+    """Why there is no region that ends with this call."""
+    for region in _regions(graph, node, strict=False):
+        if all(tensor is not region.map for tensor in node.input_tensors):
+            break  # another map lies between
+        if _leaks(graph, region):
+            return "something inside is used elsewhere too"
+        try:
+            next(_candidates(region))
+        except _LeftError as error:
+            return str(error)
+    return "its gate is not made from the map alone"
+
+
+def _may_end(node: Any) -> bool:
+    """Whether a region may end with this call: it combines tensors, or is somebody's own."""
+    name = type(node.operation).__name__
+    if _is_graph(node.operation) or name in _TAILS:
+        return False
+    return len(node.input_tensors) > 1 or _is_own(type(node.operation))
+
+
+def _is_own(kind: type) -> bool:
+    """Whether a class is somebody's own, or what it does is."""
+    stock = kind.__module__.split(".")[0] in ("keras", "cbam_ops", "tensorflow", "builtins")
+    return not stock or kind is keras.layers.Lambda
+
+
+def _looks_like_attention(node: Any) -> bool:
+    """Whether a call that is not replaced is worth a line of the report."""
+    if len(node.outputs) != 1 or len(node.outputs[0].shape) != 4:
+        return False
+    shape = node.outputs[0].shape
+    if len(node.input_tensors) == 1:
+        return (
+            _is_own(type(node.operation))
+            and bool(_variables(node.operation))
+            and (node.input_tensors[0].shape == shape)
+        )
+    shapes = [tensor.shape for tensor in node.input_tensors]
+    gates = [other for other in shapes if other != shape and (len(other) == 2 or 1 in other)]
+    multiplies = type(node.operation).__name__ == "Multiply" or _is_own(type(node.operation))
+    return multiplies and shape in shapes and bool(gates)
+
+
+def _trainable(region: _Region, candidate: _Candidate) -> bool:
+    """Whether the region's weights are trained, all or none."""
+    trained = {id(v) for o in region.operations if _variables(o) for v in o.trainable_variables}
+    states = {id(v) in trained for n, v in candidate.weights.items() if n not in _STATISTICS}
+    if len(states) > 1:
+        raise _LeftError("some of its weights are frozen")
+    return states.pop()
+
+
+def _with_tails(
+    graph: _Graph, region: _Region, candidate: _Candidate
+) -> Iterator[tuple[_Region, _Candidate]]:
+    """The region with the addition of a residual, and the ReLU, that follow it."""
+    while "activation" not in candidate.options:
+        consumers = graph.consumers[id(region.output)]
+        if len(consumers) != 1 or id(region.output) in graph.outputs:
+            return
+        (node,) = consumers
+        others = [tensor for tensor in node.input_tensors if tensor is not region.output]
+        if _variables(node.operation) or _is_graph(node.operation) or len(node.outputs) != 1:
+            return
+        if not all(_alike(tensor, region.output) for tensor in (*node.outputs, *others)):
+            return
+        region = region._replace(nodes=(*region.nodes, node), output=node.outputs[0])
+        if len(others) == 1 and region.residual is None:
+            region = region._replace(residual=others[0])
+        elif not others:
+            candidate = candidate._replace(options={**candidate.options, "activation": "relu"})
+        else:
+            return
+        try:
+            next(_near(region, [candidate]))
+        except _LeftError:
+            return
+        yield region, candidate
+
+
+# --- the new model --------------------------------------------------------------------------------
+
+
+class _Rebuild:
+    """Makes the new model, layer by layer, each once however often it is called."""
+
+    def __init__(self, search: _Search) -> None:
+        self._search = search
+        self._made: dict[Any, Any] = {}
+        self._copies: list[tuple[Any, Any]] = []
+
+    def model(self, model: Any) -> Any:
+        """A model like this one, or the same again."""
+        if id(model) not in self._made:
+            make = self._sequential if isinstance(model, keras.Sequential) else self._functional
+            self._made[id(model)] = make(model)
+        return self._made[id(model)]
+
+    def _sequential(self, model: Any) -> Any:
+        made: list[Any] = [_clone(tensor._keras_history.operation) for tensor in model.inputs]
+        for node in self._search.graphs[id(model)].nodes:
+            if id(node) in self._search.inner:
+                # Keeps the place of a layer that the next one includes.
+                made.append(keras.layers.Identity(name=node.operation.name))
+            elif id(node) in self._search.found:
+                made.append(self._attention(node))
+            else:
+                made.append(self._clone(node.operation))
+        return keras.Sequential(made, name=model.name, trainable=model.trainable)
+
+    def _functional(self, model: Any) -> Any:
+        values = {id(t): _clone(t._keras_history.operation).output for t in model.inputs}
+        for node in self._search.graphs[id(model)].nodes:
+            if id(node) in self._search.inner:
+                continue
+            if id(node) in self._search.found:
+                region = self._search.found[id(node)].region
+                residual = None if region.residual is None else values[id(region.residual)]
+                y = self._attention(node)(values[id(region.map)], residual=residual)
+                values[id(region.output)] = y
+                continue
+            arguments, keywords = node.arguments.fill_in(values)
+            outputs = self._clone(node.operation)(*arguments, **keywords)
+            values.update(zip(map(id, node.outputs), keras.tree.flatten(outputs), strict=True))
+        inputs, outputs = (
+            keras.tree.map_structure(lambda tensor: values[id(tensor)], struct)
+            for struct in (model.input, model.output)
+        )
+        make = type(model) if _takes_a_graph(model) else keras.Model
+        return make(inputs, outputs, name=model.name, trainable=model.trainable)
+
+    def _attention(self, node: Any) -> Any:
+        """The layer in the place of the region that ends with this call."""
+        found = self._search.found[id(node)]
+        if found.key not in self._made:
+            region, candidate = found.region, found.candidate
+            layer = candidate.make(
+                region.map.shape, name=node.operation.name, dtype=_policy(region),
+                trainable=found.trainable,
+            )  # fmt: skip
+            for name, variable in candidate.weights.items():
+                getattr(layer, name).assign(candidate.value(name, variable, layer))
+            self._made[found.key] = layer
+        return self._made[found.key]
+
+    def _clone(self, operation: Any) -> Any:
+        if _is_graph(operation):
+            return self.model(operation)
+        if id(operation) not in self._made:
+            self._made[id(operation)] = _clone(operation)
+            self._copies.append((operation, self._made[id(operation)]))
+        return self._made[id(operation)]
+
+    def copy_weights(self) -> None:
+        """Gives the new layers the values, and the trainability, of the old ones."""
+        for old, new in self._copies:
+            variables, copies = _variables(old), _variables(new)
+            if [v.shape for v in variables] != [v.shape for v in copies]:
+                raise ValueError(f"fuse: {old.name} made again from its config has other weights.")
+            for a, b in zip(_sublayers(old), _sublayers(new), strict=True):
+                b.trainable = a.trainable
+            for a, b in zip(variables, copies, strict=True):
+                b.assign(a)
+                b.trainable = a.trainable
+
+
+def _clone(operation: Any) -> Any:
+    """Another layer or op like this one, without its weights' values."""
+    if isinstance(operation, keras.layers.Lambda):
+        # Its code is not made into a text and back.
+        return keras.layers.Lambda(
+            operation.function, operation._output_shape, operation.mask, operation.arguments,
+            name=operation.name, trainable=operation.trainable, dtype=operation.dtype_policy,
+        )  # fmt: skip
+    try:
+        return type(operation).from_config(operation.get_config())
+    except Exception as error:
+        if not isinstance(operation, keras.layers.Layer):
+            return operation  # an op has no state
+        raise ValueError(
+            f"fuse: {operation.name} cannot be made again from its config: {_first_line(error)}"
+        ) from error
+
+
+def _policy(region: _Region) -> Any:
+    """The dtype policy of the region's layers with weights."""
+    owners = [v for o in region.operations for v in _sublayers(o) if v._trainable_variables]
+    return owners[0].dtype_policy
+
+
+def _checked(model: Any) -> Any:
+    """The model, or one whose calls are known.
+
+    Raises:
+      ValueError: its calls cannot be known, or a model with them would not be the same.
+    """
+    if not isinstance(model, keras.Model):
+        raise ValueError(
+            f"fuse: `model` must be a model of Keras 3, got {type(model).__module__}."
+            f"{type(model).__name__}"
+        )
+    graph = isinstance(model, (keras.Function, keras.Sequential))
+    own = {name for kind in type(model).__mro__ if _is_own(kind) for name in vars(kind)}
+    methods = sorted(name for name in own - _HARMLESS if not name.startswith("_"))
+    if methods and not (graph and _takes_a_graph(model)):
+        raise ValueError(
+            f"fuse: {type(model).__name__} has methods of its own ({', '.join(methods)}), which a "
+            "model with other layers would lose; fuse the models and layers that it is made of."
+        )
+    if not model.built or (graph and not model.inputs):
+        raise ValueError(f"fuse: {model.name} has no input shape yet; call it on data once.")
+    return model if graph else _traced(model)
+
+
+# What a class of one's own may define, and lose.
+_HARMLESS = frozenset(("call", "build", "get_config", "from_config", "compute_output_shape"))
+
+
+def _takes_a_graph(model: Any) -> bool:
+    """Whether the model's class is constructed from inputs and outputs, or a list of layers."""
+    specification = inspect.getfullargspec(type(model).__init__)
+    if isinstance(model, keras.Sequential):
+        return specification.args[1:2] == ["layers"]
+    known = specification.args[1:3] == ["inputs", "outputs"]
+    return known or bool(specification.varargs and specification.varkw)
+
+
+def _traced(model: Any) -> Any:
+    """A functional model of the layers that a subclassed one calls."""
+    shapes = [*(model._build_shapes_dict or {}).values()]
+    if len(shapes) != 1 or not all(size is None or isinstance(size, int) for size in shapes[0]):
+        raise ValueError(f"fuse: {model.name}, a {type(model).__name__}, must have one input.")
+    inputs = keras.Input(batch_shape=(None, *shapes[0][1:]), dtype=model.input_dtype)
+    choices: list[dict[str, Any]] = [{}]
+    if "training" in inspect.signature(model.call).parameters:
+        choices = [{"training": None}, {"training": True}]
+    try:
+        traces = [
+            keras.Model(inputs, model.call(inputs, **keywords), name=model.name)
+            for keywords in choices
+        ]
+    except Exception as error:
+        raise ValueError(
+            f"fuse: {type(model).__name__}.call cannot be traced, since it does more than call "
+            f"Keras's layers and ops: {_first_line(error)}"
+        ) from error
+    calls = [
+        [(type(node.operation), id(node.operation) * bool(_variables(node.operation)))
+         for node in _Graph(trace).nodes] for trace in traces
+    ]  # fmt: skip
+    if calls[0] != calls[-1]:
+        raise ValueError(
+            f"fuse: {type(model).__name__}.call cannot be traced: it calls other layers in training"
+        )
+    return traces[0]
+
+
+def fuse(model: Any, verbose: int = 0, return_report: bool = False) -> Any:
+    """Replaces hand-written attention in a Keras model by this package's layers.
+
+    Every CBAM, channel gate, spatial gate and squeeze and excitation is replaced that has the same
+    outputs and the same gradients as one of :class:`cbam_ops.CBAM`,
+    :class:`cbam_ops.ChannelAttention` and :class:`cbam_ops.SpatialAttention`, whether it is made of
+    Keras's layers, `keras.ops`, `Lambda` layers, layers of your own or several of these; in models
+    inside the model too. An addition of a residual and a ReLU after it become part of the layer.
+    Each is proved on random maps and weights (see :mod:`cbam_ops.fusing`). The rest stays.
+
+    A replaced region's layer has the name of its last layer or op, so that
+    `model.get_layer(name).output` stays what it was.
+
+    Args:
+        model: A built `keras.Model`: functional, `Sequential`, or subclassed with a `call` that
+            does no more than call Keras's layers and ops on one tensor. It is left as it is.
+        verbose: 1 prints a table: layer, what was found, the options, the largest difference in the
+            proof, how often the map is read before and after; and what is left as it is, and why.
+        return_report: Whether to return the report too.
+
+    Returns:
+        A new model, of a subclassed one a functional one, with the values and the trainability of
+        the weights; compiled as `model` is, with a fresh optimizer. With `return_report` the tuple
+        of it and a list of :class:`cbam_ops.fusing.Attention`.
+
+    Raises:
+        ValueError: The calls of the model are not known (it is subclassed and cannot be traced, or
+            has no input shape yet), its class has methods that a new model would lose, or a layer
+            cannot be made again from its config.
+
+    Example:
+    >>> fused = cbam_ops.fuse(model, verbose=1)
+
+    References:
+        - [Woo et al., 2018](https://arxiv.org/abs/1807.06521)
+    """
+    graph = _checked(model)
+    search = _Search(graph)
+    rebuild = _Rebuild(search)
+    new = rebuild.model(graph)
+    rebuild.copy_weights()
+    if model.compiled:
+        new.compile_from_config(model.get_compile_config())
+    report = search.report()
+    if verbose:
+        _print(report)
+    return (new, report) if return_report else new
+
+
+def _print(report: list[Attention]) -> None:
+    replaced = [row for row in report if row.found]
+    if replaced:
+        head = ["layer", "found", "options", "largest difference", "reads of the map"]
+        rows = [
+            [row.layer, row.found, _words(row.options), f"{row.difference:.1e} ({row.dtype})",
+             "{} -> {}".format(*row.reads or ())]
+            for row in replaced
+        ]  # fmt: skip
+        _console.print_table([head, *rows], "<<<>>")
+    else:
+        _console.say("Nothing was replaced.")
+    for row in report:
+        if row.reason:
+            _console.say(f"Left as it is: {row.layer}: {row.reason}.")
+
+
+def _words(options: dict[str, Any]) -> str:
+    """The options, without those that are Keras's objects."""
+    return ", ".join(
+        f"{name}={value}" for name, value in options.items()
+        if isinstance(value, (bool, int, float, str)) and name != "data_format"
+    )  # fmt: skip

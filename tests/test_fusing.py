@@ -1,0 +1,757 @@
+"""cbam_ops.fuse: hand-written attention in the styles that people publish, and what is none."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from keras import layers as kl
+from keras import ops
+
+import cbam_ops
+from cbam_ops import fusing
+from cbam_ops.testing import FLOAT32, assert_close
+
+C = 12
+
+
+# --- how people write it --------------------------------------------------------------------------
+
+
+def dense_mlp(units=3, **options) -> Callable:
+    """Two dense layers, shared by what it is called on."""
+    first = kl.Dense(units, activation="relu", **options)
+    second = kl.Dense(C, **options)
+    return lambda t: second(first(t))
+
+
+def channel_gate(x, mlp=None) -> Any:
+    """As in kobiso/CBAM-keras, whose layers most Keras code repeats."""
+    mlp = mlp or dense_mlp(kernel_initializer="he_normal")
+    mean = mlp(kl.Reshape((1, 1, C))(kl.GlobalAveragePooling2D()(x)))
+    maximum = mlp(kl.Reshape((1, 1, C))(kl.GlobalMaxPooling2D()(x)))
+    return kl.Activation("sigmoid")(kl.Add()([mean, maximum]))
+
+
+def spatial_gate(x, size=7, maximum_first=False, **options) -> Any:
+    planes = [
+        kl.Lambda(lambda t: tf.reduce_mean(t, axis=3, keepdims=True))(x),
+        kl.Lambda(lambda t: tf.reduce_max(t, axis=3, keepdims=True))(x),
+    ]
+    joined = kl.Concatenate(axis=3)(planes[::-1] if maximum_first else planes)
+    options = {"activation": "sigmoid", "use_bias": False, **options}
+    return kl.Conv2D(1, size, padding="same", **options)(joined)
+
+
+def kobiso(x):
+    u = kl.multiply([x, channel_gate(x)])
+    return kl.multiply([u, spatial_gate(u)])
+
+
+def with_operators(x):
+    """Bare ops and operators; dense layers on [N, C]; convolution with a bias."""
+    mlp = dense_mlp()
+    gate = ops.sigmoid(mlp(ops.mean(x, axis=(1, 2))) + mlp(ops.max(x, axis=(1, 2))))
+    u = x * gate[:, None, None, :]
+    planes = ops.concatenate(
+        [ops.mean(u, axis=-1, keepdims=True), ops.max(u, axis=-1, keepdims=True)], axis=-1
+    )
+    return u * ops.sigmoid(kl.Conv2D(1, 5, padding="same")(planes))
+
+
+def official(x):
+    """The authors' release in Keras: maximum first, batch norm before the spatial sigmoid."""
+    u = kl.multiply([x, channel_gate(x)])
+    z = spatial_gate(u, maximum_first=True, activation=None)
+    z = kl.BatchNormalization(epsilon=1e-5)(z)
+    return u * kl.Activation("sigmoid")(z)
+
+
+def convolutions(x):
+    """1x1 convolutions in a Sequential, no biases, a ReLU after each MLP, padding by hand."""
+    mlp = keras.Sequential(
+        [
+            kl.Conv2D(4, 1, use_bias=False),
+            kl.ReLU(),
+            kl.Conv2D(C, 1, use_bias=False, activation="relu"),
+        ]
+    )
+    pools = kl.GlobalAveragePooling2D(keepdims=True), kl.GlobalMaxPooling2D(keepdims=True)
+    u = x * ops.sigmoid(sum(mlp(pool(x)) for pool in pools))
+    planes = ops.stack([ops.mean(u, -1), ops.amax(u, -1)], -1)
+    planes = kl.ZeroPadding2D(1)(planes)
+    return kl.Multiply()([u, kl.Conv2D(1, 3, activation="sigmoid")(planes)])
+
+
+def spatial_first(x):
+    u = kl.multiply([x, spatial_gate(x, size=3)])
+    return kl.multiply([u, channel_gate(u)])
+
+
+def parallel(x):
+    return x * (channel_gate(x) * spatial_gate(x, size=3))
+
+
+def squeeze_excite(x):
+    """As in titu1994/keras-squeeze-excite-network."""
+    gate = kl.Reshape((1, 1, C))(kl.GlobalAveragePooling2D()(x))
+    gate = kl.Dense(2, activation="relu", use_bias=False)(gate)
+    return kl.multiply([x, kl.Dense(C, activation="sigmoid", use_bias=False)(gate)])
+
+
+def channel_only(x):
+    return kl.multiply([x, channel_gate(x)])
+
+
+def spatial_only(x):
+    return kl.multiply([x, spatial_gate(x)])
+
+
+@keras.saving.register_keras_serializable("test_fusing")
+class ChannelGate(kl.Layer):
+    """As in luuuyi/CBAM.TensorFlow2.0: a layer returns the gate, 1x1 convolutions with decay."""
+
+    def __init__(self, units=2, **kwargs):
+        super().__init__(**kwargs)
+        options = {"kernel_regularizer": keras.regularizers.L2(5e-4)}
+        self.units = units
+        self.mean, self.maximum = kl.GlobalAveragePooling2D(), kl.GlobalMaxPooling2D()
+        self.conv1 = kl.Conv2D(units, 1, activation="relu", **options)
+        self.conv2 = kl.Conv2D(C, 1, **options)
+
+    def call(self, x):
+        def mlp(t):
+            return self.conv2(self.conv1(kl.Reshape((1, 1, C))(t)))
+
+        return tf.nn.sigmoid(mlp(self.mean(x)) + mlp(self.maximum(x)))
+
+    def get_config(self):
+        return {**super().get_config(), "units": self.units}
+
+
+@keras.saving.register_keras_serializable("test_fusing")
+class SpatialGate(kl.Layer):
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.conv = kl.Conv2D(1, 7, padding="same", use_bias=False, activation=tf.nn.sigmoid)
+
+    def call(self, x):
+        planes = tf.stack([tf.reduce_mean(x, axis=3), tf.reduce_max(x, axis=3)], axis=3)
+        return self.conv(planes)
+
+
+def gates_of_layers(x):
+    x = ChannelGate()(x) * x
+    return SpatialGate()(x) * x
+
+
+@keras.saving.register_keras_serializable("test_fusing")
+class WholeModule(kl.Layer):
+    """One layer for all, with layers made in `build`, and one made in every call."""
+
+    def build(self, shape):
+        self.dense_1 = kl.Dense(3, activation="relu")
+        self.dense_2 = kl.Dense(shape[-1])
+        self.conv = kl.Conv2D(1, 7, padding="same")
+        self.norm = kl.BatchNormalization(momentum=0.9)
+
+    def call(self, x):
+        mean, maximum = tf.reduce_mean(x, axis=[1, 2]), tf.reduce_max(x, axis=[1, 2])
+        gate = self.dense_2(self.dense_1(mean)) + self.dense_2(self.dense_1(maximum))
+        u = x * tf.reshape(tf.sigmoid(gate), [-1, 1, 1, x.shape[-1]])
+        planes = kl.Concatenate()([
+            tf.reduce_max(u, axis=-1, keepdims=True), tf.reduce_mean(u, axis=-1, keepdims=True)
+        ])  # fmt: skip
+        return u * tf.sigmoid(self.norm(self.conv(planes)))
+
+
+@keras.saving.register_keras_serializable("test_fusing")
+class WithoutBias(WholeModule):
+    def build(self, shape):
+        super().build(shape)
+        self.conv = kl.Conv2D(1, 7, padding="same", use_bias=False)
+
+
+class Traced(kl.Layer):
+    """Weights of its own, and a call that TensorFlow traces."""
+
+    def build(self, shape):
+        self.first = self.add_weight(shape=(shape[-1], shape[-1]), name="first")
+        self.second = self.add_weight(shape=(shape[-1], shape[-1]), name="second")
+        self.offset = self.add_weight(shape=(1, 1, 1, shape[-1]), name="offset")
+        self.other = self.add_weight(shape=(1, 1, 1, shape[-1]), name="other")
+
+    @tf.function
+    def call(self, x):
+        t = tf.reduce_mean(x, axis=[1, 2], keepdims=True)
+        t = tf.nn.relu(tf.einsum("nijc,cd->nijd", t, self.first) + self.offset)
+        return x * tf.sigmoid(tf.einsum("nijc,cd->nijd", t, self.second) + self.other)
+
+
+def chained_layers(x):
+    class Channels(kl.Layer):
+        def build(self, shape):
+            self.gate = ChannelGate(3)
+
+        def call(self, x):
+            return x * self.gate(x)
+
+    class Positions(kl.Layer):
+        def build(self, shape):
+            self.gate = SpatialGate()
+
+        def call(self, x):
+            return self.gate(x) * x
+
+    return Positions(name="positions")(Channels()(x))
+
+
+class Style(NamedTuple):
+    write: Callable
+    found: str
+    options: dict[str, Any] = {}
+    dtype: str = "float64"
+
+
+STYLES = [
+    Style(kobiso, "CBAM", {"hidden": 3, "kernel_size": 7, "spatial_use_bias": False}),
+    Style(with_operators, "CBAM", {"kernel_size": 5, "spatial_use_bias": True}),
+    Style(official, "CBAM", {"spatial_batch_norm": True, "batch_norm_epsilon": 1e-5}),
+    Style(convolutions, "CBAM", {"mlp_activation": "relu", "use_bias": False, "hidden": 4}),
+    Style(spatial_first, "CBAM", {"order": "spatial_first"}),
+    Style(parallel, "CBAM", {"order": "parallel"}),
+    Style(squeeze_excite, "squeeze and excitation", {"hidden": 2, "use_bias": False}),
+    Style(channel_only, "channel gate", {"pooling": "avg+max"}),
+    Style(spatial_only, "spatial gate", {"kernel_size": 7}),
+    Style(gates_of_layers, "CBAM", {"hidden": 2}),
+    Style(lambda x: WithoutBias()(x), "CBAM", {"batch_norm_momentum": 0.9}),
+    Style(lambda x: Traced()(x), "squeeze and excitation", {"hidden": C}),
+    Style(chained_layers, "CBAM", {"hidden": 3}),
+]
+IDS = [
+    "kobiso", "with_operators", "official", "convolutions", "spatial_first", "parallel",
+    "squeeze_excite", "channel_only", "spatial_only", "gates_of_layers", "layer", "traced_layer",
+    "chained_layers",
+]  # fmt: skip
+
+
+# --- models ---------------------------------------------------------------------------------------
+
+
+def model_of(*writers: Callable, size=(None, None), **options) -> keras.Model:
+    """A network with these between its convolutions, and no weight as it was initialized."""
+    keras.utils.set_random_seed(0)
+    inputs = keras.Input((*size, 3), **options)
+    x = inputs
+    for write in writers:
+        x = write(kl.Conv2D(C, 3, padding="same")(x))
+    model = keras.Model(inputs, kl.Dense(2, name="logits")(kl.GlobalAveragePooling2D()(x)))
+    randomize(model)
+    return model
+
+
+def randomize(model: keras.Model) -> None:
+    random = np.random.default_rng(1)
+    for weight in model.weights:
+        weight.assign(weight + random.uniform(0.05, 0.3, weight.shape))
+
+
+def images(size=(9, 6)) -> np.ndarray:
+    return np.random.default_rng(2).standard_normal((4, *size, 3)).astype("float32")
+
+
+def values_of(model: keras.Model) -> list[np.ndarray]:
+    """All weights, in an order that does not depend on their names."""
+    arrays = [np.ravel(weight) for weight in model.weights]
+    return sorted(arrays, key=lambda array: (array.size, np.sort(array)[0]))
+
+
+def step(model: keras.Model, x: np.ndarray) -> float:
+    """One step of training; the loss."""
+    model.compile("sgd", "mse", run_eagerly=True)
+    return model.train_on_batch(x, np.ones((len(x), 2), "float32"))
+
+
+def assert_same_model(fused: keras.Model, model: keras.Model, x=None) -> None:
+    """The same outputs and weights, before and after a step of training."""
+    x = images() if x is None else x
+    for when in ("before", "after"):
+        assert_close(fused(x), model(x), FLOAT32, f"output {when} training")
+        old, new = values_of(model), values_of(fused)
+        assert len(old) == len(new)
+        for a, b in zip(new, old, strict=True):
+            assert_close(np.sort(a), np.sort(b), FLOAT32, f"weights {when} training")
+        assert_close(step(fused, x), step(model, x), FLOAT32, "loss")
+
+
+@pytest.mark.parametrize("style", STYLES, ids=IDS)
+def test_style_is_found(style):
+    """Fails when attention written this way is not found, or is replaced by something else."""
+    model = model_of(style.write)
+    fused, report = fusing.fuse(model, return_report=True)
+    (row,) = report
+    assert (row.found, row.reason) == (style.found, "")
+    assert style.options.items() <= row.options.items()
+    assert row.dtype == style.dtype
+    ours = [layer for layer in fused.layers if type(layer).__module__ == "cbam_ops.layers"]
+    assert [layer.name for layer in ours] == [row.layer]
+    assert_same_model(fused, model)
+
+
+# --- what follows attention, and where it is ------------------------------------------------------
+
+
+def residual_block(x):
+    shortcut = x
+    x = kobiso(kl.Conv2D(C, 3, padding="same")(x))
+    return kl.Activation("relu", name="block_out")(kl.Add()([x, shortcut]))
+
+
+@pytest.mark.parametrize(
+    ("write", "found"),
+    [
+        (residual_block, "CBAM + residual + ReLU"),
+        (lambda x: ops.relu(x + kobiso(x)), "CBAM + residual + ReLU"),
+        (lambda x: kl.add([spatial_only(x), x]), "spatial gate + residual"),
+        (lambda x: kl.ReLU()(channel_only(x)), "channel gate + ReLU"),
+        (lambda x: kl.ReLU(6.0)(x + squeeze_excite(x)), "squeeze and excitation + residual"),
+        (lambda x: kl.Add()([x, kobiso(x), x]), "CBAM"),
+        (lambda x: x - kobiso(x), "CBAM"),
+    ],
+    ids=["block", "operators", "residual", "relu", "relu6", "sum_of_three", "difference"],
+)
+def test_what_follows_is_one_op_with_it(write, found):
+    """Fails when an addition or a ReLU is left out of the op, or one that it has not is taken."""
+    model = model_of(write)
+    fused, (row,) = fusing.fuse(model, return_report=True)
+    assert row.found == found
+    assert_same_model(fused, model)
+
+
+def test_names_stay():
+    """Fails when a layer that stays gets another name, or the last of a region loses its own."""
+    model = model_of(residual_block, kobiso)
+    fused, report = fusing.fuse(model, return_report=True)
+    gone = {name for row in report for name in row.replaced}
+    kept = [layer.name for layer in model.layers if layer.name not in gone]
+    assert [layer.name for layer in fused.layers if layer.name in kept] == kept
+    assert {layer.name for layer in fused.layers} == {*kept, *(row.layer for row in report)}
+    x = images()
+    before, after = (
+        keras.Model(m.input, m.get_layer("block_out").output)(x) for m in (model, fused)
+    )
+    assert_close(after, before, FLOAT32, "output of block_out")
+
+
+def test_nested_models_and_sequentials():
+    """Fails when attention inside an inner model is missed, or an inner model is made twice."""
+    keras.utils.set_random_seed(0)
+    inside = keras.Input((None, None, C))
+    block = keras.Model(inside, kobiso(kl.Conv2D(C, 3, padding="same")(inside)), name="block")
+    chain = keras.Sequential(
+        [keras.Input((None, None, C)), kl.Conv2D(C, 1), WithoutBias(name="attention"), kl.ReLU()],
+        name="chain",
+    )
+    inputs = keras.Input((None, None, 3))
+    x = block(kl.Conv2D(C, 1)(inputs))
+    x = chain(block(x))
+    model = keras.Model(inputs, kl.Dense(2)(kl.GlobalAveragePooling2D()(x)))
+    randomize(model)
+    fused, report = fusing.fuse(model, return_report=True)
+    assert [row.found for row in report] == ["CBAM", "CBAM + ReLU"]
+    assert [row.layer.split("/")[0] for row in report] == ["block", "chain"]
+    assert [layer.name for layer in fused.layers] == [layer.name for layer in model.layers]
+    names = [[layer.name for layer in m.get_layer("chain").layers] for m in (fused, model)]
+    assert names[0] == names[1]
+    assert_same_model(fused, model)
+
+
+def test_sequential_with_two_layers_for_one_module():
+    """Fails when two layers in a row that are one CBAM stay two, or a name goes."""
+    keras.utils.set_random_seed(0)
+    gated = chained_layers(keras.Input((None, None, C)))
+    second = gated._keras_history.operation
+    first = second._inbound_nodes[0].input_tensors[0]._keras_history.operation
+    model = keras.Sequential(
+        [keras.Input((None, None, 3)), kl.Conv2D(C, 1), first, second,
+         kl.GlobalAveragePooling2D(), kl.Dense(2)]
+    )  # fmt: skip
+    randomize(model)
+    fused, (row,) = fusing.fuse(model, return_report=True)
+    assert isinstance(fused, keras.Sequential)
+    assert (row.layer, row.found) == ("positions", "CBAM")
+    assert [layer.name for layer in fused.layers] == [layer.name for layer in model.layers]
+    assert_same_model(fused, model)
+
+
+class Subclassed(keras.Model):
+    def __init__(self, branch=False, **kwargs):
+        super().__init__(**kwargs)
+        self.branch = branch
+        self.conv = kl.Conv2D(C, 3, name="conv")
+        self.gate = ChannelGate()
+        self.drop = kl.Dropout(0.5)
+        self.pool = kl.GlobalAveragePooling2D()
+        self.top = kl.Dense(2, name="top")
+
+    def call(self, x, training=False):
+        x = self.conv(x)
+        x = x * self.gate(x)
+        if not self.branch or training:
+            x = self.drop(x, training=training)
+        return self.top(self.pool(x))
+
+
+def test_subclassed_model_that_only_calls_layers():
+    """Fails when such a model is refused, or is frozen in inference."""
+    model = Subclassed()
+    x = images()
+    before = model(x)
+    randomize(model)
+    fused, (row,) = fusing.fuse(model, return_report=True)
+    assert row.found == "channel gate"
+    assert isinstance(fused.get_layer(row.layer), cbam_ops.ChannelAttention)
+    assert not np.allclose(before, model(x))
+    assert_close(fused(x), model(x), FLOAT32, "output")
+    assert not np.allclose(fused(x, training=True), fused(x))
+
+
+@pytest.mark.parametrize("size", [(10, 7), (None, 7)], ids=["fixed", "half_fixed"])
+def test_pools_of_a_fixed_size(size):
+    """Fails when a region is not tried at the size that the model gives it."""
+
+    def write(x):
+        flat = kl.Reshape((-1, C))(x) if size[0] is None else kl.Reshape((70, C))(x)
+        mean = kl.GlobalAveragePooling1D()(flat)
+        gate = kl.Dense(C, activation="sigmoid")(kl.Dense(2, activation="relu")(mean))
+        return x * kl.Reshape((1, 1, C))(gate)
+
+    model = model_of(write, size=size)
+    fused, (row,) = fusing.fuse(model, return_report=True)
+    assert row.found == "squeeze and excitation"
+    assert_same_model(fused, model, images((10, 7)))
+
+
+def test_fixed_batch():
+    """Fails when a probe has another batch than the model allows."""
+    inputs = keras.Input(batch_shape=(4, 9, 6, C))
+    model = keras.Model(inputs, kobiso(inputs))
+    fused, (row,) = fusing.fuse(model, return_report=True)
+    assert row.found == "CBAM"
+    x = np.random.default_rng(0).standard_normal((4, 9, 6, C)).astype("float32")
+    assert_close(fused(x), model(x), FLOAT32, "output")
+
+
+def test_channels_first():
+    """Fails when the axis of the channels is not told from the weights."""
+    inputs = keras.Input((C, None, None))
+    mlp = dense_mlp()
+    gate = ops.sigmoid(mlp(ops.mean(inputs, (2, 3))) + mlp(ops.max(inputs, (2, 3))))
+    u = inputs * gate[:, :, None, None]
+    planes = ops.stack([ops.mean(u, 1), ops.max(u, 1)], -1)
+    z = kl.Conv2D(1, 3, padding="same", data_format="channels_last")(planes)
+    model = keras.Model(inputs, u * ops.transpose(ops.sigmoid(z), (0, 3, 1, 2)))
+    randomize(model)
+    fused, (row,) = fusing.fuse(model, return_report=True)
+    assert row.options["data_format"] == "channels_first"
+    x = np.random.default_rng(0).standard_normal((2, C, 5, 6)).astype("float32")
+    assert_close(fused(x), model(x), FLOAT32, "output")
+
+
+# --- what is kept ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("part", ["module", "all", "none"])
+def test_trainability(part):
+    """Fails when frozen weights become trainable, or the reverse."""
+    model = model_of(official)
+    convolution = model.layers[1]
+    if part != "none":
+        for layer in model.layers if part == "all" else model.layers[2:-2]:
+            layer.trainable = False
+    fused = fusing.fuse(model)
+    count = [sum(w.shape.num_elements() for w in m.trainable_weights) for m in (model, fused)]
+    assert count[0] == count[1]
+    assert fused.get_layer(convolution.name).trainable == convolution.trainable
+    if part == "module":
+        assert_same_model(fused, model)
+
+
+def test_partly_frozen_stays():
+    """Fails when a module of which a part is frozen is thawed or frozen as a whole."""
+    model = model_of(kobiso)
+    next(layer for layer in model.layers if layer.name.startswith("dense")).trainable = False
+    left, replaced = fusing.fuse(model, return_report=True)[1]
+    assert "frozen" in left.reason
+    assert replaced.found == "spatial gate"
+
+
+def test_regularizers_and_constraints():
+    """Fails when a loss or a constraint of a weight is lost."""
+    mlp = dense_mlp(kernel_regularizer=keras.regularizers.L2(1e-2), kernel_constraint="non_neg")
+    model = model_of(lambda x: x * channel_gate(x, mlp)[:, 0, 0][:, None, None])
+    fused, (row,) = fusing.fuse(model, return_report=True)
+    assert row.found
+    assert isinstance(row.options["mlp_kernel_constraint"], keras.constraints.NonNeg)
+    assert len(model.losses) == len(fused.losses) == 2
+    assert_close(sum(fused.losses), sum(model.losses), FLOAT32, "losses")
+    assert_same_model(fused, model)
+
+
+def test_save_load_compile(tmp_path):
+    """Fails when the new model is not compiled as the old one, or does not survive its file."""
+    model = model_of(residual_block, lambda x: WithoutBias()(x))
+    model.compile(keras.optimizers.Adam(0.02), "mse", metrics=["mae"])
+    fused = fusing.fuse(model)
+    assert float(fused.optimizer.learning_rate) == pytest.approx(0.02)
+    x = images()
+    y = np.zeros((4, 2), "float32")
+    fused.fit(x, y, verbose=0)
+    fused.save(tmp_path / "model.keras")
+    loaded = keras.models.load_model(tmp_path / "model.keras")
+    assert_close(loaded(x), fused(x), FLOAT32, "loaded output")
+    assert len(loaded.evaluate(x, y, verbose=0)) == 2
+
+
+def test_model_in_hand_is_unchanged():
+    """Fails when weights, types, graph or global settings of the caller's model are touched."""
+    model = model_of(official, lambda x: WithoutBias()(x), convolutions)
+
+    def state():
+        layers = model._flatten_layers()
+        return (
+            [w.numpy().tobytes() for w in model.weights],
+            [(layer.name, layer.dtype_policy.name, len(layer._inbound_nodes)) for layer in layers],
+            [t.dtype for layer in layers if isinstance(layer, keras.Model) for t in layer.inputs],
+            keras.config.dtype_policy().name,
+            tf.config.functions_run_eagerly(),
+        )
+
+    before = state()
+    fused = fusing.fuse(model)
+    assert state() == before
+    step(fused, images())
+    assert state() == before
+
+
+def test_traced_functions_keep_nothing_of_a_probe():
+    """Fails when a `tf.function` in a layer has been traced with a probe's weights."""
+    inputs = keras.Input((5, 7, C))
+    model = keras.Model(inputs, Traced()(inputs))
+    x = np.ones((2, 5, 7, C), "float32")
+    before = model(x)
+    fusing.fuse(model)
+    assert_close(model(x), before, 0.0, "output")
+
+
+def test_mixed_precision():
+    """Fails when the new layer has another dtype policy than the old ones."""
+    keras.config.set_dtype_policy("mixed_bfloat16")
+    try:
+        model = model_of(kobiso, lambda x: WithoutBias()(x))
+        fused, report = fusing.fuse(model, return_report=True)
+    finally:
+        keras.config.set_dtype_policy("float32")
+    assert [row.found for row in report] == ["CBAM"] * 2
+    for row in report:
+        layer = fused.get_layer(row.layer)
+        assert layer.dtype_policy.name == "mixed_bfloat16"
+        assert layer.w0.dtype == "float32"
+    x = images()
+    difference = np.abs(np.subtract(fused(x), model(x), dtype="float32")).max()
+    assert difference < cbam_ops.testing.MIXED_MODEL["mixed_bfloat16"]
+
+
+def test_shared_layers():
+    """Fails when weights that two modules share are no longer shared."""
+    attention = WithoutBias(name="attention")
+    gate = ChannelGate()
+    model = model_of(attention, attention, lambda x: x * gate(x), lambda x: x * gate(x))
+    fused, report = fusing.fuse(model, return_report=True)
+    assert [row.found for row in report] == ["CBAM"] * 2 + ["channel gate"] * 2
+    assert fused.count_params() == model.count_params()
+    assert_same_model(fused, model)
+
+
+# --- what is none ---------------------------------------------------------------------------------
+
+
+def mlp_gate(x, first="relu", second="sigmoid"):
+    gate = kl.Dense(3, activation=first)(ops.mean(x, (1, 2), keepdims=True))
+    return x * kl.Dense(C, activation=second)(gate)
+
+
+def not_shared(x):
+    mean, maximum = ops.mean(x, (1, 2), keepdims=True), ops.max(x, (1, 2), keepdims=True)
+    return x * ops.sigmoid(dense_mlp()(mean) + dense_mlp()(maximum))
+
+
+def sum_of_sigmoids(x):
+    mlp = dense_mlp()
+    pools = ops.mean(x, (1, 2), keepdims=True), ops.max(x, (1, 2), keepdims=True)
+    return x * sum(ops.sigmoid(mlp(pool)) for pool in pools)
+
+
+def second_layer_of_the_sum(x):
+    """The hidden units are added: b1 counts once."""
+    first, second = kl.Dense(3, activation="relu"), kl.Dense(C, activation="sigmoid")
+    pools = ops.mean(x, (1, 2), keepdims=True), ops.max(x, (1, 2), keepdims=True)
+    return x * second(sum(first(pool) for pool in pools))
+
+
+def efficient_channels(x):
+    """ECA-Net's gate."""
+    mean = kl.GlobalAveragePooling2D()(x)[:, :, None]
+    gate = kl.Conv1D(1, 3, padding="same", activation="sigmoid", use_bias=False)(mean)
+    return x * gate[:, None, None, :, 0]
+
+
+def gate_from_elsewhere(x):
+    """Attention U-Net's."""
+    other = kl.Conv2D(C, 3, padding="same")(x)
+    other = kl.Conv2D(C, 3, padding="same")(other)
+    x = kl.Conv2D(C, 1)(x)
+    return x * kl.Conv2D(1, 1, activation="sigmoid")(ops.relu(other + x))
+
+
+def with_dropout(x):
+    hidden = kl.Dropout(0.3)(kl.Dense(3, activation="relu")(ops.mean(x, (1, 2), keepdims=True)))
+    return x * kl.Dense(C, activation="sigmoid")(hidden)
+
+
+def one_bias(x):
+    gate = kl.Dense(3, activation="relu", use_bias=False)(ops.mean(x, (1, 2), keepdims=True))
+    return x * kl.Dense(C, activation="sigmoid")(gate)
+
+
+def first_of_ties(x):
+    """A max-pool gives the gradient to the first of equal maxima."""
+    mlp = dense_mlp()
+    maximum = kl.MaxPooling2D((9, 6))(x)
+    return x * ops.sigmoid(mlp(ops.mean(x, (1, 2), keepdims=True)) + mlp(maximum))
+
+
+def gate_is_used_twice(x):
+    gate = channel_gate(x)
+    return x * gate + ops.mean(gate)
+
+
+def activity_regularizer(x):
+    mlp = dense_mlp(activity_regularizer="l2")
+    return x * channel_gate(x, mlp)
+
+
+NONE = [
+    (lambda x: mlp_gate(x, second="softmax"), "softmax"),
+    (lambda x: mlp_gate(x, first="tanh"), "tanh"),
+    (not_shared, "not shared"),
+    (sum_of_sigmoids, "differs"),
+    (second_layer_of_the_sum, "differs"),
+    (efficient_channels, "(3, 1, 1)"),
+    (with_dropout, "random"),
+    (one_bias, "shapes"),
+    (first_of_ties, "gradient of map 0 differs"),
+    (gate_is_used_twice, "used elsewhere"),
+    (gate_from_elsewhere, "map alone"),
+    (activity_regularizer, "activity regularizer"),
+]
+
+
+@pytest.mark.parametrize(
+    ("write", "reason"), NONE,
+    ids=["softmax", "tanh", "not_shared", "sum_of_sigmoids", "sum_of_hidden", "eca", "dropout",
+         "one_bias", "ties", "leaks", "elsewhere", "activity"],
+)  # fmt: skip
+def test_what_is_no_cbam_stays(write, reason):
+    """Fails when something else is replaced, or the report does not say why it stays."""
+    model = model_of(write, size=(9, 6))
+    fused, (row,) = fusing.fuse(model, return_report=True)
+    assert not row.found and reason in row.reason
+    assert [layer.name for layer in fused.layers] == [layer.name for layer in model.layers]
+    assert_same_model(fused, model)
+
+
+# --- bad input, and what is printed ---------------------------------------------------------------
+
+
+class OwnStep(keras.Model):
+    def __init__(self, classes):
+        inputs = keras.Input((4, 4, C))
+        super().__init__(inputs, kl.Dense(classes)(kobiso(inputs)))
+
+    def train_step(self, data):
+        return {}
+
+
+class Tensors(keras.Model):
+    def call(self, x):
+        return tf.nn.relu(x)
+
+
+def called(model: keras.Model) -> keras.Model:
+    model(np.ones((1, 8, 8, 3), "float32"))
+    return model
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: kl.Dense(3), "must be a model of Keras 3"),
+        (lambda: keras.Sequential([kl.Dense(3)]), "no input shape yet"),
+        (lambda: Subclassed(), "no input shape yet"),
+        (lambda: called(Subclassed(branch=True)), "other layers in training"),
+        (lambda: called(Tensors()), "Tensors.call cannot be traced"),
+        (lambda: OwnStep(3), "methods of its own (train_step)"),
+    ],
+    ids=["layer", "no_shape", "not_called", "branch", "tensors", "own_step"],
+)
+def test_bad_input(make, words):
+    """Fails when a model that cannot be fused is, or the message does not say why not."""
+    with pytest.raises(ValueError) as caught:
+        fusing.fuse(make())
+    assert words in str(caught.value)
+
+
+def test_layer_without_config():
+    """Fails when a layer that stays, and cannot be made again, is not named."""
+
+    class Opaque(kl.Layer):
+        def __init__(self, function, **kwargs):
+            super().__init__(**kwargs)
+            self.function = function
+
+        def call(self, x):
+            return self.function(x)
+
+    model = model_of(Opaque(ops.relu, name="opaque"))
+    with pytest.raises(ValueError, match="opaque cannot be made again"):
+        fusing.fuse(model)
+
+
+def test_class_made_of_a_graph_stays():
+    """Fails when a model of one's own class, made of inputs and outputs, loses its methods."""
+
+    class Trained(keras.Model):
+        def train_step(self, data):
+            return {"own": 1.0}
+
+    inputs = keras.Input((4, 4, C))
+    fused = fusing.fuse(Trained(inputs, kobiso(inputs)))
+    assert type(fused) is Trained
+    assert "kobiso" not in fused.name
+
+
+def test_table(capsys):
+    """Fails when the table lacks a line."""
+    fusing.fuse(model_of(residual_block, not_shared), verbose=1)
+    text = capsys.readouterr().out
+    (line,) = [line for line in text.splitlines() if "block_out" in line]
+    for word in ("CBAM + residual + ReLU", "hidden=3", "float64", "9 -> 2"):
+        assert word in line
+    assert "its MLPs are not shared" in text
+    fusing.fuse(model_of(not_shared), verbose=1)
+    assert "Nothing was replaced." in capsys.readouterr().out
