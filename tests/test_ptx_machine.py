@@ -37,7 +37,7 @@ def configured(machine: Any) -> None:
     machine.configure()
 
 
-def program(body: str, buffers: int, shared: int = 0) -> str:
+def program(body: str, buffers: int, shared: int = 0, functions: str = "") -> str:
     """A kernel `k` whose parameters are the addresses %b0, %b1, ... of buffers."""
     parameters = ", ".join(f".param .u64 p{i}" for i in range(buffers))
     loads = "\n".join(f"ld.param.u64 %b{i}, [p{i}];" for i in range(buffers))
@@ -46,6 +46,7 @@ def program(body: str, buffers: int, shared: int = 0) -> str:
         .target sm_90
         .address_size 64
         .file 1 "kernel.cu"
+        {functions}
         .visible .entry k({parameters}) {{
         .reg .pred %p<8>; .reg .b16 %h<8>; .reg .b32 %r<32>; .reg .f32 %f<16>; .reg .b64 %rd<32>;
         .reg .f64 %fd<8>; .reg .b64 %b<{max(buffers, 1)}>;
@@ -60,7 +61,7 @@ def program(body: str, buffers: int, shared: int = 0) -> str:
 
 def run(
     machine: Any, body: str, *arrays: np.ndarray | tuple[np.ndarray, str],
-    grid: int = 1, threads: int = 32, shared: int = 0,
+    grid: int = 1, threads: int = 32, shared: int = 0, functions: str = "",
 ) -> None:  # fmt: skip
     """Runs `body` on arrays: inputs, or with "out" or "zero" for those that it writes."""
     addresses = []
@@ -70,7 +71,7 @@ def run(
             f"buffer {i}", array.ctypes.data, array.nbytes, kind != "out", kind != "in"
         )
         addresses.append(np.uint64(array.ctypes.data).tobytes())
-    handle = machine.load(program(body, len(arrays), shared))
+    handle = machine.load(program(body, len(arrays), shared, functions))
     machine.launch(handle, "k", (grid, 1, 1), (threads, 1, 1), 0, addresses)
 
 
@@ -638,7 +639,7 @@ FAULTS = {
         "setp.eq.u32 %p1, %r0, 3; @%p1 st.global.u16 [%b1], %h0; @%p1 ld.global.u32 %r1, [%b1];",
         "thread 3, .*never written: byte 0"),
     "written by two": (
-        "st.global.u32 [%b1], %r0;", r"a race in buffer 1 \(byte 0\) with .* written by thread 0"),
+        "st.global.u32 [%b1], %r0;", r"a race in buffer 1 \(byte 0\) with an access by thread 0"),
     "shared never written": ("ld.shared.u32 %r1, [tile];", "never written: byte 0 of shared"),
     "outside of shared": ("st.shared.u32 [tile+512], %r0;", "outside of shared memory: byte 512"),
     "read only": ("st.global.u32 [%b0], %r0;", "buffer 0, which is read only"),
@@ -740,10 +741,6 @@ DIVERGENT = {
     "barrier": (
         f"{HALF} bar.sync 0; end: add.u32 %r1, %r1, 1;",
         "a barrier that other threads of the warp do not come to"),
-    "barrier of one warp": (
-        "setp.lt.u32 %p1, %r0, 32; @!%p1 bra end; bar.sync 0; bar.sync 0; bra done; "
-        "end: bar.sync 1; done: add.u32 %r1, %r1, 1;",
-        "a barrier while other warps wait at another one"),
 }  # fmt: skip
 
 
@@ -752,6 +749,102 @@ def test_what_must_not_be_done_apart(machine: Any, case: str) -> None:
     body, message = DIVERGENT[case]
     with pytest.raises(machine.Error, match=message):
         run(machine, body, threads=64 if "warp" in case else 32)
+
+
+def test_calls(machine: Any) -> None:
+    """Of functions with arguments of all sizes, which return at different places for each lane."""
+    functions = """
+        .func twice(.param .b64 twice_param_0, .param .b32 twice_param_1);
+        .func outer(.param .b64 outer_param_0, .param .b32 outer_param_1, .param .b32 outer_param_2)
+        {
+        .reg .b64 %rd<4>; .reg .b32 %r<4>; .reg .b16 %rs<2>; .reg .pred %p<2>;
+        ld.param.u64 %rd1, [outer_param_0];
+        ld.param.s8 %rs1, [outer_param_2];
+        cvt.s32.s16 %r2, %rs1;
+        ld.param.u32 %r1, [outer_param_1];
+        setp.lt.u32 %p1, %r1, 7;
+        @%p1 ret;
+        add.s32 %r3, %r1, %r2;
+        { // callseq
+        .param .b64 param0; st.param.b64 [param0+0], %rd1;
+        .param .b32 param1; st.param.b32 [param1+0], %r3;
+        call.uni twice, (param0, param1);
+        }
+        ret;
+        }
+        .func twice(.param .b64 twice_param_0, .param .b32 twice_param_1)
+        {
+        .reg .b64 %rd<2>; .reg .b32 %r<3>;
+        ld.param.u64 %rd1, [twice_param_0]; ld.param.u32 %r1, [twice_param_1];
+        add.s32 %r2, %r1, %r1; st.u32 [%rd1], %r2; ret;
+        }"""
+    out = aligned(32, np.int32)
+    out[:] = 1
+    run(
+        machine,
+        """
+        mad.wide.u32 %rd0, %r0, 4, %b0; mov.u32 %r1, 0xfe;
+        { .param .b64 param0; st.param.b64 [param0+0], %rd0;
+        .param .b32 param1; st.param.b32 [param1+0], %r0;
+        .param .b32 param2; st.param.b32 [param2+0], %r1;
+        call.uni outer, (param0, param1, param2); }
+        bar.sync 0;""",
+        (out, "zero"), functions=functions,
+    )  # fmt: skip
+    i = np.arange(32)
+    np.testing.assert_array_equal(out, np.where(i < 7, 1, 2 * (i - 2)))
+    (kernel,) = machine.counts()
+    assert {row["function"] for row in kernel["instructions"]} == {"k", "outer", "twice"}
+
+
+def test_generic_addresses_of_parameters(machine: Any) -> None:
+    out = aligned(1, np.uint64)
+    load = "mov.b64 %rd0, p0; cvta.param.u64 %rd0, %rd0; ld.u64 %rd1, [%rd0];"
+    run(machine, f"{load} st.u64 [%b0], %rd1;", (out, "zero"), threads=1)
+    assert out[0] == out.ctypes.data
+
+
+WARPS = "mov.u32 %r1, tile; shl.b32 %r2, %r0, 2; add.u32 %r3, %r1, %r2; setp.ge.u32 %p1, %r0, 64;"
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_barriers_of_some_warps(machine: Any, seed: int) -> None:
+    """They order those that come to them, and nobody else."""
+    machine.configure(seed=seed)
+    two = f"{WARPS} @%p1 bra third; st.shared.u32 [%r3], %r0; bar.sync 1, 64; {{}} {{}} bra end;"
+    third = "third: {} end: add.u32 %r1, %r1, 1;"
+    exchange = "xor.b32 %r2, %r2, 128; add.u32 %r3, %r1, %r2; ld.shared.u32 %r4, [%r3];"
+    run(machine, two.format(exchange, "") + third.format(""), threads=96, shared=512)
+    reads = "ld.shared.u32 %r4, [tile];"
+    run(machine, two.format(exchange, "bar.sync 0, 96;") + third.format(f"bar.sync 0, 96; {reads}"),
+        threads=96, shared=512)  # fmt: skip
+    with pytest.raises(machine.Error, match="never written|race in shared memory"):
+        run(machine, two.format("", "") + third.format(reads), threads=96, shared=512)
+    with pytest.raises(machine.Error, match="(?s)deadlock.*thread 0, .*: waits at a barrier"):
+        run(machine, two.format("bar.sync 0, 96;", "") + third.format(""), threads=96, shared=512)
+    with pytest.raises(machine.Error, match="a barrier for other threads than those"):
+        run(machine, two.format("bar.sync 0, 96;", "") + third.format("bar.sync 0;"),
+            threads=96, shared=512)  # fmt: skip
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_threads_of_a_block_hand_over(machine: Any, seed: int) -> None:
+    machine.configure(seed=seed)
+    body = """
+        mov.u64 %rd1, tile; cvta.shared.u64 %rd1, %rd1;
+        setp.eq.u32 %p1, %r0, 0; @%p1 st.shared.u32 [tile], 0; bar.sync 0;
+        setp.eq.u32 %p1, %r0, 0; @!%p1 bra other;
+        st.shared.u32 [tile+4], 5; st.RELEASE.cta.u32 [%rd1], 1; ret;
+        other: setp.ne.u32 %p1, %r0, 32; @%p1 ret;
+        again: ld.ACQUIRE.cta.u32 %r1, [%rd1]; setp.eq.u32 %p2, %r1, 0; @%p2 bra again;
+        ld.shared.u32 %r2, [tile+4];"""
+    right = body.replace("RELEASE", "release").replace("ACQUIRE", "acquire")
+    run(machine, right, threads=64)
+    for wrong in (right.replace("release", "relaxed"), right.replace("acquire", "relaxed")):
+        with pytest.raises(
+            machine.Error, match="race in shared memory .byte 4. with an access by thread 0"
+        ):
+            run(machine, wrong, threads=64)
 
 
 def test_threads_that_have_ended_are_not_waited_for(machine: Any) -> None:
@@ -783,7 +876,7 @@ def test_a_missing_barrier_is_a_race(machine: Any, seed: int) -> None:
     with pytest.raises(machine.Error, match="never written|race in shared memory"):
         run(machine, f"{TILE} {NEIGHBOUR}", threads=64, shared=256)
     again = f"{TILE} bar.sync 0; {NEIGHBOUR} st.shared.u32 [%r3], %r4;"
-    with pytest.raises(machine.Error, match="race in shared memory .*was (written|read) by thread"):
+    with pytest.raises(machine.Error, match="race in shared memory .*with an access by thread"):
         run(
             machine,
             f"{again} bar.sync 0; {NEIGHBOUR} {NEIGHBOUR} st.shared.u32 [%r3], %r0;"

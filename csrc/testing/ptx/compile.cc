@@ -14,62 +14,93 @@ struct Unknown {};
 
 class Compiler {
  public:
-  explicit Compiler(Kernel* kernel) : kernel_(*kernel), function_(kernel->function) {}
+  explicit Compiler(Kernel* kernel) : kernel_(*kernel) {}
 
   void Run() {
-    for (const Register& reg : function_.registers) {
-      lane_bytes_.push_back(reg.bits == 1 ? 0 : reg.bits <= 32 ? 4 : 8);
-      at_.push_back(Allocate(lane_bytes_.back()));
-    }
-    std::set<std::string> unknown;
-    for (const Statement& statement : function_.statements) {
-      Step step;
-      step.source = statement_ = &statement;
-      if (statement.guard >= 0) step.guard = at_[static_cast<size_t>(statement.guard)];
-      step.guard_negated = statement.guard_negated;
-      try {
-        CompileStatement(&step);
-      } catch (Unknown) {
-        unknown.insert(statement.opcode);
-      }
-    }
-    if (!unknown.empty()) {
+    CompileFunction(kernel_.name);
+    if (!unknown_.empty()) {
       std::string all;
-      for (const std::string& opcode : unknown) all += " " + opcode;
-      throw Error(function_.name + ": unknown PTX:" + all);
+      for (const std::string& opcode : unknown_) all += " " + opcode;
+      throw Error(kernel_.name + ": unknown PTX:" + all);
     }
-    // A statement may be several steps; a label may stand at the end.
-    first_step_.resize(function_.statements.size() + 1, static_cast<int>(kernel_.steps.size()));
+    // Constants stand behind all registers.
+    const auto move = [this](int* at) {
+      if (*at >= kConstants) *at += static_cast<int>(most_) - kConstants;
+    };
     for (Step& step : kernel_.steps) {
-      if (step.kind == Kind::kBranch) step.target = first_step_[static_cast<size_t>(step.target)];
+      for (int* const at : {&step.d, &step.a, &step.b, &step.c}) move(at);
+      for (int& value : step.values) move(&value);
     }
+    for (Kernel::Preset& preset : kernel_.presets) move(&preset.at);
     FindMeetings();
-    kernel_.register_bytes = end_;
+    kernel_.register_bytes = most_ + constants_end_ - kConstants;
   }
 
  private:
-  int Allocate(int lane_bytes) {
-    const auto at = static_cast<int>(end_);
-    end_ += lane_bytes == 0 ? 64 : lane_bytes * kLanes;  // vectors of the processor stay aligned
-    return at;
+  // Offsets from here on are constants', while it is not known where the registers end.
+  static constexpr int kConstants = 1 << 30;
+
+  static int Bytes(int lane_bytes) {
+    return lane_bytes == 0 ? 64 : lane_bytes * kLanes;  // vectors of the processor stay aligned
   }
   int Constant(uint64_t value, int lane_bytes, const std::string& special = "") {
     const auto [found, is_new] = constants_.try_emplace({value, lane_bytes, special}, 0);
     if (is_new) {
-      found->second = Allocate(lane_bytes);
+      found->second = constants_end_;
+      constants_end_ += Bytes(lane_bytes);
       kernel_.presets.push_back({found->second, lane_bytes, value, special});
     }
     return found->second;
   }
 
-  // The operand's register, which has lanes of so many bytes (-1: any).
+  // Appends the steps of a kernel, or of a function where it is called. Functions that are not
+  // called by one another share registers: each lane is in one of them.
+  void CompileFunction(const std::string& name, const std::vector<int>* given = nullptr) {
+    if (kernel_.program->bodies.count(name) == 0) throw Error("PTX: no body of " + name);
+    kernel_.functions.push_back(ParseFunction(kernel_.program, name));
+    Body body = {&kernel_.functions.back(), {}, {}, {}, {}};
+    const int64_t registers_begin = end_;
+    for (const Register& reg : body.function->registers) {
+      body.lane_bytes.push_back(reg.bits == 1 ? 0 : reg.bits <= 32 ? 4 : 8);
+      body.at.push_back(static_cast<int>(end_));
+      end_ += Bytes(body.lane_bytes.back());
+    }
+    most_ = std::max(most_, end_);
+    for (size_t i = 0; given != nullptr && i < given->size(); ++i)
+      body.at[static_cast<size_t>(body.function->arguments.at(i))] = (*given)[i];
+    Body* const outer = std::exchange(body_, &body);
+    const Statement* const outer_statement = statement_;
+    for (const Statement& statement : body.function->statements) {
+      body.first_step.push_back(static_cast<int>(kernel_.steps.size()));
+      Step step;
+      step.within = body.function;
+      step.source = statement_ = &statement;
+      if (statement.guard >= 0) step.guard = body.at[static_cast<size_t>(statement.guard)];
+      step.guard_negated = statement.guard_negated;
+      try {
+        CompileStatement(&step);
+      } catch (Unknown) {
+        unknown_.insert(statement.opcode);
+      }
+    }
+    body.first_step.push_back(static_cast<int>(kernel_.steps.size()));
+    for (const int branch : body.branches) {
+      int& target = kernel_.steps[static_cast<size_t>(branch)].target;
+      target = body.first_step[static_cast<size_t>(target)];
+    }
+    body_ = outer;
+    statement_ = outer_statement;
+    end_ = registers_begin;
+  }
+
+  // The operand's register, which has lanes of so many bytes.
   int Use(const Operand& operand, int lane_bytes) {
     if (operand.negated) throw Unknown();
     switch (operand.kind) {
       case Operand::Kind::kRegister: {
         const auto reg = static_cast<size_t>(operand.reg);
-        if (lane_bytes >= 0 && lane_bytes_[reg] != lane_bytes) throw Unknown();
-        return at_[reg];
+        if (body_->lane_bytes[reg] != lane_bytes) throw Unknown();
+        return body_->at[reg];
       }
       case Operand::Kind::kConstant:
         return Constant(lane_bytes == 0 ? (operand.bits != 0 ? kAllLanes : 0) : operand.bits,
@@ -82,11 +113,12 @@ class Compiler {
     }
   }
   int64_t AddressOf(const std::string& symbol) const {
-    const auto shared = function_.shared.find(symbol);
-    if (shared != function_.shared.end()) return shared->second.offset;
-    const auto parameter = function_.parameters.find(symbol);
-    if (parameter != function_.parameters.end()) return parameter->second.offset;
-    throw Error(function_.name + ": no variable " + symbol);
+    const Function& function = *body_->function;
+    const auto shared = function.shared.find(symbol);
+    if (shared != function.shared.end()) return shared->second.offset;
+    const auto parameter = function.parameters.find(symbol);
+    if (parameter != function.parameters.end()) return parameter->second.offset;
+    throw Error(function.name + ": no variable " + symbol);
   }
 
   const Operand& At(size_t i) const {
@@ -94,13 +126,14 @@ class Compiler {
     return statement_->operands[i];
   }
 
-  void Add(const Step& step) {
-    if (&statement_->operands != last_added_) {
-      first_step_.resize(static_cast<size_t>(statement_ - function_.statements.data()) + 1,
-                         static_cast<int>(kernel_.steps.size()));
-      last_added_ = &statement_->operands;
-    }
-    kernel_.steps.push_back(step);
+  void Add(const Step& step) { kernel_.steps.push_back(step); }
+
+  void Jump(Step* step, int statement) {
+    step->kind = Kind::kBranch;
+    step->family = "branch";
+    step->target = statement;  // its index, until all steps are known
+    body_->branches.push_back(static_cast<int>(kernel_.steps.size()));
+    Add(*step);
   }
 
   void CompileStatement(Step* step) {
@@ -110,17 +143,20 @@ class Compiler {
     if (name == "bra") {
       words.Take("uni");
       Finish(words);
-      const auto label = function_.labels.find(At(0).symbol);
-      if (label == function_.labels.end()) throw Unknown();
-      step->kind = Kind::kBranch;
-      step->family = "branch";
-      step->target = label->second;  // a statement's index, for now
-      return Add(*step);
+      const auto& labels = body_->function->labels;
+      const auto label = labels.find(LabelKey(At(0).symbol, At(0).scope));
+      if (label == labels.end()) throw Unknown();
+      return Jump(step, label->second);
     }
+    if (name == "call") return CompileCall(*step);
+    if (name == "ret" && !body_->function->is_kernel)
+      return Jump(step, static_cast<int>(body_->function->statements.size()));
     if (name == "ret" || name == "exit" || name == "trap" || name == "brkpt") {
       step->kind = name == "ret" || name == "exit" ? Kind::kExit : Kind::kTrap;
       step->family = "branch";
       words.Take("uni");
+    } else if (IsArgument(name)) {
+      return MoveArgument(step, name, &words);
     } else if (name == "ld" || name == "st" || name == "atom" || name == "red") {
       return CompileMemory(step, name, &words);
     } else if (name == "cvta") {
@@ -132,7 +168,7 @@ class Compiler {
     } else if (name == "fence" || name == "membar") {
       step->kind = Kind::kFence;
       step->family = "fence";
-      step->strong = TakeGlobalScope(&words);
+      step->beyond = TakeGlobalScope(&words);
       words.Take("sc");
       words.Take("acq_rel");
     } else if (name == "nanosleep" || name == "griddepcontrol" || name == "prefetch") {
@@ -150,6 +186,43 @@ class Compiler {
   }
   static void Finish(const Words& words) {
     if (!words.Empty()) throw Unknown();
+  }
+
+  void CompileCall(const Step& step) {
+    // call.uni name, (arguments). All lanes or none call.
+    if (step.guard >= 0 || At(0).kind != Operand::Kind::kSymbol) throw Unknown();
+    std::vector<int> given;
+    if (statement_->operands.size() > 1) {
+      for (const Operand& argument : At(1).group)
+        given.push_back(body_->at.at(static_cast<size_t>(argument.reg)));
+    }
+    CompileFunction(At(0).symbol, &given);
+  }
+  // Whether a load or store only moves an argument of a call.
+  bool IsArgument(const std::string& name) const {
+    if (name != "ld" && name != "st") return false;
+    const Operand& address = At(name == "ld" ? 1 : 0);
+    return address.reg >= 0 &&
+           body_->function->registers[static_cast<size_t>(address.reg)].is_argument;
+  }
+  void MoveArgument(Step* step, const std::string& name, Words* words) {
+    const std::string type = words->TakeType();
+    words->Take("param");
+    Finish(*words);
+    Operand place = At(name == "ld" ? 1 : 0);
+    if (place.bits != 0) throw Unknown();
+    place.kind = Operand::Kind::kRegister;
+    const bool whole = BytesOfType(type) >= 4;
+    const Operation operation =
+        FindOperation(whole ? (LaneBytes(type) == 8 ? "mov.b64" : "mov.b32") : "cvt.u32." + type);
+    const Operation signs = FindOperation("cvt.s32." + type);
+    step->kind = Kind::kLanes;
+    step->family = "move";
+    step->function = type[0] == 's' && !whole ? signs.function : operation.function;
+    if (step->function == nullptr) throw Unknown();
+    step->a = Use(name == "ld" ? place : At(1), LaneBytes(type));
+    step->d = Use(name == "ld" ? At(0) : place, LaneBytes(type));
+    Add(*step);
   }
 
   void CompileArithmetic(Step* step) {
@@ -198,7 +271,9 @@ class Compiler {
   void CompileAddress(Step* step, Words* words) {
     const bool to = words->Take("to");
     const bool shared = words->Take("shared") || words->Take("shared::cta");
-    if (!shared && !words->Take("global") && !words->Take("param")) throw Unknown();
+    const bool parameter = words->Take("param");
+    if (!shared && !parameter && !words->Take("global")) throw Unknown();
+    const uint64_t window = shared ? kSharedWindow : parameter ? kParameterWindow : 0;
     if (words->TakeType() != "u64") throw Unknown();
     Finish(*words);
     const Operation add = FindOperation("add.u64");
@@ -207,7 +282,7 @@ class Compiler {
     step->function = add.function;
     step->d = Use(At(0), 8);
     step->a = Use(At(1), 8);
-    step->b = Constant(!shared ? 0 : to ? -kSharedWindow : kSharedWindow, 8);
+    step->b = Constant(to ? -window : window, 8);
     Add(*step);
   }
 
@@ -229,12 +304,10 @@ class Compiler {
     const bool both = words->Take("acq_rel");
     step->acquire = words->Take("acquire") || both;
     step->release = words->Take("release") || both;
-    const bool beyond = TakeGlobalScope(words) || is_volatile;
     step->strong = is_volatile || relaxed || step->acquire || step->release || atomic;
     // An atomic without a scope has the GPU's.
-    const bool blocks_own =
-        !beyond && !(atomic && statement_->opcode.find(".cta") == std::string::npos);
-    if (blocks_own) step->acquire = step->release = false;
+    const bool own = statement_->opcode.find(".cta") != std::string::npos;
+    step->beyond = TakeGlobalScope(words) || is_volatile || (atomic && !own);
     words->Take("weak");
     step->space = words->Take("global")                                 ? Space::kGlobal
                   : words->Take("shared") || words->Take("shared::cta") ? Space::kShared
@@ -266,8 +339,8 @@ class Compiler {
     } else if (address.reg < 0) {
       step->a = -1;
     } else {
-      step->base_bytes = lane_bytes_[static_cast<size_t>(address.reg)];
-      step->a = at_[static_cast<size_t>(address.reg)];
+      step->base_bytes = body_->lane_bytes[static_cast<size_t>(address.reg)];
+      step->a = body_->at[static_cast<size_t>(address.reg)];
     }
     const char* const where = step->space == Space::kShared ? "shared" : "global";
     step->family = step->space == Space::kParameter ? "move"
@@ -286,10 +359,10 @@ class Compiler {
     if (static_cast<int>(values.size()) != count) throw Unknown();
     for (const Operand& one : values) {
       if (one.kind == Operand::Kind::kRegister) {  // may be wider than the type
-        const int lanes = lane_bytes_[static_cast<size_t>(one.reg)];
+        const int lanes = body_->lane_bytes[static_cast<size_t>(one.reg)];
         if (lanes == 0 || lanes < step->lane_bytes) throw Unknown();
         step->lane_bytes = lanes;
-        step->values.push_back(at_[static_cast<size_t>(one.reg)]);
+        step->values.push_back(body_->at[static_cast<size_t>(one.reg)]);
       } else {
         step->values.push_back(one.kind == Operand::Kind::kNothing ? -1
                                                                    : Use(one, step->lane_bytes));
@@ -309,10 +382,12 @@ class Compiler {
     }
     if (!words->Take("sync")) throw Unknown();
     words->Take("aligned");
-    // One barrier, for all threads of the block.
-    if (statement_->operands.size() != 1 || At(0).kind != Operand::Kind::kConstant) throw Unknown();
+    // Which barrier, and for how many threads, or all.
+    for (const Operand& operand : statement_->operands)
+      if (operand.kind != Operand::Kind::kConstant) throw Unknown();
     step->kind = Kind::kBarrier;
     step->mode = static_cast<int>(At(0).bits);
+    step->target = statement_->operands.size() > 1 ? static_cast<int>(At(1).bits) : 0;
   }
 
   // The operand with the lanes that take part is the last one.
@@ -433,12 +508,19 @@ class Compiler {
     }
   }
 
+  struct Body {
+    const Function* function;
+    std::vector<int> at, lane_bytes;  // of its registers
+    std::vector<int> first_step;      // of its statements
+    std::vector<int> branches;        // steps whose target is a statement
+  };
+
   Kernel& kernel_;
-  const Function& function_;
+  Body* body_ = nullptr;
   const Statement* statement_ = nullptr;
-  const void* last_added_ = nullptr;
-  std::vector<int> at_, lane_bytes_, first_step_;
-  int64_t end_ = 0;
+  std::set<std::string> unknown_;
+  int64_t end_ = 0, most_ = 0;
+  int constants_end_ = kConstants;
   std::map<std::tuple<uint64_t, int, std::string>, int> constants_;
 };
 

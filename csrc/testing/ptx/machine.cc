@@ -22,6 +22,12 @@ struct Branching {  // lanes that stand at one instruction, until they come to w
   uint32_t mask;
 };
 
+struct Learnt {
+  Knowledge acquired;   // holds for this thread since
+  Knowledge loaded;     // would, after a fence
+  Knowledge published;  // what its next relaxed store releases, after a fence
+};
+
 struct Block;
 struct Warp {
   Block* block;
@@ -31,8 +37,10 @@ struct Warp {
   size_t put_off = 0;  // how many of the stack's last entries wait for lanes of the others
   char* registers = nullptr;
   std::unique_ptr<char[]> storage;
-  bool at_barrier = false;
-  uint16_t round = 0;
+  int barrier = -1;  // where it waits
+  uint32_t round = 0;
+  std::shared_ptr<const Knowledge> known = std::make_shared<Knowledge>();
+  std::unordered_map<int, Learnt> learnt;  // by lane, since the last barrier
   // Polling: what was found where, and the state of all memory then.
   std::unordered_map<int, uint64_t> polls;
   bool polling = false;
@@ -40,22 +48,17 @@ struct Warp {
   int64_t poll_progress = -1;
 };
 
-struct Learnt {
-  Knowledge acquired;   // holds for this thread since
-  Knowledge loaded;     // would, after a fence
-  Knowledge published;  // what its next relaxed store releases, after a fence
-};
-
 struct Block {
-  uint32_t index;
-  int slot;  // among those that run
+  uint32_t index = 0;
+  int slot = 0;  // among those that run
   std::vector<char> shared_data;
   std::unique_ptr<Buffer> shared;
   std::deque<Warp> warps;
-  int live_warps = 0, waiting = 0, barrier = -1;
-  uint32_t round = 0;
-  Knowledge known;
-  std::unordered_map<int, Learnt> learnt;  // by thread
+  int live_warps = 0;
+  struct Barrier {
+    int waiting = 0, threads = 0;  // threads 0: all of the block
+  };
+  std::map<int, Barrier> barriers;
 };
 
 std::string Demangle(const std::string& name) {
@@ -99,6 +102,8 @@ class Grid {
         threads_(static_cast<int>(block[0] * block[1] * block[2])),
         shared_bytes_(shared_bytes),
         parameters_(std::move(parameters)),
+        parameters_buffer_("the parameters", parameters_.data(),
+                           static_cast<int64_t>(parameters_.size()), true, false, false),
         random_(machine->configuration.seed),
         seeded_(machine->configuration.seed != 0),
         l1_(static_cast<size_t>(machine->configuration.multiprocessors),
@@ -197,7 +202,7 @@ class Grid {
   }
 
   bool CanRun(const Warp& warp) const {
-    return warp.live != 0 && !warp.at_barrier && !(warp.polling && warp.poll_progress == progress_);
+    return warp.live != 0 && warp.barrier < 0 && !(warp.polling && warp.poll_progress == progress_);
   }
 
   Warp* Choose() {
@@ -207,7 +212,7 @@ class Grid {
         if (CanRun(warp)) {
           if (!seeded_) return &warp;
           ready.push_back(&warp);
-        } else if (warp.live != 0 && !warp.at_barrier && warp.vain_polls < kVainPolls) {
+        } else if (warp.live != 0 && warp.barrier < 0 && warp.vain_polls < kVainPolls) {
           polling.push_back(&warp);
         }
       }
@@ -221,7 +226,7 @@ class Grid {
         // It stands behind what it waits at.
         const Step& step = kernel_.steps[static_cast<size_t>(warp.stack.back().pc - 1)];
         waiting += "\n  " + Where(warp, __builtin_ctz(warp.stack.back().mask), step) +
-                   (warp.at_barrier ? ": waits at a barrier" : ": polls");
+                   (warp.barrier >= 0 ? ": waits at a barrier" : ": polls");
       }
     }
     throw Error("deadlock: all threads wait" + waiting);
@@ -294,7 +299,7 @@ class Grid {
       case Kind::kAtomic:
         return AccessMemory(warp, step, mask);
       case Kind::kFence:
-        if (step->strong) {
+        if (step->beyond) {
           EachActive(mask, [&](int lane) {
             Learnt& learnt = LearntBy(*warp, lane);
             Learn(&learnt.acquired, learnt.loaded);
@@ -338,7 +343,7 @@ class Grid {
     if (warp->live != 0) return;
     --warp->block->live_warps;
     ++progress_;
-    CompleteBarrier(warp->block);
+    CompleteBarriers(warp->block);
   }
 
   // Lanes that wait for others of their warp let those run first, which may be about to exit.
@@ -360,25 +365,37 @@ class Grid {
     }
     warp->put_off = 0;
     Block* const block = warp->block;
-    if (block->waiting > 0 && block->barrier != step.mode)
-      Fault(*warp, mask, step, "a barrier while other warps wait at another one");
-    block->barrier = step.mode;
-    ++block->waiting;
-    warp->at_barrier = true;
+    Block::Barrier& barrier = block->barriers[step.mode];
+    if (barrier.waiting > 0 && barrier.threads != step.target)
+      Fault(*warp, mask, step, "a barrier for other threads than those that wait at it");
+    barrier.threads = step.target;
+    ++barrier.waiting;
+    warp->barrier = step.mode;
     ++warp->stack.back().pc;
-    CompleteBarrier(block);
-    // Seed 0 goes on with the others of the block.
+    CompleteBarriers(block);
     return false;
   }
-  void CompleteBarrier(Block* block) {
-    if (block->waiting == 0 || block->waiting < block->live_warps) return;
-    block->waiting = 0;
-    ++block->round;
-    ++kernel_.barriers;
-    ++progress_;
-    for (Warp& warp : block->warps) warp.at_barrier = false;
-    for (const auto& [thread, learnt] : block->learnt) Learn(&block->known, learnt.acquired);
-    block->learnt.clear();
+  void CompleteBarriers(Block* block) {
+    for (auto& [number, barrier] : block->barriers) {
+      const int expected = barrier.threads > 0 ? barrier.threads / kWarp : block->live_warps;
+      if (barrier.waiting == 0 || barrier.waiting < expected) continue;
+      barrier.waiting = 0;
+      ++kernel_.barriers;
+      ++progress_;
+      auto known = std::make_shared<Knowledge>();
+      for (Warp& warp : block->warps) {
+        if (warp.barrier != number) continue;
+        Learn(known.get(), *warp.known);
+        for (const auto& [lane, learnt] : warp.learnt) Learn(known.get(), learnt.acquired);
+        Learn(known.get(), {{GridWarp(warp), ++warp.round, kManyLanes}});
+      }
+      for (Warp& warp : block->warps) {
+        if (warp.barrier != number) continue;
+        warp.barrier = -1;
+        warp.known = known;
+        warp.learnt.clear();
+      }
+    }
   }
 
   // ---- between lanes ----------------------------------------------------------------------------
@@ -402,6 +419,10 @@ class Grid {
     char* const registers = warp->registers;
     if (step.kind == Kind::kWarpBarrier) {
       ++warp->round;
+      auto known = std::make_shared<Knowledge>(*warp->known);
+      for (const auto& [lane, learnt] : warp->learnt) Learn(known.get(), learnt.acquired);
+      warp->known = known;
+      warp->learnt.clear();
       return;
     }
     if (step.kind == Kind::kVote) {
@@ -521,11 +542,13 @@ class Grid {
     if (address % static_cast<uint64_t>(bytes) != 0)
       fault("a misaligned access of " + std::to_string(bytes) + " bytes");
     Place place = {};
-    const bool shared = step.space == Space::kShared || (address ^ kSharedWindow) < (1u << 24);
-    if (shared) {
+    if (step.space == Space::kGeneric && address - kParameterWindow < kWindowBytes) {
+      place.buffer = &parameters_buffer_;
+      place.address = parameters_buffer_.data() + (address - kParameterWindow);
+      if (!place.buffer->Holds(place.address, bytes)) fault("outside of the parameters");
+    } else if (step.space == Space::kShared || address - kSharedWindow < kWindowBytes) {
       place.buffer = warp.block->shared.get();
-      const uint64_t offset = address & 0xffffffu;
-      if (step.space == Space::kShared && offset != address) fault("outside of shared memory");
+      const uint64_t offset = step.space == Space::kShared ? address : address - kSharedWindow;
       place.address = place.buffer->data() + offset;
       if (!place.buffer->Holds(place.address, bytes))
         fault("outside of shared memory: byte " + std::to_string(offset) + " of " +
@@ -546,19 +569,27 @@ class Grid {
       fault("reads as constant what this launch has written");
     if (step.kind != Kind::kLoad) place.buffer->MarkWritten(place.address, bytes);
     if (!machine_.configuration.races) return place;
-    const Actor actor = {Now(warp, lane), &warp.block->known, AcquiredBy(warp, lane)};
-    const bool reads = step.kind != Kind::kStore, writes = step.kind != Kind::kLoad;
-    std::string race;
-    if (reads)
-      race = place.buffer->Trace(place.address, bytes, Access::kRead, step.strong, machine_.launch_,
-                                 actor);
-    if (writes && race.empty())
-      race = place.buffer->Trace(place.address, bytes, Access::kWrite, step.strong,
-                                 machine_.launch_, actor);
-    if (!race.empty())
-      fault("a race in " + place.buffer->name() + " (byte " +
-            std::to_string(place.address - place.buffer->data()) + ") with " + race);
+    const Actor actor = {{GridWarp(warp), warp.round, static_cast<uint16_t>(lane)},
+                         warp.known.get(),
+                         AcquiredBy(warp, lane)};
+    for (const Access access : {Access::kRead, Access::kWrite}) {
+      if (step.kind == (access == Access::kRead ? Kind::kStore : Kind::kLoad)) continue;
+      const Moment* const other =
+          place.buffer->Trace(place.address, bytes, access, step.strong, machine_.launch_, actor);
+      if (other != nullptr)
+        fault("a race in " + place.buffer->name() + " (byte " +
+              std::to_string(place.address - place.buffer->data()) + ") with " + Whose(*other));
+    }
     return place;
+  }
+
+  std::string Whose(const Moment& moment) const {
+    const auto warps = static_cast<uint32_t>((threads_ + kWarp - 1) / kWarp);
+    const uint32_t first = moment.warp % warps * kWarp;
+    return "an access by " +
+           (moment.lane == kManyLanes ? "several threads from " + std::to_string(first) + " on"
+                                      : "thread " + std::to_string(first + moment.lane)) +
+           " of block " + std::to_string(moment.warp / warps);
   }
 
   std::string Nearest(const char* address) const {
@@ -584,12 +615,13 @@ class Grid {
     }
     uint64_t addresses[kWarp];
     uint64_t found = 0;  // what a poll finds, mixed
-    bool changed = false, global = false;
+    bool changed = false;
+    Buffer* touched = nullptr;
     EachActive(mask, [&](int lane) {
       addresses[lane] = AddressOf(*warp, *step, lane);
       const Place place = Locate(*warp, *step, lane, addresses[lane]);
-      global = place.buffer != warp->block->shared.get();
-      if (step->strong && global) Synchronise(*warp, *step, lane, addresses[lane]);
+      touched = place.buffer;
+      if (step->strong) Synchronise(*warp, *step, lane, place.address);
       const auto bytes = static_cast<size_t>(step->bytes);
       if (step->kind == Kind::kAtomic) {
         uint64_t old = 0;
@@ -621,12 +653,15 @@ class Grid {
         }
       }
     });
-    if (global) {
-      CountSectors(*warp, step, mask, addresses);
-    } else {
-      CountWavefronts(step, mask, addresses);
+    const bool shared = touched == warp->block->shared.get();
+    const bool global = !shared && touched != &parameters_buffer_;
+    if (step->space == Space::kGeneric) {  // what it is counted as shows now
+      const std::string what = step->family.substr(0, step->family.find(' ') + 1);
+      step->family = what + (shared ? "shared" : global ? "global" : "parameter");
     }
-    if (!global) return true;
+    if (global) CountSectors(*warp, step, mask, addresses);
+    if (shared) CountWavefronts(step, mask, addresses);
+    if (!global && !step->strong) return true;
     if (changed) {
       ++progress_;
       warp->vain_polls = 0;
@@ -718,42 +753,46 @@ class Grid {
 
   // ---- order between blocks ---------------------------------------------------------------------
 
-  static Moment Now(const Warp& warp, int lane) {
-    return {warp.block->index, static_cast<uint16_t>(warp.index * kWarp + lane), warp.round,
-            warp.block->round};
+  uint32_t GridWarp(const Warp& warp) const {
+    return warp.block->index * static_cast<uint32_t>((threads_ + kWarp - 1) / kWarp) +
+           static_cast<uint32_t>(warp.index);
   }
   static Learnt& LearntBy(const Warp& warp, int lane) {
-    return warp.block->learnt[warp.index * kWarp + lane];
+    return const_cast<Warp&>(warp).learnt[lane];
   }
   const Knowledge* AcquiredBy(const Warp& warp, int lane) const {
-    const auto found = warp.block->learnt.find(warp.index * kWarp + lane);
-    return found == warp.block->learnt.end() ? &nothing_ : &found->second.acquired;
+    const auto found = warp.learnt.find(lane);
+    return found == warp.learnt.end() ? &nothing_ : &found->second.acquired;
   }
-  // All that a thread knows to be done, its own work and that of its block before the last barrier
-  // included.
+  // All that a thread knows to be done, its own work included.
   Knowledge KnownTo(const Warp& warp, int lane) const {
-    Knowledge known = warp.block->known;
+    Knowledge known = *warp.known;
     Learn(&known, *AcquiredBy(warp, lane));
-    const Moment now = Now(warp, lane);
-    if (known.size() <= now.block) known.resize(now.block + 1);
-    known[now.block] = {now.round, now.thread};
+    Learn(&known, {{GridWarp(warp), warp.round, static_cast<uint16_t>(lane)}});
     return known;
   }
-  void Synchronise(const Warp& warp, const Step& step, int lane, uint64_t address) {
+  // An atomic access takes over what was released there: to all blocks, or to its own.
+  void Synchronise(const Warp& warp, const Step& step, int lane, const char* address) {
     if (!machine_.configuration.races) return;
-    Knowledge& here = released_[address];
-    Learnt* learnt = nullptr;
-    if (step.kind != Kind::kStore && !here.empty()) {
-      learnt = &LearntBy(warp, lane);
-      Learn(step.acquire ? &learnt->acquired : &learnt->loaded, here);
+    Released& here = released_[address];
+    Knowledge& to_own = here.to_block[warp.block->index];
+    if (step.kind != Kind::kStore) {
+      Learnt& learnt = LearntBy(warp, lane);
+      Knowledge* const to = step.acquire ? &learnt.acquired : &learnt.loaded;
+      Learn(to, to_own);
+      if (step.beyond) Learn(to, here.to_all);
     }
     if (step.kind == Kind::kLoad) return;
+    Knowledge known;
     if (step.release) {
-      Learn(&here, KnownTo(warp, lane));
-      return;
+      known = KnownTo(warp, lane);
+    } else {
+      const auto found = warp.learnt.find(lane);
+      if (found == warp.learnt.end()) return;
+      known = found->second.published;
     }
-    const auto found = warp.block->learnt.find(warp.index * kWarp + lane);
-    if (found != warp.block->learnt.end()) Learn(&here, found->second.published);
+    Learn(&to_own, known);
+    if (step.beyond) Learn(&here.to_all, known);
   }
 
   // ---- messages ---------------------------------------------------------------------------------
@@ -780,7 +819,8 @@ class Grid {
   const Dimensions grid_, block_;
   const int threads_;
   const int64_t shared_bytes_;
-  const std::vector<char> parameters_;
+  std::vector<char> parameters_;
+  Buffer parameters_buffer_;
   std::mt19937_64 random_;
   const bool seeded_;
   std::vector<std::unique_ptr<Block>> running_;
@@ -788,7 +828,11 @@ class Grid {
   std::vector<Cache> l1_;
   Buffer* last_ = nullptr;
   int64_t progress_ = 0, steps_ = 0;
-  std::unordered_map<uint64_t, Knowledge> released_;
+  struct Released {
+    Knowledge to_all;
+    std::map<uint32_t, Knowledge> to_block;
+  };
+  std::unordered_map<const char*, Released> released_;
   const Knowledge nothing_;
 };
 
@@ -808,7 +852,6 @@ Kernel* Machine::FindKernel(int module, const std::string& name) {
     auto made = std::make_unique<Kernel>();
     made->name = name;
     made->program = program;
-    made->function = ParseFunction(program, name);
     Compile(made.get());
     kernel = std::move(made);
   }
@@ -818,15 +861,15 @@ Kernel* Machine::FindKernel(int module, const std::string& name) {
 void Machine::Launch(int module, const std::string& name, Dimensions grid, Dimensions block,
                      int64_t dynamic_shared_bytes, const void* const* parameters) {
   Kernel* const kernel = FindKernel(module, name);
-  std::vector<char> bytes(static_cast<size_t>(kernel->function.parameter_bytes));
-  for (size_t i = 0; i < kernel->function.parameter_order.size(); ++i) {
-    const Variable& variable = kernel->function.parameter_order[i];
+  const Function& function = kernel->functions.front();
+  std::vector<char> bytes(static_cast<size_t>(function.parameter_bytes));
+  for (size_t i = 0; i < function.parameter_order.size(); ++i) {
+    const Variable& variable = function.parameter_order[i];
     std::memcpy(bytes.data() + variable.offset, parameters[i], static_cast<size_t>(variable.bytes));
   }
   ++launch_;
   ++kernel->launches;
-  Grid(this, kernel, grid, block, kernel->function.shared_bytes + dynamic_shared_bytes,
-       std::move(bytes))
+  Grid(this, kernel, grid, block, function.shared_bytes + dynamic_shared_bytes, std::move(bytes))
       .Run();
 }
 

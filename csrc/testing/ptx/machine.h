@@ -17,6 +17,7 @@
 
 #include <array>
 #include <cstdint>
+#include <deque>
 #include <map>
 #include <memory>
 #include <random>
@@ -33,6 +34,8 @@ namespace ptx {
 
 // Where generic addresses of shared memory start: no address of a process.
 constexpr uint64_t kSharedWindow = uint64_t{0x5a} << 56;
+constexpr uint64_t kParameterWindow = uint64_t{0x5b} << 56;
+constexpr uint64_t kWindowBytes = 1 << 24;
 
 struct Configuration {
   int multiprocessors = 4;
@@ -87,10 +90,13 @@ struct Step {
   int bytes = 0, lane_bytes = 0, base_bytes = 0;
   std::vector<int> values;
   int64_t offset = 0;
-  bool sign = false, constant = false, strong = false, acquire = false, release = false;
+  bool sign = false, constant = false;
+  // Memory's order: an atomic access; one that other blocks may rely on; what it does.
+  bool strong = false, beyond = false, acquire = false, release = false;
   std::string word;  // what an atomic, a vote or a shuffle does
   int target = -1, meet = -1;
   std::string family;
+  const Function* within = nullptr;
   const Statement* source = nullptr;
   Tally tally;
 };
@@ -98,7 +104,7 @@ struct Step {
 struct Kernel {
   std::string name;
   Program* program;
-  Function function;
+  std::deque<Function> functions;  // the first is the kernel, then what it calls, copied in
   std::vector<Step> steps;
   int64_t register_bytes = 0;
   struct Preset {
@@ -149,7 +155,7 @@ class Machine {
   uint32_t launch_ = 0;
 };
 
-// Fills `steps` and what belongs to them from `function`; an Error names all unknown opcodes.
+// Fills a kernel that has a name and a program; an Error names all unknown opcodes.
 void Compile(Kernel* kernel);
 
 }  // namespace ptx

@@ -10,40 +10,42 @@ namespace {
 constexpr int kTraced = 2;  // bytes per trace: bytes on their own are not traced
 
 bool IsOrdered(const Moment& before, const Actor& actor) {
-  const Moment& now = actor.now;
-  if (before.block == now.block) {
-    if (before.round < now.round || before.thread == now.thread) return true;
-    const int warp = now.thread / 32;
-    const bool same_warp = before.thread == (kManyOfWarp | warp) || before.thread / 32 == warp;
-    return same_warp && before.warp_round < now.warp_round;
-  }
-  for (const Knowledge* knowledge : {actor.block, actor.thread}) {
-    if (before.block >= knowledge->size()) continue;
-    const Known& known = (*knowledge)[before.block];
-    if (before.round < known.round) return true;
-    if (before.round == known.round && before.thread == known.thread) return true;
+  if (before.warp == actor.now.warp)
+    return before.round < actor.now.round || before.lane == actor.now.lane;
+  for (const Knowledge* knowledge : {actor.warp, actor.lane}) {
+    const auto known =
+        std::lower_bound(knowledge->begin(), knowledge->end(), before.warp,
+                         [](const Known& one, uint32_t warp) { return one.warp < warp; });
+    if (known == knowledge->end() || known->warp != before.warp) continue;
+    if (before.round < known->round) return true;
+    if (before.round == known->round && before.lane == known->lane) return true;
   }
   return false;
-}
-
-std::string Describe(const char* what, const Moment& moment) {
-  const std::string thread =
-      moment.thread == kManyOfBlock ? "several threads"
-      : moment.thread >= kManyOfWarp
-          ? "several threads of warp " + std::to_string(moment.thread & ~kManyOfWarp)
-          : "thread " + std::to_string(moment.thread);
-  return std::string(what) + " by " + thread + " of block " + std::to_string(moment.block);
 }
 
 }  // namespace
 
 void Learn(Knowledge* known, const Knowledge& more) {
-  if (known->size() < more.size()) known->resize(more.size());
-  for (size_t i = 0; i < more.size(); ++i) {
-    if (more[i].round > (*known)[i].round ||
-        (more[i].round == (*known)[i].round && more[i].thread != kManyOfBlock))
-      (*known)[i] = more[i];
+  if (more.empty()) return;
+  if (known->empty()) {
+    *known = more;
+    return;
   }
+  Knowledge both;
+  both.reserve(known->size() + more.size());
+  auto a = known->begin();
+  auto b = more.begin();
+  while (a != known->end() || b != more.end()) {
+    const bool from_a = b == more.end() || (a != known->end() && a->warp <= b->warp);
+    const bool from_b = a == known->end() || (b != more.end() && b->warp <= a->warp);
+    // Of the same round, whoever knows a lane of it knows more.
+    const bool knows_lane = from_a && from_b && b->round == a->round && a->lane == kManyLanes;
+    const bool takes_b = !from_a || (from_b && (b->round > a->round || knows_lane));
+    both.push_back(takes_b ? *b : *a);
+    a += from_a;
+    b += from_b;
+  }
+  *known = std::move(both);
 }
 
 Buffer::Buffer(std::string name, char* data, int64_t bytes, bool written, bool writable,
@@ -70,21 +72,21 @@ bool Buffer::WrittenIn(uint32_t launch, const char* address) const {
          traces_[static_cast<size_t>(address - data_) / kTraced].write_launch == launch;
 }
 
-std::string Buffer::Trace(const char* address, int64_t bytes, Access access, bool atomic,
-                          uint32_t launch, const Actor& actor) {
-  if (traces_.empty() || bytes < kTraced) return "";
+const Moment* Buffer::Trace(const char* address, int64_t bytes, Access access, bool atomic,
+                            uint32_t launch, const Actor& actor) {
+  if (traces_.empty() || bytes < kTraced) return nullptr;
   const auto begin = static_cast<size_t>(address - data_) / kTraced;
   const size_t end = begin + static_cast<size_t>(bytes) / kTraced;
   for (size_t i = begin; i < end; ++i) {
     ptx::Trace& trace = traces_[i];
     const bool both_atomic = atomic && trace.atomic_write;
     if (trace.write_launch == launch && !both_atomic && !IsOrdered(trace.write, actor))
-      return Describe("what was written", trace.write);
+      return &trace.write;
     if (access == Access::kWrite) {
       for (int reader = 0; reader < 2; ++reader) {
         if (trace.read_launch[reader] == launch && !(atomic && trace.atomic_reads) &&
             !IsOrdered(trace.reads[reader], actor))
-          return Describe("what was read", trace.reads[reader]);
+          return &trace.reads[reader];
       }
       trace.write = actor.now;
       trace.write_launch = launch;
@@ -92,24 +94,20 @@ std::string Buffer::Trace(const char* address, int64_t bytes, Access access, boo
       trace.read_launch[0] = trace.read_launch[1] = 0;
       continue;
     }
-    // Two readers are remembered, of different blocks if there are several.
-    int which = 0;
-    if (trace.read_launch[0] == launch && trace.reads[0].block != actor.now.block) which = 1;
+    const bool is_first = trace.read_launch[0] != launch;
+    const int which = is_first || trace.reads[0].warp == actor.now.warp ? 0 : 1;
     Moment& read = trace.reads[which];
-    const bool again = trace.read_launch[which] == launch && read.block == actor.now.block &&
+    const bool again = trace.read_launch[which] == launch && read.warp == actor.now.warp &&
                        read.round == actor.now.round;
-    trace.atomic_reads = atomic && (trace.read_launch[0] != launch || trace.atomic_reads);
+    trace.atomic_reads = atomic && (is_first || trace.atomic_reads);
+    trace.read_launch[which] = launch;
     if (!again) {
       read = actor.now;
-    } else if (read.thread != actor.now.thread) {
-      const int warp = actor.now.thread / 32;
-      const bool same_warp = read.thread == (kManyOfWarp | warp) || read.thread / 32 == warp;
-      read.thread = same_warp ? static_cast<uint16_t>(kManyOfWarp | warp) : kManyOfBlock;
-      read.warp_round = actor.now.warp_round;
+    } else if (read.lane != actor.now.lane) {
+      read.lane = kManyLanes;
     }
-    trace.read_launch[which] = launch;
   }
-  return "";
+  return nullptr;
 }
 
 bool Cache::Touch(uint64_t sector, bool write, int64_t* written_back) {

@@ -14,34 +14,31 @@ namespace ptx {
 
 constexpr int kSectorBytes = 32;
 
-// Who accesses memory, and when: rounds are counted by the barriers that the thread has passed, of
-// its block and of its warp. What a thread does in one round another sees in the next.
+// Who accesses memory, and when. Rounds are a warp's: one ends at each of its barriers.
 struct Moment {
-  uint32_t block = 0;
-  uint16_t thread = 0;
-  uint16_t warp_round = 0;
+  uint32_t warp = 0;  // of the grid
   uint32_t round = 0;
+  uint16_t lane = 0;
 };
-// For a moment's thread: all of a warp, or of a block.
-constexpr uint16_t kManyOfWarp = 0x8000;
-constexpr uint16_t kManyOfBlock = 0xffff;
+constexpr uint16_t kManyLanes = 32;
 
-// What of other blocks' work is known to be done: of each block all rounds before `round`, and what
-// `thread` did in it. Empty: nothing.
+// What is known to be done: of each warp all rounds before `round`, and what `lane` did in it. In
+// the order of the warps.
 struct Known {
-  uint32_t round = 0;
-  uint16_t thread = kManyOfBlock;
+  uint32_t warp;
+  uint32_t round;
+  uint16_t lane;
 };
 using Knowledge = std::vector<Known>;
 void Learn(Knowledge* known, const Knowledge& more);
 
 struct Actor {
   Moment now;
-  const Knowledge* block;   // what the block knows since its last barrier
-  const Knowledge* thread;  // what the thread has learnt since
+  const Knowledge* warp;  // what the warp knows since its last barrier
+  const Knowledge* lane;  // what the lane has learnt since
 };
 
-// The last accesses to two bytes.
+// The last accesses to two bytes; of the reads those by two warps.
 struct Trace {
   Moment write, reads[2];
   uint32_t write_launch = 0, read_launch[2] = {};
@@ -66,9 +63,9 @@ class Buffer {
   void MarkWritten(const char* address, int64_t bytes);
   // Whether something in this launch wrote there.
   bool WrittenIn(uint32_t launch, const char* address) const;
-  // Records an access; whose unordered access it meets, in words, or "".
-  std::string Trace(const char* address, int64_t bytes, Access access, bool atomic, uint32_t launch,
-                    const Actor& actor);
+  // Records an access. Another's that no order keeps apart from it, or null.
+  const Moment* Trace(const char* address, int64_t bytes, Access access, bool atomic,
+                      uint32_t launch, const Actor& actor);
 
  private:
   std::string name_;

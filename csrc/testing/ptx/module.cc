@@ -47,6 +47,7 @@ py::list Instructions(const ptx::Kernel& kernel) {
     py::dict row;
     row["opcode"] = step.source->opcode;
     row["family"] = step.family;
+    row["function"] = step.within->name;
     row["lines"] = Lines(kernel, step.source->location);
     row["issued"] = tally.issued;
     row["lanes"] = tally.lanes;

@@ -126,11 +126,16 @@ class FunctionParser {
   }
 
   void Run() {
+    scopes_.emplace_back();
     if (tokens_.TakeIf("(")) {
       while (!tokens_.TakeIf(")")) {
         tokens_.TakeIf(",");
         tokens_.Expect(".param");
         const auto [name, variable] = TakeVariable(&tokens_, &function_->parameter_bytes);
+        if (!function_->is_kernel) {
+          function_->arguments.push_back(DeclareArgument(name, variable));
+          continue;
+        }
         function_->parameters[name] = variable;
         function_->parameter_order.push_back(variable);
       }
@@ -173,6 +178,12 @@ class FunctionParser {
       while (!tokens_.TakeIf(";")) tokens_.Take();
       return;
     }
+    if (tokens_.TakeIf(".param")) {
+      int64_t end = 0;
+      const auto [name, variable] = TakeVariable(&tokens_, &end);
+      DeclareArgument(name, variable);
+      return tokens_.Expect(";");
+    }
     if (tokens_.TakeIf(".shared")) {
       const auto [name, variable] = TakeVariable(&tokens_, &function_->shared_bytes);
       function_->shared[name] = variable;
@@ -200,6 +211,13 @@ class FunctionParser {
   void Declare(const std::string& name, int bits) {
     scopes_.back()[name] = static_cast<int>(function_->registers.size());
     function_->registers.push_back({name, bits});
+  }
+
+  int DeclareArgument(const std::string& name, const Variable& variable) {
+    if (variable.bytes > 8) throw Error("PTX: an argument of a function is too large: " + name);
+    Declare(name, static_cast<int>(8 * variable.bytes));
+    function_->registers.back().is_argument = true;
+    return static_cast<int>(function_->registers.size()) - 1;
   }
 
   // .loc file line column [, function_name string[+n], inlined_at file line column]
@@ -243,11 +261,6 @@ class FunctionParser {
     return -1;
   }
 
-  // Labels belong to their braces; those of a kernel's own are found from inside.
-  std::string LabelName(const std::string& name) const {
-    return name[0] == '$' ? name : name + "@" + std::to_string(scope_);
-  }
-
   void TakeStatement() {
     const size_t begin = tokens_.begin();
     Statement statement;
@@ -258,7 +271,7 @@ class FunctionParser {
     }
     statement.opcode = tokens_.Take();
     if (tokens_.TakeIf(":")) {
-      function_->labels[LabelName(statement.opcode)] =
+      function_->labels[LabelKey(statement.opcode, scope_)] =
           static_cast<int>(function_->statements.size());
       return;
     }
@@ -285,9 +298,10 @@ class FunctionParser {
 
   Operand TakePart() {
     Operand operand;
-    if (tokens_.TakeIf("{")) {
+    if (tokens_.now() == "{" || tokens_.now() == "(") {
+      const char* const end = tokens_.Take() == "{" ? "}" : ")";
       operand.kind = Operand::Kind::kGroup;
-      while (!tokens_.TakeIf("}")) {
+      while (!tokens_.TakeIf(end)) {
         operand.group.push_back(TakePart());
         tokens_.TakeIf(",");
       }
@@ -322,12 +336,8 @@ class FunctionParser {
       operand.kind = Operand::Kind::kRegister;
     } else if (word != "_") {
       operand.kind = Operand::Kind::kSymbol;
-      const std::string label = LabelName(word);
-      operand.symbol = word[0] == '%' || function_->shared.count(word) > 0 ||
-                               program_->shared.count(word) > 0 ||
-                               function_->parameters.count(word) > 0
-                           ? word
-                           : label;
+      operand.symbol = word;
+      operand.scope = scope_;
     }
     return operand;
   }
@@ -377,16 +387,15 @@ Program ParseProgram(const std::string& text) {
   int64_t shared_end = 0;
   while (!tokens.ended()) {
     const std::string word = tokens.Take();
-    if (word == ".entry") {
+    if (word == ".entry" || word == ".func") {
+      if (tokens.now() == "(") throw Error("PTX: a function that returns a value");
       const std::string name = tokens.Take();
       const size_t begin = tokens.begin();
-      while (tokens.now() != "{") tokens.Take();
-      tokens.Take();
+      while (tokens.now() != "{" && tokens.now() != ";") tokens.Take();
+      if (tokens.Take() == ";") continue;  // defined later
       tokens.SkipBraces();
       program.bodies[name] = text.substr(begin, tokens.begin() - begin);
-    } else if (word == ".func") {
-      while (tokens.now() != "{" && tokens.now() != ";") tokens.Take();
-      if (tokens.Take() == "{") tokens.SkipBraces();
+      if (word == ".entry") program.kernels.insert(name);
     } else if (word == ".shared") {
       const auto [name, variable] = TakeVariable(&tokens, &shared_end);
       program.shared[name] = variable;
@@ -398,9 +407,15 @@ Program ParseProgram(const std::string& text) {
   return program;
 }
 
+// Labels belong to their braces; nvcc's own are found from everywhere.
+std::string LabelKey(const std::string& name, int scope) {
+  return name[0] == '$' ? name : name + "@" + std::to_string(scope);
+}
+
 Function ParseFunction(Program* program, const std::string& name) {
   Function function;
   function.name = name;
+  function.is_kernel = program->kernels.count(name) > 0;
   FunctionParser(program, &function).Run();
   return function;
 }

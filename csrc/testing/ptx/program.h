@@ -4,6 +4,7 @@
 
 #include <cstdint>
 #include <map>
+#include <set>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -31,7 +32,8 @@ struct Operand {
   bool negated = false;        // of a predicate
   uint64_t bits = 0;           // of kConstant; of kAddress the offset
   std::string symbol;          // of kSymbol and of kAddress: a label, variable or parameter
-  std::vector<Operand> group;  // of kGroup: {a, b} and a|b
+  int scope = 0;               // the braces around it, for labels
+  std::vector<Operand> group;  // of kGroup: {a, b}, (a, b) and a|b
 };
 
 struct Statement {
@@ -45,7 +47,8 @@ struct Statement {
 
 struct Register {
   std::string name;
-  int bits;  // 1: a predicate
+  int bits;                  // 1: a predicate
+  bool is_argument = false;  // of a function, or for one that is called: moved, not loaded
 };
 
 // A variable in shared memory, or a parameter.
@@ -56,20 +59,23 @@ struct Variable {
 
 struct Function {
   std::string name;
+  bool is_kernel = false;
   std::vector<Register> registers;
   std::vector<Statement> statements;
   std::map<std::string, int> labels;
   std::map<std::string, Variable> shared;
-  std::map<std::string, Variable> parameters;
+  std::map<std::string, Variable> parameters;  // of a kernel
   std::vector<Variable> parameter_order;
+  std::vector<int> arguments;  // registers, of a function that is no kernel
   int64_t shared_bytes = 0;
   int64_t parameter_bytes = 0;
 };
 
 struct Program {
   std::vector<Location> locations;
-  // The text of every kernel, by name: parsed when first asked for.
+  // The text of every kernel and function, by name: parsed when first asked for.
   std::map<std::string, std::string> bodies;
+  std::set<std::string> kernels;
   std::map<std::string, Variable> shared;  // outside of kernels; offsets among themselves
   std::map<std::string, int> known_locations;
   std::map<std::string, std::string> files, strings;
@@ -77,6 +83,8 @@ struct Program {
 
 Program ParseProgram(const std::string& text);
 Function ParseFunction(Program* program, const std::string& name);
+// The key of a label in Function::labels.
+std::string LabelKey(const std::string& name, int scope);
 
 }  // namespace ptx
 }  // namespace cbam_ops
