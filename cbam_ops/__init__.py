@@ -29,6 +29,7 @@ __all__ = [
     "channel_attention",
     "channel_pool",
     "dialects",
+    "from_torch",
     "fuse",
     "fusing",
     "layers",
@@ -40,6 +41,7 @@ __all__ = [
     "spatial_attention_with_batch_norm",
     "spatial_pool",
     "testing",
+    "to_torch",
     "use_implementation",
 ]
 
@@ -59,6 +61,7 @@ try:
         _loader.load_ops()
         # Last, since Keras may be set to another backend than TensorFlow.
         from . import fusing, layers, models
+        from ._torch_weights import from_torch, to_torch
         from .fusing import fuse
         from .layers import CBAM, ChannelAttention, SpatialAttention
 except Exception as error:  # what a broken installation raises is of any type

@@ -27,9 +27,9 @@ from __future__ import annotations
 import operator
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import reduce
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import keras
 import numpy as np
@@ -51,16 +51,40 @@ __all__ = [
     "preprocess_input",
 ]
 
-_STAGE_FILTERS = (64, 128, 256, 512)
-# Blocks per stage, and whether they are bottlenecks (1x1, 3x3, 1x1) or basic (two 3x3).
-_DEPTHS = {
-    18: ((2, 2, 2, 2), False),
-    34: ((3, 4, 6, 3), False),
-    50: ((3, 4, 6, 3), True),
-    101: ((3, 4, 23, 3), True),
-    152: ((3, 8, 36, 3), True),
-}
 _BOTTLENECK_EXPANSION = 4
+
+
+class Architecture(NamedTuple):
+    """What tells the residual networks of a family apart.
+
+    Attributes:
+        blocks: of each stage.
+        bottleneck: whether a block has three convolutions (1x1, 3x3, 1x1) or two 3x3.
+        filters: of each stage's blocks; a bottleneck ends with four times as many.
+        stem: filters of the first convolution.
+        groups: of a bottleneck's 3x3 convolution.
+        group_width: filters of each group in a stage of 64 `filters`, else in proportion.
+    """
+
+    blocks: tuple[int, ...]
+    bottleneck: bool
+    filters: tuple[int, ...] = (64, 128, 256, 512)
+    stem: int = 64
+    groups: int = 1
+    group_width: int = 64
+
+    def outputs(self, stage: int) -> int:
+        """Channels of a stage's result."""
+        return self.filters[stage] * (_BOTTLENECK_EXPANSION if self.bottleneck else 1)
+
+
+DEPTHS = {
+    18: Architecture((2, 2, 2, 2), bottleneck=False),
+    34: Architecture((3, 4, 6, 3), bottleneck=False),
+    50: Architecture((3, 4, 6, 3), bottleneck=True),
+    101: Architecture((3, 4, 23, 3), bottleneck=True),
+    152: Architecture((3, 8, 36, 3), bottleneck=True),
+}
 _MINIMUM_SIZE = 32  # five halvings, as in keras.applications
 _DEFAULT_SIZE = 224
 
@@ -282,44 +306,54 @@ class _Network:
 
     def __init__(
         self,
-        depth: int,
+        architecture: Architecture,
         attention: str | None,
-        ratio: int | None,
-        kernel_size: int,
         dialect: str | None,
+        options: Mapping[str, Any],
+        of_block: Mapping[str, Mapping[str, Any]] | None = None,
     ) -> None:
-        self.blocks_per_stage, self.bottleneck = _DEPTHS[depth]
+        """A network whose modules have further options: all of them, and those of some blocks."""
+        self.architecture = architecture
         self.module = _MODULES[attention]
         self.data_format = _data_format()
         self.channel_axis = _channel_axis(self.data_format)
+        self.of_block = of_block or {}
         self.options = {
             **options_of_dialect("CBAM", self.dialect if dialect is None else dialect),
-            "kernel_size": kernel_size,
+            **options,
             "data_format": self.data_format,
         }
-        if ratio is not None:
-            self.options["ratio"] = ratio
 
     def features(self, x: Any) -> Any:
         x = self.stem(x)
-        stages = zip(_STAGE_FILTERS, self.blocks_per_stage, strict=True)
-        for stage, (filters, blocks) in enumerate(stages):
+        for stage, blocks in enumerate(self.architecture.blocks):
             for block in range(blocks):
-                x = self.block(x, stage, block, filters, 2 if stage > 0 and block == 0 else 1)
+                x = self.block(x, stage, block, 2 if stage > 0 and block == 0 else 1)
         return x
 
     def stem(self, x: Any) -> Any:
         raise NotImplementedError
 
-    def block(self, x: Any, stage: int, block: int, filters: int, stride: int) -> Any:
+    def block(self, x: Any, stage: int, block: int, stride: int) -> Any:
         raise NotImplementedError
+
+    def top(self, x: Any, classes: int, activation: Any) -> Any:
+        """The classifier of the last feature map."""
+        x = keras.layers.GlobalAveragePooling2D(self.data_format, name="avg_pool")(x)
+        return keras.layers.Dense(
+            classes,
+            activation=activation,
+            kernel_initializer=self.classifier_initializer(),
+            dtype=keras.config.dtype_policy().variable_dtype,
+            name=self.classifier,
+        )(x)
 
     def classifier_initializer(self) -> Any:
         return "glorot_uniform"
 
 
-class _Released(_Network):
-    depths = tuple(_DEPTHS)
+class Released(_Network):
+    depths = tuple(DEPTHS)
     prefix = ""
     title = "ResNet-{depth} with a CBAM in every block, as the paper's authors released it"
     source = (
@@ -332,7 +366,14 @@ class _Released(_Network):
     dialect = "official"
 
     def conv(
-        self, x: Any, filters: int, size: int, stride: int, name: str, initializer: Any
+        self,
+        x: Any,
+        filters: int,
+        size: int,
+        stride: int,
+        name: str,
+        initializer: Any,
+        groups: int = 1,
     ) -> Any:
         """Convolution and batch norm; no bias, zeros of size // 2 on every side (not `same`)."""
         padding = "same"  # at stride 1, TensorFlow's is symmetric
@@ -346,6 +387,7 @@ class _Released(_Network):
             size,
             strides=stride,
             padding=padding,
+            groups=groups,
             use_bias=False,
             data_format=self.data_format,
             kernel_initializer=initializer,
@@ -356,7 +398,7 @@ class _Released(_Network):
         )(x)
 
     def stem(self, x: Any) -> Any:
-        x = self.conv(x, 64, 7, 2, "conv1", _he_normal())
+        x = self.conv(x, self.architecture.stem, 7, 2, "conv1", _he_normal())
         x = keras.layers.ReLU(name="conv1_relu")(x)
         # The release pads its max-pool with -inf. After a ReLU zeros give the same output, and the
         # same gradient: where a padded zero wins the window is all zeros, whose gradient the ReLU
@@ -364,25 +406,27 @@ class _Released(_Network):
         x = keras.layers.ZeroPadding2D(1, data_format=self.data_format, name="pool1_pad")(x)
         return keras.layers.MaxPooling2D(3, 2, data_format=self.data_format, name="pool1_pool")(x)
 
-    def block(self, x: Any, stage: int, block: int, filters: int, stride: int) -> Any:
+    def block(self, x: Any, stage: int, block: int, stride: int) -> Any:
         name = f"conv{stage + 2}_block{block + 1}"
-        if self.bottleneck:
-            out = filters * _BOTTLENECK_EXPANSION
-            convs = [(filters, 1, 1), (filters, 3, stride), (out, 1, 1)]
+        filters, out = self.architecture.filters[stage], self.architecture.outputs(stage)
+        groups = self.architecture.groups
+        if self.architecture.bottleneck:
+            width = filters * self.architecture.group_width // 64 * groups
+            convs = [(width, 1, 1, 1), (width, 3, stride, groups), (out, 1, 1, 1)]
         else:
-            out = filters
-            convs = [(filters, 3, stride), (filters, 3, 1)]
+            convs = [(out, 3, stride, 1), (out, 3, 1, 1)]
         shortcut = x
         if stride != 1 or x.shape[self.channel_axis] != out:
             shortcut = self.conv(x, out, 1, stride, f"{name}_0", _torch_default())
-        for index, conv in enumerate(convs, start=1):
+        for index, (width, size, steps, groups) in enumerate(convs, start=1):
             if index > 1:
                 x = keras.layers.ReLU(name=f"{name}_{index - 1}_relu")(x)
-            x = self.conv(x, *conv, f"{name}_{index}", _he_normal())
+            x = self.conv(x, width, size, steps, f"{name}_{index}", _he_normal(), groups)
         options = {
             "mlp_kernel_initializer": _torch_default(),
             "spatial_kernel_initializer": _he_normal(),
             **self.options,
+            **self.of_block.get(name, {}),
         }
         return self.module(x, shortcut, f"{name}_cbam", f"{name}_out", options)
 
@@ -416,9 +460,9 @@ class _Seed(_Network):
             3, 2, "same", data_format=self.data_format, name="stem_pool"
         )(x)
 
-    def block(self, x: Any, stage: int, block: int, filters: int, stride: int) -> Any:
+    def block(self, x: Any, stage: int, block: int, stride: int) -> Any:
         name = f"conv{stage + 1}" + (f"_block{block}" if block else "")
-        out = filters * _BOTTLENECK_EXPANSION
+        filters, out = self.architecture.filters[stage], self.architecture.outputs(stage)
         shortcut = self.conv(x, out, 1, stride, f"{name}_residual")
         convs = [(filters, 1, stride), (filters, 3, 1), (out, 1, 1)]
         for index, conv in enumerate(convs, start=1):
@@ -429,13 +473,15 @@ class _Seed(_Network):
         return self.module(x, shortcut, f"{name}_cbam", f"{name}_relu3", self.options)
 
 
-_NETWORKS: dict[str, type[_Network]] = {"released": _Released, "seed": _Seed}
+_NETWORKS: dict[str, type[_Network]] = {"released": Released, "seed": _Seed}
 
 
 # --- around the network ---------------------------------------------------------------------------
 
 
-def _image_input(input_tensor: Any, input_shape: Any, include_top: bool, data_format: str) -> Any:
+def image_input(
+    input_tensor: Any, input_shape: Any, include_top: bool, data_format: str, channels: int = 3
+) -> Any:
     """The Keras tensor of the images, checked."""
     layout = "(H, W, channels)" if data_format == "channels_last" else "(channels, H, W)"
     channel_index = 2 if data_format == "channels_last" else 0
@@ -480,7 +526,8 @@ def _image_input(input_tensor: Any, input_shape: Any, include_top: bool, data_fo
         return input_tensor
     if input_shape is None:
         size = _DEFAULT_SIZE if include_top else None
-        input_shape = (size, size, 3) if channel_index == 2 else (3, size, size)
+        sizes = (size, size)
+        input_shape = (*sizes, channels) if channel_index == 2 else (channels, *sizes)
     return keras.Input(shape=input_shape)
 
 
@@ -553,19 +600,13 @@ def build_resnet(
         name = f"{family.prefix}{prefix}resnet{depth}"
 
     data_format = _data_format()
-    images = _image_input(input_tensor, input_shape, include_top, data_format)
-    layers = family(depth, attention, ratio, kernel_size, dialect)
+    images = image_input(input_tensor, input_shape, include_top, data_format)
+    options = {"kernel_size": kernel_size} | ({} if ratio is None else {"ratio": ratio})
+    layers = family(DEPTHS[depth], attention, dialect, options)
     x = layers.features(images)
 
     if include_top:
-        x = keras.layers.GlobalAveragePooling2D(data_format, name="avg_pool")(x)
-        x = keras.layers.Dense(
-            classes,
-            activation=classifier_activation,
-            kernel_initializer=layers.classifier_initializer(),
-            dtype=keras.config.dtype_policy().variable_dtype,
-            name=layers.classifier,
-        )(x)
+        x = layers.top(x, classes, classifier_activation)
     elif pooling == "avg":
         x = keras.layers.GlobalAveragePooling2D(data_format, name="avg_pool")(x)
     elif pooling == "max":
@@ -653,11 +694,10 @@ def _constructor(network: str, depth: int) -> _Constructor:
     construct.__name__ = construct.__qualname__ = (
         f"{'Seed' if network == 'seed' else ''}CBAMResNet{depth}"
     )
-    expansion = _BOTTLENECK_EXPANSION if _DEPTHS[depth][1] else 1
     title = family.title.format(depth=depth)
     construct.__doc__ = f"Instantiates {title}.\n" + _ARGUMENTS_DOC.format(
-        features=_STAGE_FILTERS[-1] * expansion,
-        narrowest=_STAGE_FILTERS[0] * expansion,
+        features=DEPTHS[depth].outputs(-1),
+        narrowest=DEPTHS[depth].outputs(0),
         source=family.source,
         dialect=family.dialect,
     )

@@ -27,8 +27,9 @@ def blocks() -> list:
 
 
 @pytest.mark.parametrize("code", blocks())
-def test_code_runs(fresh_options, code):
+def test_code_runs(fresh_options, tmp_path, monkeypatch, code):
     """Fails when a reader who copies the lines gets an error."""
+    monkeypatch.chdir(tmp_path)  # some write files
     exec(compile(code, "documentation", "exec"), {"tf": tf})
 
 
