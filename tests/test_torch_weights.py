@@ -323,11 +323,17 @@ def timm(torch):
     PyPI's torchvision does not load its compiled part beside a PyTorch of another build; the two
     operators that it then lacks are declared.
     """
-    library = torch.library.Library("torchvision", "DEF")
-    for name in ("nms", "qnms"):
-        library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    module = pytest.importorskip("timm", reason="pip install '.[test-torch]'")
-    return module, library
+    library = None
+    try:
+        importlib.import_module("torchvision")
+    except RuntimeError:
+        library = torch.library.Library("torchvision", "DEF")
+        for name in ("nms", "qnms"):
+            library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    except ImportError:
+        pass  # as timm says itself
+    yield pytest.importorskip("timm", reason="pip install '.[test-torch]'")
+    del library  # until now, or its operators are gone
 
 
 def randomise(torch, net, seed: int = 0):
@@ -356,7 +362,7 @@ def network(request: pytest.FixtureRequest, torch):
         module = pytest.importorskip("pytorchcv.models.cbamresnet")
         net = getattr(module, name)(num_classes=10)
     else:
-        timm, _ = request.getfixturevalue("timm")
+        timm = request.getfixturevalue("timm")
         net = timm.create_model(name, num_classes=10, block_args={"attn_layer": "cbam"})
     return randomise(torch, net).double()
 
@@ -421,6 +427,59 @@ def test_gradients_of_all_weights(torch, network):
         testing.assert_close(
             actual[name].numpy(), parameter.grad.numpy(), testing.MODEL_GRADIENT, name
         )
+
+
+@pytest.mark.parametrize(
+    ("dialect", "ties"), [("pytorchcv", "first"), ("timm", "even")], ids=["pytorchcv", "timm"]
+)
+def test_modules_that_others_wrote(request, torch, implementation, dialect, ties):
+    """On maps full of equal values: outputs, batch norm in training, and where gradients go."""
+    channels, rng = 24, np.random.default_rng(5)
+    if dialect == "timm":
+        module = request.getfixturevalue("timm").layers.cbam.CbamModule(channels)
+    else:
+        pytorchcv = pytest.importorskip("pytorchcv.models.cbamresnet")
+        module = pytorchcv.CbamBlock(channels, reduction_ratio=16)
+    randomise(torch, module).double().train()
+    layer = cbam_ops.CBAM.from_dialect(dialect, ties=ties, dtype="float64")
+    layer.build((None, None, None, channels))
+
+    def mine(arrays: dict) -> list[np.ndarray]:
+        """Theirs in the order of the layer's trainable weights."""
+        kernel = arrays.pop(next(name for name in arrays if "conv.weight" in name))
+        kernel = kernel.transpose(2, 3, 1, 0)
+        if cbam_ops.dialects[dialect].maximum_first:
+            kernel = kernel[:, :, ::-1]
+        norm = [arrays.pop(n) for n in list(arrays) if ".bn." in n]
+        mlp = [v.reshape(v.shape[:2]).T if v.ndim > 1 else v for v in arrays.values()]
+        return [*mlp, kernel, *norm]
+
+    parameters = dict(module.named_parameters())
+    for weight, value in zip(
+        layer.trainable_weights,
+        mine({n: p.detach().numpy() for n, p in parameters.items()}),
+        strict=True,
+    ):
+        weight.assign(value)
+    x, dy = np.round(rng.normal(size=(3, 5, 6, channels))), rng.normal(size=(3, 5, 6, channels))
+    theirs = nchw(torch, x).requires_grad_()
+    expected = module(theirs)
+    expected.backward(nchw(torch, dy))
+    with tf.GradientTape() as tape:
+        t = tf.constant(x)
+        tape.watch(t)
+        y = layer(t, training=True)
+    variables = [weight.value for weight in layer.trainable_weights]
+    dx, *gradients = tape.gradient(y, [t, *variables], output_gradients=dy)
+
+    def close(actual, value: np.ndarray, name: str) -> None:
+        testing.assert_close(actual, value, testing.MODEL_GRADIENT, name)
+
+    close(tf.transpose(y, (0, 3, 1, 2)), expected.detach().numpy(), "y")
+    close(tf.transpose(dx, (0, 3, 1, 2)), theirs.grad.numpy(), "dx")
+    d_weights = mine({n: p.grad.numpy() for n, p in parameters.items()})
+    for weight, actual, value in zip(layer.trainable_weights, gradients, d_weights, strict=True):
+        close(actual, value, weight.name)
 
 
 @pytest.mark.parametrize("network", ["cbam_resnet18"], indirect=True)
