@@ -57,7 +57,7 @@ WORDS: dict[str, tuple[str | None, ...]] = {
 class Arguments(SimpleNamespace):
     """The arguments of a call by name; as tensors, or None, where they are tensors.
 
-    With `native`, those ops read the map for its means and maxima in a definition.
+    With `native`, its pools read the map in a definition.
     """
 
     native: ModuleType | None = None

@@ -482,8 +482,8 @@ class CBAM(_Attention):
         return_gates: Boolean, whether to return the gates too. Defaults to `False`.
 
     Not fused is a part, channel or spatial, with another `hidden_activation` than `"relu"`, another
-    `gate_activation` than `"sigmoid"`, `ties="first"` or `hidden=0`: there the layer is composed of
-    the fused pools and stock TensorFlow.
+    `gate_activation` than `"sigmoid"` or `hidden=0`: there the layer is composed of the fused pools
+    and stock TensorFlow. `ties="first"` is stock TensorFlow alone.
 
     A mask on `inputs` is passed on unchanged and not used.
 

@@ -11,9 +11,9 @@ split evenly, as ``tf.reduce_max`` splits them. The first gradient is a fused ke
 of that goes through the reference.
 
 What the kernels do not fuse is composed of the fused pools and stock TensorFlow: a
-``hidden_activation`` that is not "relu", a ``gate_activation`` that is not "sigmoid",
-``ties="first"`` and an MLP of one layer, each for that part alone (of a "channel_first" or
-"spatial_first" :func:`cbam` the other part stays one fused op).
+``hidden_activation`` that is not "relu", a ``gate_activation`` that is not "sigmoid" and an MLP of
+one layer, each for that part alone (of a "channel_first" or "spatial_first" :func:`cbam` the other
+part stays one fused op). ``ties="first"`` is stock TensorFlow.
 
 All functions raise ``ValueError`` for arguments that do not fit each other (where sizes are known
 only when a graph runs, ``tf.errors.InvalidArgumentError``); the message names the argument, what

@@ -181,7 +181,8 @@ def _descriptors(
 ) -> list[tf.Tensor]:
     """The mean and the maximum over positions or channels, or the one that ``pooling`` names."""
     mean = maximum = None
-    if args.native is not None:
+    # A mean alone is one read in stock ops too, and its gradient none.
+    if args.native is not None and pooling != "avg" and args.ties == "even":
         values = {"x": x, "data_format": args.data_format}
         if len(axes) == 2:
             mean, maximum = _call.run(args.native, "CbamOps>ChannelPool", values).values()

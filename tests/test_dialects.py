@@ -90,8 +90,10 @@ def test_the_composition_reads_the_map_by_fused_pools():
         assert ops_of(pooling="avg") == ["ChannelAttention", "SpatialAttention"]
         assert ops_of(hidden_activation="swish") == ["ChannelPool", "SpatialAttention"]
         assert ops_of(hidden=0, order="spatial_first") == ["SpatialAttention", "ChannelPool"]
-        assert ops_of(ties="first") == ["ChannelPool", "SpatialPool"]
-        assert ops_of(pooling="avg", order="parallel") == ["ChannelPool", "SpatialPool"]
+        assert ops_of(hidden=0, pooling="avg") == ["SpatialAttention"]
+        assert ops_of(hidden=0, order="parallel") == ["ChannelPool", "SpatialPool"]
+        assert ops_of(ties="first") == []
+        assert ops_of(pooling="max", order="parallel") == ["ChannelPool", "SpatialPool"]
 
 
 # --- against other definitions --------------------------------------------------------------------
