@@ -22,7 +22,7 @@ _DESCRIPTION = "Fused CBAM attention for TensorFlow and Keras."
 _EPILOG = """\
 exit codes:
   0  success
-  1  the command ran, and its answer is no: accuracy missed, a check failed
+  1  the command ran, and its answer is no: accuracy missed, a check failed, nothing to fuse
   2  the command could not run: wrong arguments, a missing package, fused ops that do not run,
      an output that cannot be written
   130  interrupted (Ctrl-C)
@@ -140,6 +140,30 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="time the rest, with exit code 0, where the fused ops do not run",
     )
+
+    fuse = commands.add_parser(
+        "fuse",
+        help="replace hand-written attention in a Keras model's file by fused layers",
+        description=(
+            "Loads a Keras model, replaces every CBAM, channel gate, spatial gate and squeeze and "
+            "excitation in it by a fused layer with the same weights, and saves it. Each "
+            "replacement is proved on random maps and weights; the rest stays, and the table says "
+            "why. The optimizer starts afresh. Exit code 1, and no file, if nothing is replaced."
+        ),
+    )
+    fuse.add_argument("model", type=Path, metavar="MODEL.keras", help="the model")
+    fuse.add_argument("output", type=Path, metavar="OUT.keras", help="the new model's file")
+    fuse.add_argument(
+        "--import",
+        dest="modules",
+        action="append",
+        default=[],
+        metavar="MODULE",
+        help="import a module of yours that has the model's layers; may be given again",
+    )
+    fuse.add_argument(
+        "--trust", action="store_true", help="run the Python code in the file's Lambda layers"
+    )
     return parser
 
 
@@ -163,6 +187,15 @@ def _run(arguments: argparse.Namespace) -> int:
         from cbam_ops._cli import bench
 
         return bench.run(output=arguments.output, allow_reference=arguments.allow_reference)
+    if arguments.command == "fuse":
+        from cbam_ops._cli import fuse
+
+        return fuse.run(
+            model=arguments.model,
+            output=arguments.output,
+            modules=arguments.modules,
+            trust=arguments.trust,
+        )
     from cbam_ops._cli import check
 
     return check.run(quick=arguments.quick)

@@ -26,7 +26,8 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from cbam_ops import _console, layers, testing
+from cbam_ops import _call, _console, layers, testing
+from cbam_ops._dialects import dialects
 
 __all__ = ["Attention", "fuse"]
 
@@ -38,6 +39,7 @@ class Attention:
     Attributes:
       layer: the layer there, in the new model; inside nested models after their names, with "/".
       found: what it is; empty if it was left as it was.
+      dialect: the name in `cbam_ops.dialects` of how it is written; empty if it has none.
       options: the arguments of the `cbam_ops` layer that is there now.
       replaced: the names of the layers and ops that it replaces.
       difference: the largest difference in the proof, of an output, a gradient or a moving
@@ -49,6 +51,7 @@ class Attention:
 
     layer: str
     found: str = ""
+    dialect: str = ""
     options: dict[str, Any] = dataclasses.field(default_factory=dict)
     replaced: tuple[str, ...] = ()
     difference: float = math.nan
@@ -218,7 +221,7 @@ def _is_spatial(shape: Sequence[int]) -> bool:
 class _Candidate(NamedTuple):
     """A layer of this package that a region may be."""
 
-    layer: type
+    layer: Any  # its class
     options: dict[str, Any]
     weights: dict[str, Any]  # the layer's attributes, and the region's variables
     maximum_first: bool = False  # the order of the region's spatial descriptors
@@ -236,6 +239,7 @@ class _Candidate(NamedTuple):
         return value
 
 
+_SPATIAL = (layers.CBAM, layers.SpatialAttention)
 _BATCH_NORM = {
     "batch_norm_gamma": "gamma",
     "batch_norm_beta": "beta",
@@ -316,6 +320,8 @@ def _assignments(variables: list[Any], channels: int | None, norm: Any) -> Itera
     for units in sorted(hidden) if channels else ():
         mlp = {"w0": (channels, units), "w1": (units, channels)}
         mlps += [mlp, {**mlp, "b0": (units,), "b1": (channels,)}]
+        if units == channels:  # one layer
+            mlps += [{"w0": mlp["w0"]}, {"w0": mlp["w0"], "b0": (units,)}]
     convolutions: list[_Shapes] = [] if fixed else [{}]
     for kernel in dict.fromkeys(filter(_is_spatial, shapes)):
         convolutions += [{"spatial_kernel": kernel}]
@@ -364,27 +370,26 @@ def _described(weights: dict[str, Any]) -> dict[str, Any]:
 
 
 def _with_options(weights: dict[str, Any], common: dict[str, Any]) -> Iterator[_Candidate]:
-    """The layers that have these weights."""
-    choices: dict[str, tuple[Any, ...]] = {}
-    planes: tuple[bool, ...] = (False,)
+    """The layers that have these weights, the less unusual first."""
+    layer: Any = layers.SpatialAttention
+    words = ["gate_activation"]
     if "w0" in weights:
-        common = {"hidden": weights["w0"].shape[-1], "use_bias": "b0" in weights, **common}
-        choices["mlp_activation"] = (None, "relu")
+        layer = layers.ChannelAttention
+        hidden = weights["w0"].shape[-1] if "w1" in weights else 0
+        common = {"hidden": hidden, "use_bias": "b0" in weights, **common}
+        words += ["pooling", "mlp_activation", *["hidden_activation"] * bool(hidden)]
     if "spatial_kernel" in weights:
         size = weights["spatial_kernel"].shape[0]
         common = {"kernel_size": size, "spatial_use_bias": "spatial_bias" in weights, **common}
-        planes = (False, True)
-    layer: type = layers.SpatialAttention
-    if "spatial_kernel" not in weights:
-        layer = layers.ChannelAttention
-        choices["pooling"] = ("avg+max", "avg", "max")
-    elif "w0" in weights:
-        layer = layers.CBAM
-        choices["order"] = ("channel_first", "spatial_first", "parallel")
-    for values in itertools.product(*choices.values()):
-        for maximum_first in planes:
-            chosen = dict(zip(choices, values, strict=True))
-            yield _Candidate(layer, {**common, **chosen}, weights, maximum_first)
+        if "w0" in weights:
+            layer = layers.CBAM
+            words += ["order"]
+    choices = [*(_call.WORDS[name] for name in words), (False, True)[: 1 + (layer in _SPATIAL)]]
+    places = itertools.product(*map(range, map(len, choices)))
+    for place in sorted(places, key=lambda place: len(place) - place.count(0)):
+        *chosen, maximum_first = (choice[i] for choice, i in zip(choices, place, strict=True))
+        options = {**common, **dict(zip(words, chosen, strict=True))}
+        yield _Candidate(layer, options, weights, bool(maximum_first))
 
 
 def _misfit(variables: list[Any], shape: Sequence[int | None]) -> str:
@@ -543,20 +548,16 @@ class _Probe:
         return results
 
 
-def _differences(actual: dict[str, Any], expected: dict[str, Any]) -> dict[str, float]:
-    """Largest differences relative to the largest values; infinite where there is none."""
+def _differences(
+    actual: dict[str, Any], expected: dict[str, Any], scales: dict[str, float]
+) -> dict[str, float]:
+    """Largest differences, relative to the largest value so far, which `scales` keeps."""
     found = {}
     for name, truth in expected.items():
         a, b = (np.asarray(value, np.float64) for value in (actual[name], truth))
-        if a.shape != b.shape or not (np.isfinite(a).all() and np.isfinite(b).all()):
-            found[name] = math.inf
-        else:
-            scale = np.abs(b).max(initial=0.0)
-            found[name] = (
-                float(np.abs(a - b).max(initial=0.0) / scale)
-                if scale
-                else float(np.abs(a).max(initial=0.0))
-            )
+        scale = scales[name] = max(scales.get(name, 0.0), float(np.abs(b).max(initial=0.0)))
+        error = float(np.abs(a - b).max(initial=0.0)) if a.shape == b.shape else math.inf
+        found[name] = error / scale if scale else error * math.inf if error else 0.0
     return found
 
 
@@ -582,26 +583,35 @@ def _near(region: _Region, candidates: Iterable[_Candidate]) -> Iterator[_Candid
     for candidate in candidates:
         if candidate.weights is not weights:
             weights = candidate.weights
-            probe = _Probe(region, candidate, size, _FILLS[0], "float32")
+            dtype = "float64" if region.map.dtype == "float64" else "float32"
+            probe = _Probe(region, candidate, size, _FILLS[0], dtype)
             try:
                 expected = probe.of_region(candidate, gradients=False)
             except Exception as error:
                 raise _LeftError(f"it does not run on a probe: {_first_line(error)}") from error
-        layer = candidate.make(region.map.shape, dtype=probe.dtype)
+            layer = candidate.make(region.map.shape, dtype=probe.dtype)
+        for name in _call.WORDS.keys() & candidate.options.keys() - {"data_format"}:
+            setattr(layer, name, candidate.options[name])
         actual = probe.of_candidate(candidate, layer, gradients=False)
-        differences.append((_differences(actual, expected)["output"], candidate))
+        differences.append((_differences(actual, expected, {})["output"], candidate))
         if differences[-1][0] < _NEAR:
             yield candidate
     difference, nearest = min(differences, key=lambda pair: pair[0])
     if difference < _NEAR:
         return
-    unusual = sorted(_activations(region) - {"linear", "relu", "sigmoid"})
+    unusual = sorted(_activations(region) - _ACTIVATIONS)
     if unusual:
         raise _LeftError(f"no layer has its activation: {', '.join(unusual)}")
     raise _LeftError(
         f"it has the weights of {nearest.layer.__name__}, whose output differs by "
         f"{difference:.2g} of the largest value"
     )
+
+
+_ACTIVATIONS = {
+    "linear", "silu",  # Keras's names
+    *_call.WORDS["gate_activation"], *_call.WORDS["hidden_activation"],
+}  # fmt: skip
 
 
 def _activations(region: _Region) -> set[str]:
@@ -616,7 +626,10 @@ def _activations(region: _Region) -> set[str]:
 
 
 def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    lines = [line.strip(" \x1b[01m") for line in str(error).splitlines() if line.strip()]
+    if len(lines) > 1 and lines[0].startswith("Exception encountered when calling"):
+        del lines[0]  # Keras, about the layer
+    return lines[0] if lines else type(error).__name__
 
 
 def _prove(region: _Region, candidate: _Candidate) -> _Found:
@@ -626,20 +639,24 @@ def _prove(region: _Region, candidate: _Candidate) -> _Found:
       _LeftError: they are not.
     """
     trainable = _trainable(region, candidate)
-    for dtype in _TOLERANCES:
+    reasons = []
+    # Where the gradient of a maximum goes among equals does not show in the outputs.
+    for ties, dtype in itertools.product(_call.WORDS["ties"], _TOLERANCES):
+        if ties != "even":
+            candidate = candidate._replace(options={**candidate.options, "ties": ties})
         try:
             difference = _compare(region, candidate, trainable, dtype)
             return _Found(region, candidate, trainable, difference, dtype)
         except _LeftError as error:
-            reason = error
+            reasons.append(error)
         except Exception as error:
-            reason = _LeftError(f"it does not run on a probe: {_first_line(error)}")
-    raise reason
+            reasons.append(_LeftError(f"it does not run on a probe: {_first_line(error)}"))
+    raise reasons[0]
 
 
 def _compare(region: _Region, candidate: _Candidate, trainable: bool, dtype: str) -> float:
     """The largest difference."""
-    largest = 0.0
+    largest, scales = 0.0, dict[str, float]()
     forward, backward = _TOLERANCES[dtype]
     layer = candidate.make(region.map.shape, dtype=dtype, trainable=trainable)
     for size, fill in itertools.product(_sizes(region.map.shape), _FILLS):
@@ -649,7 +666,7 @@ def _compare(region: _Region, candidate: _Candidate, trainable: bool, dtype: str
         for training in (False, True) if both else (False,):
             expected = probe.of_region(candidate, training=training)
             actual = probe.of_candidate(candidate, layer, training=training)
-            for name, difference in _differences(actual, expected).items():
+            for name, difference in _differences(actual, expected, scales).items():
                 if not difference <= (forward if name == "output" else backward):
                     mode = "training" if training else "inference"
                     raise _LeftError(
@@ -681,23 +698,65 @@ class _Found(NamedTuple):
     @property
     def name(self) -> str:
         options = self.candidate.options
-        squeezes = options.get("pooling") == "avg"
-        name = "squeeze and excitation" if squeezes else _NAMES[self.candidate.layer]
+        name = _NAMES[self.candidate.layer]
+        if self.candidate.layer is layers.ChannelAttention and options["pooling"] == "avg":
+            name = "squeeze and excitation"
         if self.region.residual is not None:
             name += " + residual"
         return name + (" + ReLU" if options.get("activation") else "")
 
     @property
+    def dialect(self) -> str:
+        """The first of `cbam_ops.dialects` that it speaks, or is half of; empty if it has none."""
+        candidate = self.candidate
+        own = _way(candidate.layer(**candidate.options))
+        for name, dialect in dialects.items():
+            if dialect.layer not in ("CBAM", candidate.layer.__name__):
+                continue
+            if candidate.layer in _SPATIAL and dialect.maximum_first != candidate.maximum_first:
+                continue
+            if _way(candidate.layer.from_dialect(name)) == own:
+                return name
+        return ""
+
+    @property
     def reads(self) -> tuple[int, int]:
         """How often a map is read in a forward pass, before and after."""
         options, layer = self.candidate.options, self.candidate.layer
-        poolings = 2 if options.get("pooling", "avg+max") == "avg+max" else 1
-        before = 0 if layer is layers.SpatialAttention else poolings + 1
-        before += 0 if layer is layers.ChannelAttention else 3
-        after = 2 if options.get("order") == "spatial_first" else 1
-        if self.region.residual is not None:
-            before, after = before + 2, after + 1
-        return before + bool(options.get("activation")), after
+        residual, activation = self.region.residual is not None, bool(options.get("activation"))
+        has_channels, has_positions = layer is not layers.SpatialAttention, layer in _SPATIAL
+        pools = len(options.get("pooling", "").split("+"))
+        before = (1 + pools) * has_channels + 3 * has_positions + 2 * residual + activation
+        if "ties" in options:  # stock ops
+            return before, before
+        # Which parts are fused ops, in order; the others pool in one read, and multiply.
+        usual = options["gate_activation"] == "sigmoid"
+        channels = usual and options.get("hidden_activation") == "relu"
+        fused = [channels] * has_channels + [usual] * has_positions
+        whole = all(fused) and pools == 2
+        match options.get("order"):
+            case "spatial_first":
+                fused.reverse()
+            case "parallel" if not whole:
+                fused = [False, False]
+            case "channel_first" | "parallel" if whole:
+                fused = [True]
+        after = sum(1 if part else 2 for part in fused)
+        return before, after + (residual if fused[-1] else 2 * residual + activation)
+
+
+# The options that tell dialects from each other, besides the biases of the convolution.
+_WAY = (
+    "order", "pooling", "hidden_activation", "gate_activation", "mlp_activation", "use_bias",
+    "spatial_batch_norm",
+)  # fmt: skip
+
+
+def _way(layer: Any) -> list[Any]:
+    """What distinguishes a layer of one dialect from that of another."""
+    bias = getattr(layer, "spatial_use_bias", False)
+    bias = not layer.spatial_batch_norm if bias is None else bias
+    return [bias, getattr(layer, "hidden", None) == 0, *(getattr(layer, n, None) for n in _WAY)]
 
 
 _NAMES = {
@@ -828,11 +887,11 @@ class _Search:
                 if id(node) in self.found:
                     found = self.found[id(node)]
                     names = dict.fromkeys(path + n.operation.name for n in found.region.nodes)
-                    options = dict(found.candidate.options)
-                    rows.append(
-                        Attention(layer, found.name, options, tuple(names), found.difference,
-                                  found.dtype, found.reads)
+                    row = Attention(
+                        layer, found.name, found.dialect, dict(found.candidate.options),
+                        tuple(names), found.difference, found.dtype, found.reads,
                     )  # fmt: skip
+                    rows.append(row)
                 elif id(node) in self.left and id(node) not in self.inner:
                     rows.append(Attention(layer, reason=self.left[id(node)]))
         return rows
@@ -1149,13 +1208,13 @@ def fuse(model: Any, verbose: int = 0, return_report: bool = False) -> Any:
 def _print(report: list[Attention]) -> None:
     replaced = [row for row in report if row.found]
     if replaced:
-        head = ["layer", "found", "options", "largest difference", "reads of the map"]
+        head = ["layer", "found", "dialect", "options", "largest difference", "reads of the map"]
         rows = [
-            [row.layer, row.found, _words(row.options), f"{row.difference:.1e} ({row.dtype})",
+            [row.layer, row.found, row.dialect, _words(row), f"{row.difference:.1e} ({row.dtype})",
              "{} -> {}".format(*row.reads or ())]
             for row in replaced
         ]  # fmt: skip
-        _console.print_table([head, *rows], "<<<>>")
+        _console.print_table([head, *rows], "<<<<>>")
     else:
         _console.say("Nothing was replaced.")
     for row in report:
@@ -1163,9 +1222,7 @@ def _print(report: list[Attention]) -> None:
             _console.say(f"Left as it is: {row.layer}: {row.reason}.")
 
 
-def _words(options: dict[str, Any]) -> str:
-    """The options, without those that are Keras's objects."""
-    return ", ".join(
-        f"{name}={value}" for name, value in options.items()
-        if isinstance(value, (bool, int, float, str)) and name != "data_format"
-    )  # fmt: skip
+def _words(row: Attention) -> str:
+    """What the dialect does not say: sizes, or all where there is none."""
+    names = ["hidden", "kernel_size", "ties", *(_WAY if not row.dialect else ())]
+    return ", ".join(f"{name}={row.options[name]}" for name in names if name in row.options)

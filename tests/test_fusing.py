@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import importlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import keras
@@ -13,6 +15,7 @@ from keras import layers as kl
 from keras import ops
 
 import cbam_ops
+from cbam_ops import __main__ as command
 from cbam_ops import fusing
 from cbam_ops.testing import FLOAT32, assert_close
 
@@ -101,6 +104,40 @@ def squeeze_excite(x):
     gate = kl.Reshape((1, 1, C))(kl.GlobalAveragePooling2D()(x))
     gate = kl.Dense(2, activation="relu", use_bias=False)(gate)
     return kl.multiply([x, kl.Dense(C, activation="sigmoid", use_bias=False)(gate)])
+
+
+def efficient_net(x):
+    """As in keras.applications: swish, and 1x1 convolutions with biases."""
+    gate = kl.Reshape((1, 1, C))(kl.GlobalAveragePooling2D()(x))
+    gate = kl.Conv2D(2, 1, padding="same", activation="swish")(gate)
+    return kl.multiply([x, kl.Conv2D(C, 1, padding="same", activation="sigmoid")(gate)])
+
+
+def mobile_net(x):
+    """As in keras.applications: a hard sigmoid by hand, of a ReLU with a limit."""
+    gate = kl.Conv2D(8, 1)(kl.GlobalAveragePooling2D(keepdims=True)(x))
+    gate = kl.Conv2D(C, 1)(kl.ReLU()(gate))
+    return kl.Multiply()([x, kl.ReLU(6.0)(gate + 3.0) * (1.0 / 6.0)])
+
+
+def yolo(x):
+    """As ultralytics' module: one layer of the mean."""
+    gate = kl.Conv2D(C, 1, activation="sigmoid")(ops.mean(x, (1, 2), keepdims=True))
+    return spatial_only(x * gate)
+
+
+def gelu_of_the_maximum(x):
+    mlp = keras.Sequential(
+        [kl.Dense(3, activation="gelu", use_bias=False), kl.Dense(C, use_bias=False)]
+    )
+    return x * ops.sigmoid(mlp(ops.max(x, (1, 2), keepdims=True)))
+
+
+def first_of_ties(x):
+    """A max-pool gives the gradient to the first of equal maxima."""
+    mlp = dense_mlp()
+    maximum = kl.MaxPooling2D((9, 6))(x)
+    return x * ops.sigmoid(mlp(ops.mean(x, (1, 2), keepdims=True)) + mlp(maximum))
 
 
 def channel_only(x):
@@ -213,30 +250,36 @@ def chained_layers(x):
 class Style(NamedTuple):
     write: Callable
     found: str
+    dialect: str
     options: dict[str, Any] = {}
+    size: tuple = (None, None)
+    reads: tuple = (6, 1)
     dtype: str = "float64"
 
 
-STYLES = [
-    Style(kobiso, "CBAM", {"hidden": 3, "kernel_size": 7, "spatial_use_bias": False}),
-    Style(with_operators, "CBAM", {"kernel_size": 5, "spatial_use_bias": True}),
-    Style(official, "CBAM", {"spatial_batch_norm": True, "batch_norm_epsilon": 1e-5}),
-    Style(convolutions, "CBAM", {"mlp_activation": "relu", "use_bias": False, "hidden": 4}),
-    Style(spatial_first, "CBAM", {"order": "spatial_first"}),
-    Style(parallel, "CBAM", {"order": "parallel"}),
-    Style(squeeze_excite, "squeeze and excitation", {"hidden": 2, "use_bias": False}),
-    Style(channel_only, "channel gate", {"pooling": "avg+max"}),
-    Style(spatial_only, "spatial gate", {"kernel_size": 7}),
-    Style(gates_of_layers, "CBAM", {"hidden": 2}),
-    Style(lambda x: WithoutBias()(x), "CBAM", {"batch_norm_momentum": 0.9}),
-    Style(lambda x: Traced()(x), "squeeze and excitation", {"hidden": C}),
-    Style(chained_layers, "CBAM", {"hidden": 3}),
-]
-IDS = [
-    "kobiso", "with_operators", "official", "convolutions", "spatial_first", "parallel",
-    "squeeze_excite", "channel_only", "spatial_only", "gates_of_layers", "layer", "traced_layer",
-    "chained_layers",
-]  # fmt: skip
+SE = "squeeze and excitation"
+STYLES = {
+    "kobiso": Style(kobiso, "CBAM", "kobiso", {"hidden": 3, "kernel_size": 7}),
+    "with_operators": Style(with_operators, "CBAM", "paper", {"kernel_size": 5}),
+    "official": Style(official, "CBAM", "official", {"batch_norm_epsilon": 1e-5}),
+    "convolutions": Style(convolutions, "CBAM", "", {"mlp_activation": "relu", "hidden": 4}),
+    "spatial_first": Style(spatial_first, "CBAM", "", {"order": "spatial_first"}, reads=(6, 2)),
+    "parallel": Style(parallel, "CBAM", "", {"order": "parallel"}),
+    "squeeze_excite": Style(squeeze_excite, SE, "", {"hidden": 2, "use_bias": False}, reads=(2, 1)),
+    "efficient_net": Style(efficient_net, SE, "efficientnet", {"hidden": 2}, reads=(2, 2)),
+    "mobile_net": Style(mobile_net, SE, "mobilenet_v3", {"hidden": 8}, reads=(2, 2)),
+    "yolo": Style(yolo, "CBAM", "ultralytics", {"hidden": 0}, reads=(5, 3)),
+    "gelu": Style(
+        gelu_of_the_maximum, "channel gate", "", {"pooling": "max"}, reads=(2, 2), dtype="float32"
+    ),  # where TensorFlow has the square root of 2
+    "ties": Style(first_of_ties, "channel gate", "paper", {"ties": "first"}, (9, 6), (3, 3)),
+    "channel_only": Style(channel_only, "channel gate", "paper", reads=(3, 1)),
+    "spatial_only": Style(spatial_only, "spatial gate", "luuuyi", reads=(3, 1)),
+    "gates_of_layers": Style(gates_of_layers, "CBAM", "kobiso", {"hidden": 2}),
+    "layer": Style(lambda x: WithoutBias()(x), "CBAM", "official", {"batch_norm_momentum": 0.9}),
+    "traced": Style(lambda x: Traced()(x), SE, "squeeze_excite", {"hidden": C}, reads=(2, 1)),
+    "chained_layers": Style(chained_layers, "CBAM", "kobiso", {"hidden": 3}),
+}
 
 
 # --- models ---------------------------------------------------------------------------------------
@@ -272,7 +315,7 @@ def values_of(model: keras.Model) -> list[np.ndarray]:
 
 def step(model: keras.Model, x: np.ndarray) -> float:
     """One step of training; the loss."""
-    model.compile("sgd", "mse", run_eagerly=True)
+    model.compile(keras.optimizers.SGD(1e-3), "mse", run_eagerly=True)
     return model.train_on_batch(x, np.ones((len(x), 2), "float32"))
 
 
@@ -288,13 +331,13 @@ def assert_same_model(fused: keras.Model, model: keras.Model, x=None) -> None:
         assert_close(step(fused, x), step(model, x), FLOAT32, "loss")
 
 
-@pytest.mark.parametrize("style", STYLES, ids=IDS)
+@pytest.mark.parametrize("style", STYLES.values(), ids=STYLES)
 def test_style_is_found(style):
     """Fails when attention written this way is not found, or is replaced by something else."""
-    model = model_of(style.write)
-    fused, report = fusing.fuse(model, return_report=True)
-    (row,) = report
+    model = model_of(style.write, size=style.size)
+    fused, (row,) = fusing.fuse(model, return_report=True)
     assert (row.found, row.reason) == (style.found, "")
+    assert (row.dialect, row.reads) == (style.dialect, style.reads)
     assert style.options.items() <= row.options.items()
     assert row.dtype == style.dtype
     ours = [layer for layer in fused.layers if type(layer).__module__ == "cbam_ops.layers"]
@@ -566,7 +609,16 @@ def test_mixed_precision():
     assert difference < cbam_ops.testing.MIXED_MODEL["mixed_bfloat16"]
 
 
-def test_shared_layers():
+@pytest.fixture
+def float64() -> Iterator[None]:
+    keras.config.set_floatx("float64")  # of losses
+    keras.config.set_dtype_policy("float64")
+    yield
+    keras.config.set_floatx("float32")
+    keras.config.set_dtype_policy("float32")
+
+
+def test_shared_layers(float64):
     """Fails when weights that two modules share are no longer shared."""
     attention = WithoutBias(name="attention")
     gate = ChannelGate()
@@ -628,13 +680,6 @@ def one_bias(x):
     return x * kl.Dense(C, activation="sigmoid")(gate)
 
 
-def first_of_ties(x):
-    """A max-pool gives the gradient to the first of equal maxima."""
-    mlp = dense_mlp()
-    maximum = kl.MaxPooling2D((9, 6))(x)
-    return x * ops.sigmoid(mlp(ops.mean(x, (1, 2), keepdims=True)) + mlp(maximum))
-
-
 def gate_is_used_twice(x):
     gate = channel_gate(x)
     return x * gate + ops.mean(gate)
@@ -654,7 +699,6 @@ NONE = [
     (efficient_channels, "(3, 1, 1)"),
     (with_dropout, "random"),
     (one_bias, "shapes"),
-    (first_of_ties, "gradient of map 0 differs"),
     (gate_is_used_twice, "used elsewhere"),
     (gate_from_elsewhere, "map alone"),
     (activity_regularizer, "activity regularizer"),
@@ -664,7 +708,7 @@ NONE = [
 @pytest.mark.parametrize(
     ("write", "reason"), NONE,
     ids=["softmax", "tanh", "not_shared", "sum_of_sigmoids", "sum_of_hidden", "eca", "dropout",
-         "one_bias", "ties", "leaks", "elsewhere", "activity"],
+         "one_bias", "leaks", "elsewhere", "activity"],
 )  # fmt: skip
 def test_what_is_no_cbam_stays(write, reason):
     """Fails when something else is replaced, or the report does not say why it stays."""
@@ -755,3 +799,95 @@ def test_table(capsys):
     assert "its MLPs are not shared" in text
     fusing.fuse(model_of(not_shared), verbose=1)
     assert "Nothing was replaced." in capsys.readouterr().out
+
+
+# --- the command ----------------------------------------------------------------------------------
+
+
+def fuse_file(capsys, *arguments: Any) -> tuple[int, str, str]:
+    code = command.main(["fuse", *map(str, arguments)])
+    shown = capsys.readouterr()
+    return code, shown.out, shown.err
+
+
+def test_command(tmp_path, capsys):
+    """Fails when the command does not do on files what the function does."""
+    model = model_of(squeeze_excite)
+    source, target = tmp_path / "model.keras", tmp_path / "fused.keras"
+    model.save(source)
+    code, out, err = fuse_file(capsys, source, target)
+    assert (code, err) == (0, "")
+    assert "squeeze and excitation" in out and "1 of 1 replaced" in out
+    fused = keras.models.load_model(target)
+    assert any(isinstance(layer, cbam_ops.ChannelAttention) for layer in fused.layers)
+    assert_close(fused(images()), model(images()), FLOAT32, "output")
+
+
+def test_command_imports_and_trusts(tmp_path, capsys, monkeypatch):
+    """Fails when a file with classes or Lambdas cannot be fused, or runs code unasked."""
+    (tmp_path / "own_layers.py").write_text(
+        "import keras\n"
+        "class Half(keras.layers.Layer):\n"
+        "    def call(self, x):\n"
+        "        return x / 2\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    half = importlib.import_module("own_layers").Half
+    model_of(squeeze_excite, half()).save("own.keras")
+    model_of(squeeze_excite, kl.Lambda(lambda t: t + 1)).save("code.keras")
+    code, _, err = fuse_file(capsys, "own.keras", "out.keras")
+    assert code == 2 and "Half" in err and "--import" in err and err.count("\n") == 1
+    assert fuse_file(capsys, "own.keras", "out.keras", "--import", "own_layers")[0] == 0
+    code, _, err = fuse_file(capsys, "code.keras", "out.keras")
+    assert code == 2 and "--trust" in err and err.count("\n") == 1
+    assert fuse_file(capsys, "code.keras", "out.keras", "--trust")[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("source", "target", "words"),
+    [
+        ("missing.keras", "out.keras", "there is no file missing.keras"),
+        ("broken.keras", "out.keras", "cannot load broken.keras"),
+        ("model.keras", "out.h5", "must be a .keras file, got out.h5"),
+        ("model.keras", "folder/out.keras", "cannot write folder/out.keras"),
+        ("model.keras", "out.keras --import nowhere", "cannot import nowhere"),
+    ],
+)
+def test_command_says_what_is_wrong(tmp_path, capsys, monkeypatch, source, target, words):
+    """Fails when bad input is a traceback, another exit code, or leaves a file."""
+    monkeypatch.chdir(tmp_path)
+    model_of(squeeze_excite).save("model.keras")
+    Path("broken.keras").write_bytes(b"no model")
+    code, _, err = fuse_file(capsys, source, *target.split())
+    assert code == 2 and words in err and err.count("\n") == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["broken.keras", "model.keras"]
+
+
+def test_command_finds_nothing(tmp_path, capsys):
+    """Fails when a file is written though nothing was replaced."""
+    model_of(not_shared).save(tmp_path / "model.keras")
+    code, out, _ = fuse_file(capsys, tmp_path / "model.keras", tmp_path / "out.keras")
+    assert code == 1 and "Nothing was replaced." in out
+    assert not (tmp_path / "out.keras").exists()
+
+
+# --- networks that others wrote -------------------------------------------------------------------
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("make", "dialect", "count"),
+    [
+        (keras.applications.EfficientNetB0, "efficientnet", 16),
+        (keras.applications.MobileNetV3Small, "mobilenet_v3", 9),
+    ],
+)
+def test_networks_of_keras(make, dialect, count):
+    """Fails when squeeze and excitation in keras.applications is not found."""
+    keras.utils.set_random_seed(0)
+    model = make(weights=None, input_shape=(64, 64, 3), classes=2)
+    fused, report = fusing.fuse(model, return_report=True)
+    assert [row.dialect for row in report] == [dialect] * count
+    x = np.random.default_rng(0).uniform(0, 255, (2, 64, 64, 3)).astype("float32")
+    assert_close(fused(x), model(x), FLOAT32, "output")

@@ -1,0 +1,68 @@
+"""`cbam-ops fuse`: `cbam_ops.fuse` on files."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from cbam_ops._console import CommandError, import_tensorflow, say, written
+
+
+def run(*, model: Path, output: Path, modules: Sequence[str], trust: bool) -> int:
+    """Runs the command and returns its exit code.
+
+    Raises:
+      CommandError: a module or the model cannot be loaded, the model cannot be fused, or the output
+        cannot be written.
+    """
+    if output.suffix != ".keras":
+        raise CommandError(f"the output must be a .keras file, got {output}")
+    import_tensorflow()
+    import cbam_ops
+
+    try:
+        fused, report = cbam_ops.fuse(_load(model, modules, trust), verbose=1, return_report=True)
+    except ValueError as error:
+        raise CommandError(f"{model}: {error}") from error
+    replaced = sum(bool(row.found) for row in report)
+    if not replaced:
+        return 1
+    with written(output) as path:
+        fused.save(path)
+    say(f"{output}: {replaced} of {len(report)} replaced.")
+    return 0
+
+
+def _load(path: Path, modules: Sequence[str], trust: bool) -> Any:
+    import keras
+
+    if not path.is_file():
+        raise CommandError(f"there is no file {path}")
+    sys.path.insert(0, os.getcwd())
+    names: dict[str, Any] = {}
+    for module in modules:
+        try:
+            names.update(vars(importlib.import_module(module)))
+        except Exception as error:  # whatever the user's code raises
+            raise CommandError(f"cannot import {module}: {error}") from error
+    try:
+        classes = {name: value for name, value in names.items() if callable(value)}
+        return keras.models.load_model(path, custom_objects=classes, safe_mode=not trust)
+    except Exception as error:  # of many types, for a file that is damaged or no model
+        text = str(error)
+        if "safe_mode=False" in text:
+            raise CommandError(
+                f"{path} has Lambda layers with Python code in them; --trust runs that code"
+            ) from error
+        if "Could not locate" in text:
+            (line,) = [line for line in text.splitlines() if "Could not locate" in line][:1]
+            what = line.partition("Could not locate ")[2].partition(".")[0]
+            raise CommandError(
+                f"{path} needs {what}; --import MODULE imports the module that has it"
+            ) from error
+        reason = (text.strip().splitlines() or [type(error).__name__])[0]
+        raise CommandError(f"cannot load {path}: {reason}") from error
