@@ -219,17 +219,19 @@ class Check {
 
   // sum of dy * y of the definition; compares y with `got` where given.
   double Evaluate(const float* got, const char* label) const {
-    struct {
-      std::vector<double> x, residual, w0, b0, w1, b1, kernel, bias, gamma;
-    } inputs;
     const auto values = [this](const Pointer& buffer) {
-      std::vector<double> result;
-      for (int64_t i = 0; i < buffer->count; ++i) result.push_back(Value(buffer.get(), i));
+      std::vector<cbam_ops::Number> result;
+      for (int64_t i = 0; i < buffer->count; ++i) result.emplace_back(Value(buffer.get(), i));
       return result;
     };
-    inputs = {values(x),  values(residual), values(w0),   values(b0),   values(w1),
-              values(b1), values(kernel),   values(bias), values(gamma)};
-    const std::vector<double> y = cbam_ops::Define(problem, inputs);
+    const cbam_ops::Numbers inputs = {{"x", values(x)},           {"residual", values(residual)},
+                                      {"w0", values(w0)},         {"b0", values(b0)},
+                                      {"w1", values(w1)},         {"b1", values(b1)},
+                                      {"kernel", values(kernel)}, {"bias", values(bias)},
+                                      {"gamma", values(gamma)}};
+    const cbam_ops::Definition definition(problem, inputs);
+    std::vector<double> y;
+    for (const cbam_ops::Number& v : definition.outputs().at("y")) y.push_back(v.value);
     double loss = 0;
     for (size_t i = 0; i < y.size(); ++i) {
       loss += y[i] * dy->data[i];
