@@ -61,37 +61,34 @@ class BackwardPipeline {
         parallel_(parallel),
         module_(problem.module),
         g_(problem, parallel, 2),
-        stream_(ShouldStream(g_)) {
-    Arena arena(workspace);
+        stream_(ShouldStream(g_)),
+        arena_(workspace),
+        batch_norm_(problem, g_, *kernels.double_dense, parallel_, &arena_) {
     const int64_t n = g_.batch, c = g_.channels, p = g_.positions, h = problem.hidden, w = g_.wave;
     blocks_ = g_.BlocksPerSample(w);
     block_slots_ = g_.Slots(w * blocks_);
     if (HasChannelGate(problem)) {
-      partial_ = arena.Take<A>(w, g_.units, 2, c);
-      channel_count_ = arena.Take<A>(w, c);
-      arena.TakePair(hidden_, n, h);
-      arena.TakePair(d_hidden_, n, h);
-      arena.TakePair(d_channel_, w, c);
+      partial_ = arena_.Take<A>(w, g_.units, 2, c);
+      channel_count_ = arena_.Take<A>(w, c);
+      arena_.TakePair(hidden_, n, h);
+      arena_.TakePair(d_hidden_, n, h);
+      arena_.TakePair(d_channel_, w, c);
       if (problem.mlp_activation == Activation::kRelu) {
-        arena.TakePair(dz_channel_, n, c);
+        arena_.TakePair(dz_channel_, n, c);
       } else {
-        dz_channel_[0] = dz_channel_[1] = arena.Take<A>(n, c);
+        dz_channel_[0] = dz_channel_[1] = arena_.Take<A>(n, c);
       }
     }
     if (HasSpatialGate(problem)) {
-      dz_ = arena.Take<A>(problem.batch_norm ? n : w, p);
-      d_position_mean_ = arena.Take<A>(w, p);
-      d_position_max_ = arena.Take<A>(w, p);
+      dz_ = arena_.Take<A>(problem.batch_norm ? n : w, p);
+      d_position_mean_ = arena_.Take<A>(w, p);
+      d_position_max_ = arena_.Take<A>(w, p);
       taps_size_ = 2 * (2 * g_.half_rows + 1) * (2 * g_.half_columns + 1);
       fold_ = std::clamp(kFoldBytes / (taps_size_ * int64_t{sizeof(A)}),
                          std::min<int64_t>(w, 2 * g_.threads), w);
-      dtaps_ = arena.Take<A>(fold_, taps_size_);
-      dtaps_total_ = arena.Take<double>(std::min<int64_t>(n, 1), taps_size_);
-      dbias_ = arena.Take<double>(n);
-      if (problem.batch_norm) {
-        convolved_ = arena.Take<A>(n, p);
-        dgamma_ = arena.Take<double>(n);
-      }
+      dtaps_ = arena_.Take<A>(fold_, taps_size_);
+      dtaps_total_ = arena_.Take<double>(std::min<int64_t>(n, 1), taps_size_);
+      dbias_ = arena_.Take<double>(n);
       line_size_ = RoundUp(g_.width, dense_.lanes);
       const auto plane_size = [&](int64_t rows) {
         return PaddedPlane<A>::Size(g_, dense_.lanes, rows + 2 * g_.half_rows);
@@ -105,12 +102,11 @@ class BackwardPipeline {
                             64);
       sample_size_ = RoundUp(3 * plane_size(g_.height) + line_size_, 64);
       sample_slots_ = g_.Slots(w);
-      scratch_ = arena.Take<A>(std::max(block_slots_ * block_size_, sample_slots_ * sample_size_));
+      scratch_ = arena_.Take<A>(std::max(block_slots_ * block_size_, sample_slots_ * sample_size_));
     }
-    bytes_ = arena.bytes();
   }
 
-  size_t workspace_bytes() const { return bytes_; }
+  size_t workspace_bytes() const { return arena_.bytes(); }
 
   void Run(const BackwardArgs& args) {
     if (g_.batch == 0) return ZeroWeightGradients(args);
@@ -121,10 +117,12 @@ class BackwardPipeline {
       dy_ = args.d_residual != nullptr ? args.d_residual : args.dx;
 
     if (problem_.batch_norm) {
-      ConvolveAll(args);
+      batch_norm_.Run(static_cast<const A*>(args.spatial_descriptors),
+                      static_cast<const A*>(args.kernel));
+      gamma_ = *static_cast<const A*>(args.gamma);
       for (int64_t first = 0; first < g_.batch; first += g_.wave)
         PositionsOfWave(args, first, true);
-      BackwardThroughBatchNorm();
+      BackwardThroughBatchNorm(args);
     }
     if (HasSpatialGate(problem_)) std::fill_n(dtaps_total_, taps_size_, 0.0);
     for (int64_t first = 0; first < g_.batch; first += g_.wave) {
@@ -294,9 +292,9 @@ class BackwardPipeline {
     if (!problem_.batch_norm) DescriptorPlanes(args, n, rows, scratch + line_size_, planes);
     for (int64_t r = rows.begin; r < rows.end; ++r) {
       if (problem_.batch_norm) {
-        const A* convolved = convolved_ + n * g_.positions + r * g_.width;
+        const int64_t begin = n * g_.positions + r * g_.width;
         for (int64_t i = 0; i < g_.width; ++i) {
-          line[i] = static_cast<A>(gamma_ * Normalized(convolved[i]) + BiasOf(args));
+          line[i] = static_cast<A>(gamma_ * batch_norm_.Normalized(begin + i) + BiasOf(args));
         }
       } else {
         dense_.convolve_row(planes, r - rows.begin + g_.half_rows, g_.width, TapsOf(args),
@@ -504,51 +502,19 @@ class BackwardPipeline {
     }
   }
 
-  // The convolution of every sample, as in the forward pass, and its moments: the statistics that
-  // pass wrote are rounded, and a mean that is off by half a unit in the last place moves every
-  // centred value to the same side.
-  void ConvolveAll(const BackwardArgs& args) {
-    const int64_t rows = g_.height + 2 * g_.half_rows;
-    const int64_t size = PaddedPlane<A>::Size(g_, dense_.lanes, rows);
-    ForEachWithSlot(parallel_, g_.batch, sample_slots_, [&](int64_t n, int64_t slot) {
-      A* scratch = scratch_ + slot * sample_size_;
-      Plane<A> planes[2];
-      DescriptorPlanes(args, n, {0, g_.height}, scratch, planes);
-      A* line = scratch + 3 * size;
-      for (int64_t r = 0; r < g_.height; ++r) {
-        dense_.convolve_row(planes, r + g_.half_rows, g_.width, TapsOf(args), A{0}, line);
-        std::copy(line, line + g_.width, convolved_ + n * g_.positions + r * g_.width);
-      }
-    });
-    moments_ = MomentsOf(parallel_, convolved_, g_.batch, g_.positions, dbias_);
-    inverse_deviation_ = 1.0 / std::sqrt(moments_.variance + problem_.epsilon);
-    gamma_ = *static_cast<const A*>(args.gamma);
-  }
-  double Normalized(A convolved) const { return (convolved - moments_.mean) * inverse_deviation_; }
-
   // dz_ holds the gradient of the normalised and scaled convolution; turns it into the
   // convolution's.
-  void BackwardThroughBatchNorm() {
-    ForEach(parallel_, g_.batch, [&](int64_t n) {
-      double sum = 0, product = 0;
-      for (int64_t p = n * g_.positions; p < (n + 1) * g_.positions; ++p) {
-        sum += dz_[p];
-        product += dz_[p] * Normalized(convolved_[p]);
-      }
-      dbias_[n] = sum;
-      dgamma_[n] = product;
-    });
-    double sum = 0, product = 0;
-    for (int64_t n = 0; n < g_.batch; ++n) {
-      sum += dbias_[n];
-      product += dgamma_[n];
-    }
+  void BackwardThroughBatchNorm(const BackwardArgs& args) {
+    const double mean = batch_norm_.MeanOf([&](int64_t i) { return dz_[i]; });
+    const double product =
+        batch_norm_.MeanOf([&](int64_t i) { return dz_[i] * batch_norm_.Normalized(i); });
     const double count = static_cast<double>(g_.batch * g_.positions);
+    *static_cast<A*>(args.dbias) = static_cast<A>(mean * count);
+    *static_cast<A*>(args.dgamma) = static_cast<A>(product * count);
     ForEach(parallel_, g_.batch, [&](int64_t n) {
       for (int64_t p = n * g_.positions; p < (n + 1) * g_.positions; ++p) {
-        dz_[p] =
-            static_cast<A>(gamma_ * inverse_deviation_ *
-                           (dz_[p] - sum / count - Normalized(convolved_[p]) * product / count));
+        dz_[p] = static_cast<A>(gamma_ * batch_norm_.inverse_deviation() *
+                                (dz_[p] - mean - batch_norm_.Normalized(p) * product));
       }
     });
   }
@@ -591,9 +557,8 @@ class BackwardPipeline {
         A* to = dkernel + (TapsOf(args).At(i, -g_.half_columns) - TapsOf(args).kernel);
         for (int64_t j = 0; j < row_size; ++j) to[j] = static_cast<A>(from[j]);
       }
-      SumRows(dbias_, g_.batch, 1, 1.0, {0, 1}, static_cast<A*>(args.dbias));
-      if (problem_.batch_norm)
-        SumRows(dgamma_, g_.batch, 1, 1.0, {0, 1}, static_cast<A*>(args.dgamma));
+      if (!problem_.batch_norm)
+        SumRows(dbias_, g_.batch, 1, 1.0, {0, 1}, static_cast<A*>(args.dbias));
     }
     if (!HasChannelGate(problem_)) return;
 
@@ -634,7 +599,8 @@ class BackwardPipeline {
   // Samples' gradients of the convolution kernel that wait to be added up.
   static constexpr int64_t kFoldBytes = int64_t{4} << 20;
 
-  size_t bytes_ = 0;
+  Arena arena_;
+  BatchNorm<A> batch_norm_;
   int64_t blocks_ = 1;
   const void* dy_ = nullptr;
 
@@ -653,10 +619,7 @@ class BackwardPipeline {
   A* dtaps_ = nullptr;             // [fold, taps that touch the map, 2]
   double* dtaps_total_ = nullptr;  // [taps that touch the map, 2]
   double* dbias_ = nullptr;        // [N]
-  A* convolved_ = nullptr;         // [N, P], with batch norm
-  double* dgamma_ = nullptr;       // [N], with batch norm
-  Moments moments_;                // of convolved_
-  double inverse_deviation_ = 0, gamma_ = 0;
+  double gamma_ = 0;               // with batch norm
   int64_t taps_size_ = 0, fold_ = 0;
   int64_t line_size_ = 0;
   // Scratch of a task on a block or on a sample.

@@ -239,6 +239,7 @@ void ConvolveRow(const Plane<A>* planes, int64_t row, int64_t width, const Taps<
   int64_t w = 0;
   for (; w + 3 * kLanes < width; w += 4 * kLanes)
     ConvolveVectors<4>(planes, row, w, taps, bias, out);
+  for (; w + kLanes < width; w += 2 * kLanes) ConvolveVectors<2>(planes, row, w, taps, bias, out);
   for (; w < width; w += kLanes) ConvolveVectors<1>(planes, row, w, taps, bias, out);
 }
 
@@ -274,6 +275,8 @@ void ConvolveRowTransposed(const Plane<A>& plane, int64_t row, int64_t width, co
   int64_t w = 0;
   for (; w + 3 * kLanes < width; w += 4 * kLanes)
     ConvolveVectorsTransposed<4>(plane, row, w, taps, out_mean, out_max);
+  for (; w + kLanes < width; w += 2 * kLanes)
+    ConvolveVectorsTransposed<2>(plane, row, w, taps, out_mean, out_max);
   for (; w < width; w += kLanes)
     ConvolveVectorsTransposed<1>(plane, row, w, taps, out_mean, out_max);
 }

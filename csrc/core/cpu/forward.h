@@ -97,7 +97,8 @@ class ForwardPipeline {
         g_(problem, parallel, 1),
         stream_(ShouldStream(g_)),
         arena_(workspace),
-        channel_descriptors_(g_, map_, parallel_, &arena_) {
+        channel_descriptors_(g_, map_, parallel_, &arena_),
+        batch_norm_(problem, g_, *kernels.double_dense, parallel_, &arena_) {
     if (HasChannelGate(problem)) {
       for (int q = 0; q < 2; ++q) {
         hidden_[q] = arena_.Take<A>(g_.wave, problem.hidden);
@@ -105,8 +106,8 @@ class ForwardPipeline {
       }
       if (MeetEarly()) hidden_sum_ = arena_.Take<A>(g_.wave, problem.hidden);
     }
-    if (HasSpatialGate(problem)) {
-      blocks_ = g_.BlocksPerSample(g_.wave);
+    blocks_ = g_.BlocksPerSample(g_.wave);
+    if (HasSpatialGate(problem) && !problem.batch_norm) {
       int64_t rows = 0;
       for (int64_t b = 0; b < blocks_; ++b) rows = std::max(rows, g_.BlockRows(b, blocks_).size());
       plane_size_ = PaddedPlane<A>::Size(g_, dense_.lanes, rows + 2 * g_.half_rows);
@@ -116,7 +117,6 @@ class ForwardPipeline {
       slots_ = g_.Slots(g_.wave * blocks_);
       scratch_ = arena_.Take<A>(slots_, scratch_size_);
     }
-    if (problem.batch_norm) sums_ = arena_.Take<double>(g_.batch);
   }
 
   size_t workspace_bytes() const { return arena_.bytes(); }
@@ -125,7 +125,9 @@ class ForwardPipeline {
     for (int64_t first = 0; first < g_.batch; first += g_.wave) {
       const int64_t samples = std::min(g_.wave, g_.batch - first);
       if (HasChannelGate(problem_)) ChannelGate(args, first, samples);
-      if (HasSpatialGate(problem_)) {
+      if (problem_.batch_norm) {
+        SpatialDescriptors(args, first, samples);
+      } else if (HasSpatialGate(problem_)) {
         ForEachWithSlot(parallel_, samples * blocks_, slots_, [&](int64_t task, int64_t slot) {
           SpatialBlock(args, first + task / blocks_, g_.BlockRows(task % blocks_, blocks_),
                        scratch_ + slot * scratch_size_);
@@ -135,7 +137,7 @@ class ForwardPipeline {
       }
     }
     if (problem_.batch_norm) {
-      NormalizeGate(args);
+      NormalizedGate(args);
       ApplyAll(args, 0, g_.batch);
     }
   }
@@ -221,18 +223,33 @@ class ForwardPipeline {
     if (!UsesMax(problem_.pooling)) std::fill(maximum, maximum + samples * c, A{0});
   }
 
-  // Rows of one sample through passes 2 and 3; with batch norm only as far as the convolution, left
-  // in the place of the gate.
+  // The gate that the spatial descriptors are taken behind.
+  const A* PoolGateOf(const ForwardArgs& args, int64_t n) const {
+    return problem_.module == Module::kChannelFirst ? ChannelGateOf(args, n) : nullptr;
+  }
+
+  // As far as pass 2 goes with batch norm, before whose statistics there is no gate.
+  void SpatialDescriptors(const ForwardArgs& args, int64_t first, int64_t samples) {
+    const int64_t tasks = CeilDiv(g_.height, g_.step_rows);
+    ForEach(parallel_, samples * tasks, [&](int64_t task) {
+      const int64_t n = first + task / tasks, row = task % tasks * g_.step_rows;
+      const Range positions = g_.RowPositions({row, std::min(g_.height, row + g_.step_rows)});
+      A* mean = static_cast<A*>(args.spatial_descriptors) + 2 * n * g_.positions + positions.begin;
+      map_.spatial_pool(g_.sample, g_.At(args.x, n), PoolGateOf(args, n), positions, mean,
+                        mean + g_.positions);
+    });
+  }
+
+  // Rows of one sample through passes 2 and 3.
   void SpatialBlock(const ForwardArgs& args, int64_t n, Range rows, A* scratch) {
     const void* x = g_.At(args.x, n);
     const A* channel_gate = ChannelGateOf(args, n);
-    const A* pool_gate = problem_.module == Module::kChannelFirst ? channel_gate : nullptr;
+    const A* pool_gate = PoolGateOf(args, n);
     A* descriptors[2];
     descriptors[0] = static_cast<A*>(args.spatial_descriptors) + n * 2 * g_.positions;
     descriptors[1] = descriptors[0] + g_.positions;
     A* gate = static_cast<A*>(args.spatial_gate) + n * g_.positions;
-    const A bias =
-        args.bias == nullptr || problem_.batch_norm ? A{0} : *static_cast<const A*>(args.bias);
+    const A bias = args.bias == nullptr ? A{0} : *static_cast<const A*>(args.bias);
 
     const int64_t plane_rows = rows.size() + 2 * g_.half_rows;
     const Plane<A> planes[2] = {
@@ -263,14 +280,9 @@ class ForwardPipeline {
       }
       for (int64_t r = row; r < end; ++r) {
         dense_.convolve_row(planes, r - first_row, g_.width, taps, bias, line);
-        A* gate_row = gate + r * g_.width;
-        if (problem_.batch_norm) {
-          std::copy(line, line + g_.width, gate_row);
-        } else {
-          dense_.sigmoid(line, g_.width, gate_row);
-        }
+        dense_.sigmoid(line, g_.width, gate + r * g_.width);
       }
-      if (!problem_.batch_norm) Apply(args, n, channel_gate, gate, g_.RowPositions({row, end}));
+      Apply(args, n, channel_gate, gate, g_.RowPositions({row, end}));
     }
   }
 
@@ -295,21 +307,20 @@ class ForwardPipeline {
     });
   }
 
-  // From the convolution of every sample to the gate, by the mean and variance over all of them.
-  void NormalizeGate(const ForwardArgs& args) {
-    A* z = static_cast<A*>(args.spatial_gate);
-    const auto [mean, variance] = MomentsOf(parallel_, z, g_.batch, g_.positions, sums_);
+  // From the descriptors of every sample to the gate.
+  void NormalizedGate(const ForwardArgs& args) {
+    batch_norm_.Run(static_cast<const A*>(args.spatial_descriptors),
+                    static_cast<const A*>(args.kernel));
     A* statistics = static_cast<A*>(args.batch_statistics);
-    statistics[0] = static_cast<A>(mean);
-    statistics[1] = static_cast<A>(variance);
+    statistics[0] = static_cast<A>(batch_norm_.mean());
+    statistics[1] = static_cast<A>(batch_norm_.variance());
 
-    const double scale =
-        *static_cast<const A*>(args.gamma) / std::sqrt(variance + problem_.epsilon);
+    const double gamma = *static_cast<const A*>(args.gamma);
     const double offset = args.bias == nullptr ? 0.0 : *static_cast<const A*>(args.bias);
     ForEach(parallel_, g_.batch, [&](int64_t n) {
-      A* gate = z + n * g_.positions;
+      A* gate = static_cast<A*>(args.spatial_gate) + n * g_.positions;
       for (int64_t p = 0; p < g_.positions; ++p) {
-        gate[p] = static_cast<A>((gate[p] - mean) * scale + offset);
+        gate[p] = static_cast<A>(batch_norm_.Normalized(n * g_.positions + p) * gamma + offset);
       }
       dense_.sigmoid(gate, g_.positions, gate);
     });
@@ -323,13 +334,13 @@ class ForwardPipeline {
   const bool stream_;
   Arena arena_;
   ChannelDescriptors<A> channel_descriptors_;
+  BatchNorm<A> batch_norm_;
   A* hidden_[2] = {};        // [wave, hidden], for the mean and the maximum
   A* hidden_sum_ = nullptr;  // [wave, hidden], where the branches meet early
   A* logits_[2] = {};        // [wave, C]
   int64_t blocks_ = 0, slots_ = 0;
   int64_t plane_size_ = 0, line_size_ = 0, halo_size_ = 0, scratch_size_ = 0;
-  A* scratch_ = nullptr;    // [slots, scratch_size]
-  double* sums_ = nullptr;  // [N]
+  A* scratch_ = nullptr;  // [slots, scratch_size]
 };
 
 // What takes which arguments (kernels.cc).

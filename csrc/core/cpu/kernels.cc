@@ -43,16 +43,20 @@ std::atomic<InstructionSet>& Active() {
 // Calls body(Kernels<A>) with the passes for the map type and the active instruction set.
 template <typename Body>
 auto WithKernels(DataType dtype, const Body& body) {
-#define CBAM_LEVEL_KERNELS(level)                                               \
-  switch (dtype) {                                                              \
-    case DataType::kFloat32:                                                    \
-      return body(Kernels<float>{&level::kMapFloat32, &level::kDenseFloat32});  \
-    case DataType::kFloat16:                                                    \
-      return body(Kernels<float>{&level::kMapFloat16, &level::kDenseFloat32});  \
-    case DataType::kBFloat16:                                                   \
-      return body(Kernels<float>{&level::kMapBFloat16, &level::kDenseFloat32}); \
-    case DataType::kFloat64:                                                    \
-      return body(Kernels<double>{&level::kMapFloat64, &level::kDenseFloat64}); \
+#define CBAM_LEVEL_KERNELS(level)                                                              \
+  switch (dtype) {                                                                             \
+    case DataType::kFloat32:                                                                   \
+      return body(                                                                             \
+          Kernels<float>{&level::kMapFloat32, &level::kDenseFloat32, &level::kDenseFloat64});  \
+    case DataType::kFloat16:                                                                   \
+      return body(                                                                             \
+          Kernels<float>{&level::kMapFloat16, &level::kDenseFloat32, &level::kDenseFloat64});  \
+    case DataType::kBFloat16:                                                                  \
+      return body(                                                                             \
+          Kernels<float>{&level::kMapBFloat16, &level::kDenseFloat32, &level::kDenseFloat64}); \
+    case DataType::kFloat64:                                                                   \
+      return body(                                                                             \
+          Kernels<double>{&level::kMapFloat64, &level::kDenseFloat64, &level::kDenseFloat64}); \
   }
   switch (ActiveInstructionSet()) {
     case InstructionSet::kAvx512:
@@ -70,7 +74,8 @@ auto WithKernels(DataType dtype, const Body& body) {
   }
   CBAM_LEVEL_KERNELS(baseline)
 #undef CBAM_LEVEL_KERNELS
-  return body(Kernels<float>{&baseline::kMapFloat32, &baseline::kDenseFloat32});
+  return body(
+      Kernels<float>{&baseline::kMapFloat32, &baseline::kDenseFloat32, &baseline::kDenseFloat64});
 }
 
 template <typename A>

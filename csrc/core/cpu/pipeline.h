@@ -36,6 +36,7 @@ template <typename A>
 struct Kernels {
   const MapPasses<A>* map;
   const DensePasses<A>* dense;
+  const DensePasses<double>* double_dense;
 };
 
 inline int64_t CeilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -238,8 +239,8 @@ struct PaddedPlane {
   }
 };
 
-template <typename A>
-void CopyRows(const A* from, int64_t width, int64_t rows, const Plane<A>& plane, int64_t row) {
+template <typename From, typename A>
+void CopyRows(const From* from, int64_t width, int64_t rows, const Plane<A>& plane, int64_t row) {
   for (int64_t r = 0; r < rows; ++r) {
     std::copy(from + r * width, from + (r + 1) * width, plane.data + (row + r) * plane.stride);
   }
@@ -298,30 +299,103 @@ void SumRows(const From* from, int64_t rows, int64_t stride, double scale, Range
   }
 }
 
-// Mean and biased variance of z [batch, positions], in double and in two passes: by samples, then
-// over them in order. `sums` is [batch]. Of no values both are 0.
-struct Moments {
-  double mean = 0, variance = 0;
-};
-template <typename A>
-Moments MomentsOf(const Parallel& parallel, const A* z, int64_t batch, int64_t positions,
-                  double* sums) {
-  const auto mean_of = [&](auto value) {
-    ForEach(parallel, batch, [&](int64_t n) {
-      double sum = 0;
-      for (int64_t p = n * positions; p < (n + 1) * positions; ++p) sum += value(z[p]);
-      sums[n] = sum;
-    });
-    double total = 0;
-    for (int64_t n = 0; n < batch; ++n) total += sums[n];
-    const double count = static_cast<double>(batch * positions);
-    return count > 0 ? total / count : 0.0;
-  };
-  Moments moments;
-  moments.mean = mean_of([](A v) { return static_cast<double>(v); });
-  moments.variance = mean_of([mean = moments.mean](A v) { return (v - mean) * (v - mean); });
-  return moments;
+// The sum of value(i) over [begin, end), by halves: its error does not grow with the count.
+template <typename Value>
+double PairwiseSum(int64_t begin, int64_t end, const Value& value) {
+  constexpr int64_t kBlock = 128, kSums = 8;
+  if (end - begin > kBlock) {
+    const int64_t middle = begin + (end - begin) / 2;
+    return PairwiseSum(begin, middle, value) + PairwiseSum(middle, end, value);
+  }
+  double sums[kSums] = {};
+  int64_t i = begin;
+  for (; i + kSums <= end; i += kSums) {
+    for (int64_t j = 0; j < kSums; ++j) sums[j] += value(i + j);
+  }
+  for (int64_t j = 0; i + j < end; ++j) sums[j] += value(i + j);
+  for (int64_t half = kSums / 2; half > 0; half /= 2) {
+    for (int64_t j = 0; j < half; ++j) sums[j] += sums[j + half];
+  }
+  return sums[0];
 }
+
+// The convolution of every sample's spatial descriptors, normalised by its own mean and variance. In
+// double: where the mean is large beside the deviation, what is left of a rounded difference is
+// nothing.
+template <typename A>
+class BatchNorm {
+ public:
+  BatchNorm(const Problem& problem, const Geometry& g, const DensePasses<double>& dense,
+            const Parallel& parallel, Arena* arena)
+      : problem_(problem), g_(g), dense_(dense), parallel_(parallel) {
+    if (!problem.batch_norm) return;
+    plane_size_ = PaddedPlane<double>::Size(g, dense.lanes, g.height + 2 * g.half_rows);
+    line_size_ = RoundUp(g.width, dense.lanes);
+    slots_ = g.Slots(g.batch);
+    scratch_ = arena->Take<double>(slots_, 2 * plane_size_ + line_size_);
+    kernel_ = arena->Take<double>(std::min<int64_t>(g.batch, 1), 2, problem.kernel_size,
+                                  problem.kernel_size);
+    convolved_ = arena->Take<double>(g.batch, g.positions);
+    sums_ = arena->Take<double>(g.batch);
+  }
+
+  // From the descriptors [N, 2, H, W].
+  void Run(const A* descriptors, const A* kernel) {
+    if (g_.batch * g_.positions == 0) return;
+    std::copy(kernel, kernel + 2 * problem_.kernel_size * problem_.kernel_size, kernel_);
+    const Taps<double> taps{kernel_, problem_.kernel_size, g_.half_rows, g_.half_columns};
+    ForEachWithSlot(parallel_, g_.batch, slots_, [&](int64_t n, int64_t slot) {
+      double* memory = scratch_ + slot * (2 * plane_size_ + line_size_);
+      double* line = memory + 2 * plane_size_;
+      Plane<double> planes[2];
+      for (int q = 0; q < 2; ++q) {
+        planes[q] = PaddedPlane<double>::Make(g_, dense_.lanes, g_.height + 2 * g_.half_rows,
+                                              memory + q * plane_size_);
+        CopyRows(descriptors + (2 * n + q) * g_.positions, g_.width, g_.height, planes[q],
+                 g_.half_rows);
+      }
+      for (int64_t r = 0; r < g_.height; ++r) {
+        dense_.convolve_row(planes, r + g_.half_rows, g_.width, taps, 0.0, line);
+        std::copy(line, line + g_.width, convolved_ + n * g_.positions + r * g_.width);
+      }
+    });
+    mean_ = MeanOf([&](int64_t i) { return convolved_[i]; });
+    variance_ = MeanOf([&](int64_t i) {
+      const double centred = convolved_[i] - mean_;
+      return centred * centred;
+    });
+    inverse_deviation_ = 1.0 / std::sqrt(variance_ + problem_.epsilon);
+  }
+
+  // Of an empty batch both are 0.
+  double mean() const { return mean_; }
+  double variance() const { return variance_; }
+  double inverse_deviation() const { return inverse_deviation_; }
+  // At position i of the batch.
+  double Normalized(int64_t i) const { return (convolved_[i] - mean_) * inverse_deviation_; }
+
+  // The mean of value(i) over the positions of the batch: by samples, then over them.
+  template <typename Value>
+  double MeanOf(const Value& value) const {
+    ForEach(parallel_, g_.batch, [&](int64_t n) {
+      sums_[n] = PairwiseSum(n * g_.positions, (n + 1) * g_.positions, value);
+    });
+    const double count = static_cast<double>(g_.batch * g_.positions);
+    return PairwiseSum(0, g_.batch, [&](int64_t n) { return sums_[n]; }) / count;
+  }
+
+ private:
+  const Problem& problem_;
+  const Geometry& g_;
+  const DensePasses<double>& dense_;
+  const Parallel& parallel_;
+  int64_t plane_size_ = 0, line_size_ = 0, slots_ = 0;
+  double* scratch_ = nullptr;    // of a task on a sample
+  double* kernel_ = nullptr;     // [k, k, 2]
+  double* convolved_ = nullptr;  // [N, P]
+  double* sums_ = nullptr;       // [N]
+  double mean_ = 0, variance_ = 0, inverse_deviation_ = 0;
+};
 
 // Cuts `size` columns of work into blocks of whole cache lines; one block where there is little to
 // do.
