@@ -107,6 +107,24 @@ def test_released_sizes(shapes_only, depth, attention):
             assert f"{_multiply_adds(model, on_first) / 1e9:.{digits}f}" == expected
 
 
+# Of the paper's other networks, which its checkpoints may be of: 32 groups of 4, a wider trunk.
+ARCHITECTURES = {
+    27_561_496: models.DEPTHS[50]._replace(groups=32, group_width=4),
+    48_958_716: models.DEPTHS[101]._replace(groups=32, group_width=4),
+    26_075_516: models.DEPTHS[18]._replace(filters=(96, 192, 384, 768)),
+    45_971_256: models.DEPTHS[18]._replace(filters=(128, 256, 512, 1024)),
+}
+
+
+@pytest.mark.parametrize("parameters", ARCHITECTURES)
+def test_sizes_of_other_architectures(shapes_only, parameters):
+    """A wrong count means other widths or groups than ResNeXt's and WideResNet's."""
+    network = models.Released(ARCHITECTURES[parameters], "cbam", None, {})
+    images = keras.Input(SMALL)
+    model = keras.Model(images, network.top(network.features(images), 1000, "softmax"))
+    assert _trainable(model) == parameters
+
+
 @pytest.mark.parametrize("depth", SEED_TOTAL)
 def test_seed_parameters(shapes_only, depth):
     """A wrong count means a departure from the network that the seed document defines."""
