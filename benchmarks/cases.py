@@ -25,7 +25,7 @@ UNFRIENDLY = ((28, 28, 3), (28, 28, 33), (14, 14, 257), (5, 5, 64), (1, 1, 512))
 
 @dataclasses.dataclass(frozen=True)
 class NetworkCase:
-    """A residual network at 224 px: plain, with stock CBAM, with the fused CBAM (`NETWORKS`)."""
+    """A residual network at 224 px: plain, with stock CBAM, and that one fused (`NETWORKS`)."""
 
     group: str
     depth: int

@@ -1,6 +1,7 @@
-"""Whole residual networks: plain, with the module in stock Keras layers, with the fused one.
+"""Whole residual networks: plain, with the module in stock Keras layers, and that one fused.
 
-The latter two also compiled by XLA, whole, as Keras compiles a model with `jit_compile=True`.
+The fused network is what one call of `cbam_ops.fuse` makes of the stock one, with the same weights.
+All are also compiled by XLA, whole, as Keras compiles a model with `jit_compile=True`.
 
 The share of the time that the module takes is what the network with it takes more than the plain
 one, in runs that take turns: the addition and the ReLU that end a block are in all of them.
@@ -17,19 +18,24 @@ from measure import peak_bytes, shows_memory
 
 from cbam_ops._bench import OURS, Outcome, interleave, spread
 
-ATTENTION = {
-    "plain": None,
+_NETWORK = {
+    "plain": "plain",
     "stock": "stock",
-    OURS: "cbam",
-    "plain-xla": None,
+    OURS: "fused",
+    "plain-xla": "plain",
     "stock-xla": "stock",
-    OURS_XLA: "cbam",
+    OURS_XLA: "fused",
 }
 _COMPILED = ("plain-xla", "stock-xla", OURS_XLA)
 # Two correct float32 evaluations of fifty layers, relative to the largest logit.
 _AGREE = 1e-2
 # A network is timed for longer than a module: the module's share is a small difference.
 _TIMES_A_ROW = 10
+
+
+def _attends(name: str) -> bool:
+    """Whether a provider's network has the modules."""
+    return _NETWORK[name] != "plain"
 
 
 def _function(model: Any, mode: str, images: Any, labels: Any, jit: bool) -> Callable[[int], Any]:
@@ -61,24 +67,6 @@ def _function(model: Any, mode: str, images: Any, labels: Any, jit: bool) -> Cal
     return lambda i: train(images[i % len(images)], labels)
 
 
-def _give_weights(source: Any, target: Any) -> None:
-    """Copies the weights by the order of layers; both networks have weights of the same shapes."""
-    values: dict[str, np.ndarray] = {}
-    for weight in source.weights:
-        values[weight.path] = weight.numpy()
-    rest = [w for w in target.weights if w.path not in values]
-    for weight in target.weights:
-        if weight.path in values:
-            weight.assign(values.pop(weight.path))
-    # What is left are the modules' weights, whose layers have other names.
-    left = list(values.values())
-    for weight in rest:
-        index = next(i for i, value in enumerate(left) if value.shape == tuple(weight.shape))
-        weight.assign(left.pop(index))
-    if left:
-        raise ValueError(f"{len(left)} weights of {source.name} have no place in {target.name}")
-
-
 def measure_network(case: NetworkCase, seconds: float) -> Outcome:
     """Checks that stock and fused agree, then times all three."""
     import keras
@@ -93,35 +81,32 @@ def measure_network(case: NetworkCase, seconds: float) -> Outcome:
     images = [tf.constant(random.standard_normal(shape, dtype=np.float32)) for _ in range(2)]
     labels = tf.constant(random.integers(0, 1000, case.n))
 
-    built: dict[str | None, Any] = {}
+    built: dict[str, Any] = {}
     with cbam_ops.use_implementation("native"):
-        for attention in dict.fromkeys(ATTENTION[name] for name in case.providers):
+        for name, attention in (("plain", None), ("stock", "stock")):
             keras.utils.set_random_seed(50)
-            built[attention] = models.build_resnet(
+            built[name] = models.build_resnet(
                 case.depth,
                 attention=attention,
                 input_shape=shape[1:],
                 classifier_activation=None,
             )
-        networks = {name: built[ATTENTION[name]] for name in case.providers}
-        if OURS in networks and "stock" in networks:
-            fused = networks[OURS]
-            for weight in fused.trainable_weights:  # gammas of 0 would hide the modules
-                if "gamma" in weight.path and weight.shape == (1,):
-                    weight.assign([1.0])
-            _give_weights(fused, networks["stock"])
-            a, b = (
-                np.asarray(networks[name](images[0][:2], training=False))
-                for name in (OURS, "stock")
-            )
-            difference = float(np.max(np.abs(a - b)) / np.max(np.abs(b)))
-            if not difference <= _AGREE:
-                outcome.wrong[OURS] = (
-                    f"the logits differ from the stock network's by {difference:.2g}"
-                )
-                return outcome
-        else:
-            difference = float("nan")
+        for weight in built["stock"].trainable_weights:
+            if "gamma" in weight.path and weight.shape == (1,):
+                weight.assign([1.0])  # of 0 they would hide the modules
+        built["fused"], report = cbam_ops.fuse(built["stock"], return_report=True)
+        left = [f"{row.layer}: {row.reason}" for row in report if row.reason]
+        if left or not report:
+            outcome.wrong[OURS] = f"not fused: {', '.join(left) or 'no module was found'}"
+            return outcome
+        networks = {name: built[_NETWORK[name]] for name in case.providers}
+        a, b = (
+            np.asarray(built[name](images[0][:2], training=False)) for name in ("fused", "stock")
+        )
+        difference = float(np.max(np.abs(a - b)) / np.max(np.abs(b)))
+        if not difference <= _AGREE:
+            outcome.wrong[OURS] = f"the logits differ from the stock network's by {difference:.2g}"
+            return outcome
         functions = {
             name: _function(network, case.mode, images, labels, name in _COMPILED)
             for name, network in networks.items()
@@ -133,7 +118,7 @@ def measure_network(case: NetworkCase, seconds: float) -> Outcome:
         for name, f in functions.items()
     }
     if case.mode == "training" and "stock" in functions:
-        losses = {name: float(f(0)) for name, f in functions.items() if ATTENTION[name]}
+        losses = {name: float(f(0)) for name, f in functions.items() if _attends(name)}
         stock_loss = losses["stock"]
         for name, loss in losses.items():
             if not abs(loss - stock_loss) <= _AGREE * abs(stock_loss):
@@ -146,7 +131,7 @@ def measure_network(case: NetworkCase, seconds: float) -> Outcome:
         figures = spread(values)
         share = None
         plain = "plain-xla" if name in _COMPILED else "plain"
-        if ATTENTION[name] and plain in times:
+        if _attends(name) and plain in times:
             pairs = zip(values, times[plain], strict=True)
             share = 100 * float(np.median([(v - p) / v for v, p in pairs]))
         outcome.rows.append(
@@ -156,7 +141,7 @@ def measure_network(case: NetworkCase, seconds: float) -> Outcome:
                 **figures,
                 "inputs": len(images),
                 "ours_is_faster": ours and figures["median_s"] / ours,
-                "error": None if not ATTENTION[name] or np.isnan(difference) else difference,
+                "error": difference if _attends(name) else None,
                 "extra_bytes": extra[name],
                 "module_percent_of_time": share,
             }

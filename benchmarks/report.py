@@ -264,8 +264,9 @@ def details(rows: pd.DataFrame) -> str:
         "The same stages in the other types and layouts, from the least to the greatest speed. In "
         "NCHW the baselines are the faster of NCHW and a graph transposed to NHWC.": others.empty
         or _summary_table(others),
-        "Whole networks. What the modules take is the time by which a network with them is slower "
-        "than the plain one, measured in turns.": _network_table(rows),
+        "Whole networks. The one with cbam_ops is what `cbam_ops.fuse` makes of the one with stock "
+        "CBAM. What the modules take is the time by which a network with them is slower than the "
+        "plain one, measured in turns.": _network_table(rows),
     }
     texts = [text for head, table in parts.items() if isinstance(table, str) and table
              for text in (head, table)]  # fmt: skip

@@ -1210,8 +1210,8 @@ def _print(report: list[Attention]) -> None:
     if replaced:
         head = ["layer", "found", "dialect", "options", "largest difference", "reads of the map"]
         rows = [
-            [row.layer, row.found, row.dialect, _words(row), f"{row.difference:.1e} ({row.dtype})",
-             "{} -> {}".format(*row.reads or ())]
+            [row.layer, row.found, row.dialect or "-", _words(row),
+             f"{row.difference:.1e} ({row.dtype})", "{} -> {}".format(*row.reads or ())]
             for row in replaced
         ]  # fmt: skip
         _console.print_table([head, *rows], "<<<<>>")
@@ -1223,6 +1223,10 @@ def _print(report: list[Attention]) -> None:
 
 
 def _words(row: Attention) -> str:
-    """What the dialect does not say: sizes, or all where there is none."""
-    names = ["hidden", "kernel_size", "ties", *(_WAY if not row.dialect else ())]
-    return ", ".join(f"{name}={row.options[name]}" for name in names if name in row.options)
+    """The sizes, and what else is not usual and not said by the dialect."""
+    kind = layers.CBAM if "kernel_size" in row.options else layers.ChannelAttention
+    defaults = inspect.signature(kind).parameters
+    names = ["ties"] if row.dialect else ["ties", *_WAY]
+    unusual = [n for n in names if n in row.options and row.options[n] != defaults[n].default]
+    sizes = [name for name in ("hidden", "kernel_size") if name in row.options]
+    return ", ".join(f"{name}={row.options[name]}" for name in [*sizes, *unusual])
