@@ -184,12 +184,14 @@ def forward(
     batch_norm: bool = False,
     epsilon: float = 1e-5,
     dtype: DTypeLike = np.float64,
+    between: Array | None = None,
 ) -> Tensors:
     """The module, with every intermediate a gradient needs.
 
     All inputs are cast to ``dtype`` and everything is computed and returned in it. Gates the module
     does not have, and what belongs to them, are absent from the result. The names without an
-    underscore are those of the kernels' outputs; those with one are for :func:`backward`.
+    underscore are those of the kernels' outputs; those with one are for :func:`backward`. For
+    ``between`` see there.
     """
     if gates == "spatial_first":
         first = forward(
@@ -197,9 +199,10 @@ def forward(
             gate_activation=gate_activation, batch_norm=batch_norm, epsilon=epsilon, dtype=dtype,
         )  # fmt: skip
         second = forward(
-            first["y"], w0, b0, w1, b1, residual=residual, layout=layout, gates="channel_only",
-            pooling=pooling, mlp_activation=mlp_activation, hidden_activation=hidden_activation,
-            gate_activation=gate_activation, activation=activation, dtype=dtype,
+            first["y"] if between is None else between, w0, b0, w1, b1, residual=residual,
+            layout=layout, gates="channel_only", pooling=pooling, mlp_activation=mlp_activation,
+            hidden_activation=hidden_activation, gate_activation=gate_activation,
+            activation=activation, dtype=dtype,
         )  # fmt: skip
         return {**first, **second}
 
@@ -284,6 +287,7 @@ def backward(
     d_spatial_gate: Array | None = None,
     y: Array | None = None,
     tie_gate: Array | None = None,
+    between: Array | None = None,
     magnitude: bool = False,
 ) -> Tensors:
     """Gradients of :func:`forward` with respect to every input, by the chain rule.
@@ -296,6 +300,8 @@ def backward(
       tie_gate: ``[N, C]`` channel gate whose products with ``x``, *in the gate's type*, decide
         which channels are equal maxima (``channel_first``); default: the one computed here. Two
         products can be equal in float32 and different in float64, so a comparison needs it.
+      between: the map that ``spatial_first`` hands from one gate to the other; default: the one
+        computed here. Given, one rounded to a narrow type decides what its maxima are.
       magnitude: with every factor and term replaced by its absolute value: how large the sums were
         before they cancelled, which is what rounding errors are proportional to.
     """
@@ -308,9 +314,11 @@ def backward(
     }
     norm = {"batch_norm": batch_norm, "epsilon": epsilon}
     if gates == "spatial_first":
-        u = forward(
-            x, kernel=kernel, bias=bias, gamma=gamma, gates="spatial_only", **norm, **options
-        )["y"]
+        u = between
+        if u is None:
+            u = forward(
+                x, kernel=kernel, bias=bias, gamma=gamma, gates="spatial_only", **norm, **options
+            )["y"]
         second = backward(
             u, dy, w0, b0, w1, b1, residual=residual, gates="channel_only", activation=activation,
             d_channel_gate=d_channel_gate, y=y, magnitude=magnitude, ties=ties, **mlp, **options,
@@ -436,6 +444,7 @@ def evaluate(
     *,
     y: Array | None = None,
     tie_gate: Array | None = None,
+    between: Array | None = None,
     magnitude: bool = False,
     dtype: DTypeLike = np.float64,
 ) -> Tensors:
@@ -444,7 +453,7 @@ def evaluate(
     Args:
       case: of any function.
       tensors: its arguments.
-      y: see :func:`backward`, as for `tie_gate` and `magnitude`.
+      y: see :func:`backward`, as for `tie_gate`, `between` and `magnitude`.
       dtype: to compute in.
     """
     values = {name: np.asarray(tensor).astype(np.float64) for name, tensor in tensors.items()}
@@ -459,7 +468,7 @@ def evaluate(
         return {**results, **pool_grad(x, *d, layout, dtype)}
     if "gamma" in values:
         values["bias"] = values.pop("beta")
-    results = forward(**values, **options, dtype=dtype)
+    results = forward(**values, **options, dtype=dtype, between=between)
     if "batch_statistics" in results:
         results["mean"], results["variance"] = results["batch_statistics"].reshape(2, 1)
         if magnitude and results["spatial_gate"].size:
@@ -473,6 +482,7 @@ def evaluate(
         dy=cotangents[0],
         y=y,
         tie_gate=tie_gate,
+        between=between,
         magnitude=magnitude,
         dtype=dtype,
         **d,

@@ -16,7 +16,7 @@ from test_ops import run_python
 
 import cbam_ops
 from cbam_ops import ops
-from cbam_ops.testing import Case, assert_accurate, options, truth_and_stock
+from cbam_ops.testing import Case, assert_accurate, options, truth_and_stock, worst_of
 
 Tensors = dict[str, tf.Tensor]
 
@@ -128,6 +128,14 @@ def test_saturated_gates_do_better_than_stock(instruction_set):
 # --- large means ----------------------------------------------------------------------------------
 
 
+def with_large_mean(case: Case, offset: float) -> Tensors:
+    tensors = case.draw()
+    tensors["x"] = tf.constant(offset + 0.01 * tensors["x"].numpy(), tf.float32)
+    if "w0" in tensors:
+        tensors["w0"] *= 1 / (1 + offset)
+    return tensors
+
+
 @pytest.mark.parametrize("function", ["spatial_attention_with_batch_norm", "cbam_with_batch_norm"])
 @pytest.mark.parametrize("kernel_size", [1, 3])
 @pytest.mark.parametrize("offset", [0.0, 1.0, 10.0, 100.0, 1000.0])
@@ -138,15 +146,30 @@ def test_batch_norm_of_descriptors_with_a_large_mean(
     case = Case(
         function, size=(4, 8, 8, 16), hidden=2, kernel_size=kernel_size, data_format=data_format
     )
-    for seed in range(3):
-        tensors = case.replace(seed=seed).draw()
-        tensors["x"] = tf.constant(offset + 0.01 * tensors["x"].numpy(), tf.float32)
-        if "w0" in tensors:
-            tensors["w0"] *= 1 / (1 + offset)
+    draws = []
+    for seed in range(4):
+        tensors = with_large_mean(case.replace(seed=seed), offset)
         magnitudes = gradient_magnitudes(case, tensors)
-        findings = case.compare(case.evaluate(ops, tensors), tensors, magnitudes=magnitudes)
-        faults = [finding.fault for finding in findings if finding.name == "dkernel"]
-        assert faults == [""], faults
+        draws.append(case.compare(case.evaluate(ops, tensors), tensors, magnitudes=magnitudes))
+    faults = [finding.fault for finding in worst_of(draws) if finding.fault]
+    faults += [f.fault for found in draws for f in found if f.name == "dkernel" and f.fault]
+    assert not faults, faults
+
+
+@pytest.mark.parametrize("offset", [10.0, 100.0, 1000.0])
+def test_batch_norm_of_a_large_mean_does_better_than_stock(instruction_set, offset, data_format):
+    """Fails where logits are rounded to float32 before their mean is taken off."""
+    errors = []
+    for seed in range(4):
+        case = Case("spatial_attention_with_batch_norm", size=(4, 8, 8, 16), kernel_size=7)
+        case = case.replace(seed=seed, data_format=data_format)
+        tensors = with_large_mean(case, offset)
+        truth, stock = truth_and_stock(case, tensors, "evaluate")
+        results = case.evaluate(ops, tensors)
+        name = "spatial_gate"
+        errors.append([each[name].numpy() - truth[name].numpy() for each in (results, stock)])
+    ours, stocks = np.sqrt(np.mean(np.square(errors), axis=(0, 2, 3, 4)))
+    assert ours < 0.5 * stocks
 
 
 # --- sizes ----------------------------------------------------------------------------------------

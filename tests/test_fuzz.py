@@ -18,9 +18,18 @@ from hypothesis import strategies as st
 
 import cbam_ops
 from cbam_ops import ops
-from cbam_ops.testing import ARGUMENTS, EPSILON, FILLS, Case
+from cbam_ops.testing import (
+    ARGUMENTS,
+    EPSILON,
+    FILLS,
+    FLOOR_ROUNDINGS,
+    Case,
+    Finding,
+    gradient_name,
+    worst_of,
+)
 
-SEED = 20261125
+SEED = 20261126
 
 # Ones, primes, and what lies around the widths of vectors and tiles.
 SIDES = (1, 2, 3, 5, 7, 8, 9, 13, 16, 17, 31, 32, 33, 61)
@@ -41,10 +50,7 @@ sizes = st.one_of(
 
 @st.composite
 def cases(draw: st.DrawFn) -> Case:
-    # Without batch norm in training: where a batch has few logits, or equal ones, the gate is what
-    # rounding leaves of a difference, and stock TensorFlow's error in one call says nothing of it.
-    functions = [name for name, arguments in ARGUMENTS.items() if "gamma" not in arguments]
-    function = draw(st.sampled_from(functions))
+    function = draw(st.sampled_from(list(ARGUMENTS)))
     dtype = draw(st.sampled_from(list(EPSILON)))
     words: dict[str, Any] = {}
     pool = function.endswith("pool")
@@ -55,11 +61,7 @@ def cases(draw: st.DrawFn) -> Case:
     if function == "channel_attention":
         words["pooling"] = draw(st.sampled_from(["avg+max", "avg", "max"]))
     if function.startswith("cbam"):
-        # Of a half type "spatial_first" is two ops with a rounded map between them, which decides
-        # what is the maximum: one number's error says nothing. test_ops.py has them.
-        orders = ["channel_first", "parallel"]
-        orders += ["spatial_first"] * (dtype in ("float32", "float64"))
-        words["order"] = draw(st.sampled_from(orders))
+        words["order"] = draw(st.sampled_from(["channel_first", "parallel", "spatial_first"]))
     return Case(
         function,
         size=draw(sizes),
@@ -76,27 +78,41 @@ def cases(draw: st.DrawFn) -> Case:
     )
 
 
-def check(case: Case) -> None:
+def compare(case: Case) -> list[Finding]:
     """Ours against numpy's definition by the policy; the ordinary evaluation is the reference's."""
     tensors = case.draw()
     wide = np.longdouble if case.dtype == "float64" else np.float64
     with cbam_ops.use_implementation("native"):
         results = case.evaluate(ops, tensors)
+    between = None
     with np.errstate(all="ignore"):
+        if case.hands_on_a_half:
+            x, gate = (np.asarray(v, np.float32) for v in (tensors["x"], results["spatial_gate"]))
+            between = x * np.expand_dims(gate, 3 if case.data_format == "NHWC" else 1)
+            between = between.astype(tensors["x"].dtype.as_numpy_dtype)
         # Where a ReLU cuts and which values tie is decided on what was computed.
         truth = numpy_oracle.evaluate(
             case,
             tensors,
             y=np.asarray(results["y"]).astype(np.float64) if "y" in results else None,
             tie_gate=np.asarray(results["channel_gate"]) if "channel_gate" in results else None,
+            between=between,
             dtype=wide,
         )
         magnitudes = numpy_oracle.gradient_magnitudes(case, tensors)
-    faults = [
-        finding.fault
-        for finding in case.compare(results, tensors, magnitudes=magnitudes, truth=truth)
-        if finding.fault
-    ]
+    if case.hands_on_a_half:  # and its gradient comes back in that type: one more rounding
+        roundings = EPSILON[case.dtype] / (2 * FLOOR_ROUNDINGS * EPSILON["float32"])
+        for name in case.names:
+            magnitudes[gradient_name(name)] = magnitudes[gradient_name(name)] * (1 + roundings)
+    return case.compare(results, tensors, magnitudes=magnitudes, truth=truth)
+
+
+def check(case: Case) -> None:
+    findings = compare(case)
+    if any(finding.fault for finding in findings):
+        others = (compare(case.replace(seed=1000 * n + case.seed)) for n in range(1, 4))
+        findings = worst_of([findings, *others])
+    faults = [finding.fault for finding in findings if finding.fault]
     assert not faults, faults
 
 
@@ -139,6 +155,15 @@ FOUND = [
         biases=False,
         options=(("activation", None), ("epsilon", 2.0**-17)),
         dtype="float64",
+    ),
+    # Five equal logits have a mean, but not their sum over five in floating point.
+    Case(
+        "spatial_attention_with_batch_norm",
+        size=(5, 1, 1, 4),
+        kernel_size=1,
+        fill="equal",
+        dtype="float64",
+        seed=58,
     ),
 ]
 

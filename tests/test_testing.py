@@ -20,10 +20,12 @@ from cbam_ops.testing import (
     SIZES,
     SMALLEST,
     Case,
+    Finding,
     assert_accurate,
     assert_close,
     assert_same_bits,
     compare,
+    worst_of,
 )
 
 EXACT = np.linspace(1, 2, 5)
@@ -150,3 +152,15 @@ def test_the_names_of_cases_differ():
     """Fails where a test's name does not say which case it is."""
     cases = [*OPTIONS, *SIZES, *LARGE]
     assert len({str(case) for case in cases}) == len(cases)
+
+
+def test_several_draws_hold_the_largest_error_against_the_largest_bound():
+    lucky = Finding("dbias", error=3.0, allowed=1.0, stock=0.0, fault="too far off")
+    usual = Finding("dbias", error=2.0, allowed=4.0, stock=1.5)
+    (found,) = worst_of([[lucky], [usual]])
+    assert (found.error, found.allowed, found.stock, found.fault) == (3.0, 4.0, 1.5, "")
+    wrong = Finding("dbias", error=5.0, allowed=1.0, fault="too far off")
+    (found,) = worst_of([[usual], [wrong], [lucky]])
+    assert (found.error, found.fault) == (5.0, "too far off")
+    incomparable = Finding("dbias", error=np.inf, fault="shape")
+    assert worst_of([[usual], [incomparable]])[0].fault == "shape"
