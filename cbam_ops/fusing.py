@@ -231,6 +231,9 @@ class _Candidate(NamedTuple):
         made.build(tuple(shape))
         return made
 
+    def with_options(self, options: dict[str, Any]) -> _Candidate:
+        return self._replace(options={**self.options, **options}) if options else self
+
     def value(self, attribute: str, value: Any, layer: Any) -> Any:
         """What a weight of the layer is, from a value of the region's."""
         value = tf.reshape(value, getattr(layer, attribute).shape)
@@ -643,7 +646,7 @@ def _prove(region: _Region, candidate: _Candidate) -> _Found:
     # Where the gradient of a maximum goes among equals does not show in the outputs.
     for ties, dtype in itertools.product(_call.WORDS["ties"], _TOLERANCES):
         if ties != "even":
-            candidate = candidate._replace(options={**candidate.options, "ties": ties})
+            candidate = candidate.with_options({"ties": ties})
         try:
             difference = _compare(region, candidate, trainable, dtype)
             return _Found(region, candidate, trainable, difference, dtype)
@@ -838,17 +841,21 @@ class _Search:
                     self.left[id(node)] = reason or _why_no_region(graph, node)
 
     def _identify(self, graph: _Graph, region: _Region) -> _Found:
-        reason = _LeftError()
-        for candidate in _near(region, _candidates(region)):
-            choices = [(region, candidate)]
-            if not self._shared(region):
-                choices += _with_tails(graph, region, candidate)
-            for choice in reversed(choices):
-                try:
-                    return _prove(*choice)
-                except _LeftError as error:
-                    reason = error
-        raise reason
+        reasons = []
+        for form, added in _forms(region):
+            try:
+                for candidate in _near(form, (c.with_options(added) for c in _candidates(form))):
+                    choices = [(form, candidate)]
+                    if not self._shared(form):
+                        choices += _with_tails(graph, form, candidate)
+                    for choice in reversed(choices):
+                        try:
+                            return _prove(*choice)
+                        except _LeftError as error:
+                            reasons.append(error)
+            except _LeftError as error:
+                reasons.append(error)
+        raise reasons[0]
 
     def _shared(self, region: _Region) -> set[int]:
         """The calls outside the region that use its weights."""
@@ -911,6 +918,16 @@ def _why_no_region(graph: _Graph, node: Any) -> str:
     return "its gate is not made from the map alone"
 
 
+def _forms(region: _Region) -> Iterator[tuple[_Region, dict[str, Any]]]:
+    """The region as it is, and as one that adds its map, or ends with a ReLU, out of sight."""
+    yield region, {}
+    if _is_own(type(region.nodes[-1].operation)):
+        with_residual = region._replace(residual=region.map)
+        yield with_residual, {}
+        yield with_residual, {"activation": "relu"}
+        yield region, {"activation": "relu"}
+
+
 def _may_end(node: Any) -> bool:
     """Whether a region may end with this call: it combines tensors, or is somebody's own."""
     name = type(node.operation).__name__
@@ -969,7 +986,7 @@ def _with_tails(
         if len(others) == 1 and region.residual is None:
             region = region._replace(residual=others[0])
         elif not others:
-            candidate = candidate._replace(options={**candidate.options, "activation": "relu"})
+            candidate = candidate.with_options({"activation": "relu"})
         else:
             return
         try:

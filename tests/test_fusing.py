@@ -247,6 +247,43 @@ def chained_layers(x):
     return Positions(name="positions")(Channels()(x))
 
 
+@keras.saving.register_keras_serializable("test_fusing")
+class AddsItsInput(kl.Layer):
+    """As in xmu-xiaoma666/External-Attention-tensorflow and k3_addons."""
+
+    def __init__(self, relu=False, **kwargs):
+        super().__init__(**kwargs)
+        self.relu = relu
+        self.mlp = keras.Sequential(
+            [
+                kl.Conv2D(2, 1, use_bias=False),
+                kl.Activation("relu"),
+                kl.Conv2D(C, 1, use_bias=False),
+            ]
+        )
+        self.conv = kl.Conv2D(1, 3, padding="same")
+
+    def call(self, x):
+        pools = ops.max(x, (1, 2), keepdims=True), ops.mean(x, (1, 2), keepdims=True)
+        u = x * ops.sigmoid(self.mlp(pools[0]) + self.mlp(pools[1]))
+        planes = [ops.max(u, axis=3, keepdims=True), ops.mean(u, axis=3, keepdims=True)]
+        y = u * ops.sigmoid(self.conv(ops.concatenate(planes, 3))) + x
+        return ops.relu(y) if self.relu else y
+
+
+class ModelAsLayer(keras.Model):
+    """A subclassed model in the place of a layer, with pools of the size of its input."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.mlp = keras.Sequential([kl.Flatten(), kl.Dense(3, activation="relu"), kl.Dense(C)])
+
+    def call(self, x, training=False):
+        pool = kl.AveragePooling2D(pool_size=x.shape[1:3])
+        scale = tf.sigmoid(self.mlp(pool(x)))[:, tf.newaxis, tf.newaxis]
+        return x * tf.tile(scale, [1, x.shape[1], x.shape[2], 1])
+
+
 class Style(NamedTuple):
     write: Callable
     found: str
@@ -276,6 +313,15 @@ STYLES = {
     "channel_only": Style(channel_only, "channel gate", "paper", reads=(3, 1)),
     "spatial_only": Style(spatial_only, "spatial gate", "luuuyi", reads=(3, 1)),
     "gates_of_layers": Style(gates_of_layers, "CBAM", "kobiso", {"hidden": 2}),
+    "adds_its_input": Style(
+        lambda x: AddsItsInput()(x), "CBAM + residual", "", {"hidden": 2}, reads=(8, 2)
+    ),
+    "adds_and_clips": Style(
+        lambda x: AddsItsInput(relu=True)(x), "CBAM + residual + ReLU", "", reads=(9, 2)
+    ),
+    "model_as_layer": Style(
+        lambda x: ModelAsLayer()(x), SE, "squeeze_excite", size=(9, 6), reads=(2, 1)
+    ),
     "layer": Style(lambda x: WithoutBias()(x), "CBAM", "official", {"batch_norm_momentum": 0.9}),
     "traced": Style(lambda x: Traced()(x), SE, "squeeze_excite", {"hidden": C}, reads=(2, 1)),
     "chained_layers": Style(chained_layers, "CBAM", "kobiso", {"hidden": 3}),
@@ -331,7 +377,20 @@ def assert_same_model(fused: keras.Model, model: keras.Model, x=None) -> None:
         assert_close(step(fused, x), step(model, x), FLOAT32, "loss")
 
 
-@pytest.mark.parametrize("style", STYLES.values(), ids=STYLES)
+# The others differ in one thing from one of these.
+QUICK = {
+    "kobiso", "with_operators", "official", "convolutions", "spatial_first", "parallel", "yolo",
+    "squeeze_excite", "efficient_net", "ties", "gates_of_layers", "layer", "adds_its_input",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "style",
+    [
+        pytest.param(style, id=name, marks=[] if name in QUICK else pytest.mark.long)
+        for name, style in STYLES.items()
+    ],
+)
 def test_style_is_found(style):
     """Fails when attention written this way is not found, or is replaced by something else."""
     model = model_of(style.write, size=style.size)
