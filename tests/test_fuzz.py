@@ -165,6 +165,8 @@ FOUND = [
         dtype="float64",
         seed=58,
     ),
+    # An infinite mean less itself is NaN.
+    Case("spatial_attention_with_batch_norm", size=(1, 1, 1, 1), kernel_size=1, fill="inf"),
 ]
 
 

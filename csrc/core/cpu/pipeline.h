@@ -361,7 +361,8 @@ class BatchNorm {
     });
     mean_ = MeanOf([&](int64_t i) { return convolved_[i]; });
     // Once more about it: of equal logits the mean is that logit, to the last bit.
-    mean_ += MeanOf([&](int64_t i) { return convolved_[i] - mean_; });
+    const double more = MeanOf([&](int64_t i) { return convolved_[i] - mean_; });
+    if (std::isfinite(mean_)) mean_ += more;
     variance_ = MeanOf([&](int64_t i) {
       const double centred = convolved_[i] - mean_;
       return centred * centred;
