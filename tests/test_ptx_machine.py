@@ -797,6 +797,21 @@ def test_calls(machine: Any) -> None:
     assert {row["function"] for row in kernel["instructions"]} == {"k", "outer", "twice"}
 
 
+def test_local_memory(machine: Any) -> None:
+    """Each thread has its own; by its own addresses and by generic ones."""
+    out = aligned(64, np.uint32)
+    body = """
+        .local .align 16 .b8 depot[16];
+        mov.u64 %rd1, depot; cvta.local.u64 %rd2, %rd1;
+        and.b32 %r1, %r0, 3; mad.wide.u32 %rd3, %r1, 4, %rd1; st.local.u32 [%rd3], %r0;
+        mad.wide.u32 %rd4, %r1, 4, %rd2; ld.u32 %r2, [%rd4]; add.u32 %r2, %r2, 1;
+        mad.wide.u32 %rd0, %r0, 4, %b0; st.global.u32 [%rd0], %r2;"""
+    run(machine, body, (out, "out"), threads=64)
+    np.testing.assert_array_equal(out, np.arange(64) + 1)
+    with pytest.raises(machine.Error, match="outside of local memory"):
+        run(machine, body + "ld.local.u32 %r3, [%rd1+16];", (out, "zero"), threads=64)
+
+
 def test_generic_addresses_of_parameters(machine: Any) -> None:
     out = aligned(1, np.uint64)
     load = "mov.b64 %rd0, p0; cvta.param.u64 %rd0, %rd0; ld.u64 %rd1, [%rd0];"

@@ -58,8 +58,11 @@ class Compiler {
   void CompileFunction(const std::string& name, const std::vector<int>* given = nullptr) {
     if (kernel_.program->bodies.count(name) == 0) throw Error("PTX: no body of " + name);
     kernel_.functions.push_back(ParseFunction(kernel_.program, name));
-    Body body = {&kernel_.functions.back(), {}, {}, {}, {}};
-    const int64_t registers_begin = end_;
+    Body body = {&kernel_.functions.back(), 0, {}, {}, {}, {}};
+    const int64_t registers_begin = end_, local_begin = local_end_;
+    body.local_begin = (local_end_ + 15) / 16 * 16;
+    local_end_ = body.local_begin + body.function->local_bytes;
+    kernel_.local_bytes = std::max(kernel_.local_bytes, (local_end_ + 15) / 16 * 16);
     for (const Register& reg : body.function->registers) {
       body.lane_bytes.push_back(reg.bits == 1 ? 0 : reg.bits <= 32 ? 4 : 8);
       body.at.push_back(static_cast<int>(end_));
@@ -91,6 +94,7 @@ class Compiler {
     body_ = outer;
     statement_ = outer_statement;
     end_ = registers_begin;
+    local_end_ = local_begin;
   }
 
   // The operand's register, which has lanes of so many bytes.
@@ -116,6 +120,8 @@ class Compiler {
     const Function& function = *body_->function;
     const auto shared = function.shared.find(symbol);
     if (shared != function.shared.end()) return shared->second.offset;
+    const auto local = function.local.find(symbol);
+    if (local != function.local.end()) return body_->local_begin + local->second.offset;
     const auto parameter = function.parameters.find(symbol);
     if (parameter != function.parameters.end()) return parameter->second.offset;
     throw Error(function.name + ": no variable " + symbol);
@@ -271,9 +277,12 @@ class Compiler {
   void CompileAddress(Step* step, Words* words) {
     const bool to = words->Take("to");
     const bool shared = words->Take("shared") || words->Take("shared::cta");
-    const bool parameter = words->Take("param");
-    if (!shared && !parameter && !words->Take("global")) throw Unknown();
-    const uint64_t window = shared ? kSharedWindow : parameter ? kParameterWindow : 0;
+    const bool parameter = words->Take("param"), local = words->Take("local");
+    if (!shared && !parameter && !local && !words->Take("global")) throw Unknown();
+    const uint64_t window = shared      ? kSharedWindow
+                            : parameter ? kParameterWindow
+                            : local     ? kLocalWindow
+                                        : 0;
     if (words->TakeType() != "u64") throw Unknown();
     Finish(*words);
     const Operation add = FindOperation("add.u64");
@@ -311,6 +320,7 @@ class Compiler {
     words->Take("weak");
     step->space = words->Take("global")                                 ? Space::kGlobal
                   : words->Take("shared") || words->Take("shared::cta") ? Space::kShared
+                  : words->Take("local")                                ? Space::kLocal
                   : words->Take("param")                                ? Space::kParameter
                                                                         : Space::kGeneric;
     step->constant = words->Take("nc");
@@ -342,7 +352,9 @@ class Compiler {
       step->base_bytes = body_->lane_bytes[static_cast<size_t>(address.reg)];
       step->a = body_->at[static_cast<size_t>(address.reg)];
     }
-    const char* const where = step->space == Space::kShared ? "shared" : "global";
+    const char* const where = step->space == Space::kShared  ? "shared"
+                              : step->space == Space::kLocal ? "local"
+                                                             : "global";
     step->family = step->space == Space::kParameter ? "move"
                    : atomic                         ? std::string("atomic ") + where
                    : name == "ld"                   ? std::string("load ") + where
@@ -510,6 +522,7 @@ class Compiler {
 
   struct Body {
     const Function* function;
+    int64_t local_begin;
     std::vector<int> at, lane_bytes;  // of its registers
     std::vector<int> first_step;      // of its statements
     std::vector<int> branches;        // steps whose target is a statement
@@ -519,7 +532,7 @@ class Compiler {
   Body* body_ = nullptr;
   const Statement* statement_ = nullptr;
   std::set<std::string> unknown_;
-  int64_t end_ = 0, most_ = 0;
+  int64_t end_ = 0, most_ = 0, local_end_ = 0;
   int constants_end_ = kConstants;
   std::map<std::tuple<uint64_t, int, std::string>, int> constants_;
 };

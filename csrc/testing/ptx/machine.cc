@@ -37,6 +37,8 @@ struct Warp {
   size_t put_off = 0;  // how many of the stack's last entries wait for lanes of the others
   char* registers = nullptr;
   std::unique_ptr<char[]> storage;
+  std::vector<char> local_data;  // of each lane in turn
+  std::unique_ptr<Buffer> local;
   int barrier = -1;  // where it waits
   uint32_t round = 0;
   std::shared_ptr<const Knowledge> known = std::make_shared<Knowledge>();
@@ -160,6 +162,11 @@ class Grid {
       warp.storage = std::make_unique<char[]>(bytes + 64);
       const auto start = reinterpret_cast<uintptr_t>(warp.storage.get());
       warp.registers = warp.storage.get() + (64 - start % 64);
+      const auto local_bytes = static_cast<int64_t>(kernel_.local_bytes) * kLanes;
+      warp.local_data.resize(static_cast<size_t>(local_bytes));
+      // Not whether it was written: compilers load early what they may not come to use.
+      warp.local = std::make_unique<Buffer>("local memory", warp.local_data.data(), local_bytes,
+                                            true, true, false);
       for (const Kernel::Preset& preset : kernel_.presets) SetRegister(warp, preset);
     }
     ++kernel_.blocks;
@@ -546,6 +553,13 @@ class Grid {
       place.buffer = &parameters_buffer_;
       place.address = parameters_buffer_.data() + (address - kParameterWindow);
       if (!place.buffer->Holds(place.address, bytes)) fault("outside of the parameters");
+    } else if (step.space == Space::kLocal ||
+               (step.space == Space::kGeneric && address - kLocalWindow < kWindowBytes)) {
+      const uint64_t offset = step.space == Space::kLocal ? address : address - kLocalWindow;
+      if (offset + static_cast<uint64_t>(bytes) > static_cast<uint64_t>(kernel_.local_bytes))
+        fault("outside of local memory");
+      place.buffer = warp.local.get();
+      place.address = place.buffer->data() + lane * kernel_.local_bytes + offset;
     } else if (step.space == Space::kShared || address - kSharedWindow < kWindowBytes) {
       place.buffer = warp.block->shared.get();
       const uint64_t offset = step.space == Space::kShared ? address : address - kSharedWindow;
@@ -654,10 +668,11 @@ class Grid {
       }
     });
     const bool shared = touched == warp->block->shared.get();
-    const bool global = !shared && touched != &parameters_buffer_;
+    const bool local = touched == warp->local.get();
+    const bool global = !shared && !local && touched != &parameters_buffer_;
     if (step->space == Space::kGeneric) {  // what it is counted as shows now
       const std::string what = step->family.substr(0, step->family.find(' ') + 1);
-      step->family = what + (shared ? "shared" : global ? "global" : "parameter");
+      step->family = what + (shared ? "shared" : local ? "local" : global ? "global" : "parameter");
     }
     if (global) CountSectors(*warp, step, mask, addresses);
     if (shared) CountWavefronts(step, mask, addresses);

@@ -32,9 +32,10 @@
 namespace cbam_ops {
 namespace ptx {
 
-// Where generic addresses of shared memory start: no address of a process.
+// Where generic addresses of other memories start: no addresses of a process.
 constexpr uint64_t kSharedWindow = uint64_t{0x5a} << 56;
 constexpr uint64_t kParameterWindow = uint64_t{0x5b} << 56;
+constexpr uint64_t kLocalWindow = uint64_t{0x5c} << 56;
 constexpr uint64_t kWindowBytes = 1 << 24;
 
 struct Configuration {
@@ -76,7 +77,7 @@ enum class Kind {
   kFence,
   kNothing,
 };
-enum class Space { kGeneric, kGlobal, kShared, kParameter };
+enum class Space { kGeneric, kGlobal, kShared, kLocal, kParameter };
 
 // An instruction, ready to run. Registers are offsets into a warp's file.
 struct Step {
@@ -106,7 +107,7 @@ struct Kernel {
   Program* program;
   std::deque<Function> functions;  // the first is the kernel, then what it calls, copied in
   std::vector<Step> steps;
-  int64_t register_bytes = 0;
+  int64_t register_bytes = 0, local_bytes = 0;
   struct Preset {
     int at, bytes;  // bytes 0: a predicate
     uint64_t value;

@@ -189,6 +189,11 @@ class FunctionParser {
       function_->shared[name] = variable;
       return tokens_.Expect(";");
     }
+    if (tokens_.TakeIf(".local")) {
+      const auto [name, variable] = TakeVariable(&tokens_, &function_->local_bytes);
+      function_->local[name] = variable;
+      return tokens_.Expect(";");
+    }
     TakeStatement();
   }
 

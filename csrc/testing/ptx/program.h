@@ -51,7 +51,7 @@ struct Register {
   bool is_argument = false;  // of a function, or for one that is called: moved, not loaded
 };
 
-// A variable in shared memory, or a parameter.
+// A variable in shared or local memory, or a parameter.
 struct Variable {
   int64_t offset = 0;
   int64_t bytes = 0;  // 0: dynamic shared memory
@@ -63,11 +63,11 @@ struct Function {
   std::vector<Register> registers;
   std::vector<Statement> statements;
   std::map<std::string, int> labels;
-  std::map<std::string, Variable> shared;
+  std::map<std::string, Variable> shared, local;
   std::map<std::string, Variable> parameters;  // of a kernel
   std::vector<Variable> parameter_order;
   std::vector<int> arguments;  // registers, of a function that is no kernel
-  int64_t shared_bytes = 0;
+  int64_t shared_bytes = 0, local_bytes = 0;
   int64_t parameter_bytes = 0;
 };
 
