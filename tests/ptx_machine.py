@@ -91,8 +91,10 @@ def _build(
         with tempfile.TemporaryDirectory(dir=CACHE) as building:
             _run([COMPILER, "-shared", *objects, "-o", f"{building}/{name}.so"])
             os.replace(f"{building}/{name}.so", library)
-    loader = importlib.machinery.ExtensionFileLoader(name, str(library))
-    loaded = importlib.util.module_from_spec(importlib.util.spec_from_loader(name, loader))
+    # In a package of its own: of two modules of one name pybind11 gives the first again.
+    full_name = f"{library.stem}.{name}"
+    loader = importlib.machinery.ExtensionFileLoader(full_name, str(library))
+    loaded = importlib.util.module_from_spec(importlib.util.spec_from_loader(full_name, loader))
     loader.exec_module(loaded)
     return loaded
 
