@@ -588,6 +588,28 @@ def test_bit_fields(machine: Any) -> None:
             np.testing.assert_array_equal(evaluate(machine, f"bfe.{kind}", kind, *columns), field)
 
 
+def test_bit_fields_are_inserted(machine: Any) -> None:
+    for kind in ("b32", "b64"):
+        a, b = (c[:64] for c in pairs(kind))
+        bits = int(kind[1:])
+        for start, length in (
+            (0, 5),
+            (3, 8),
+            (24, 8),
+            (bits - 4, 16),
+            (7, 0),
+            (0, bits),
+            (bits, 3),
+        ):
+            field = ((1 << length) - 1 << start) & ((1 << bits) - 1)
+            expected = [
+                int(y) & ~field | int(x) << start & field for x, y in zip(a, b, strict=True)
+            ]
+            places = (("u32", np.full(len(a), n)) for n in (start, length))
+            actual = evaluate(machine, f"bfi.{kind}", kind, (kind, a), (kind, b), *places)
+            np.testing.assert_array_equal(actual, expected)
+
+
 def test_moves_pack_and_unpack(machine: Any) -> None:
     values = interesting("b64", 22)[:32]
     out = aligned(32, np.uint64)

@@ -452,6 +452,20 @@ struct Prmt {
   }
 };
 
+// Puts the first bits of a into b.
+template <typename T>
+void Insert(const Lanes& l) {
+  auto* const d = reinterpret_cast<T*>(l.d);
+  EachLane(l.mask, [&](int i) {
+    constexpr uint32_t most = 8 * sizeof(T);
+    const uint32_t from = In<uint32_t>(l.c)[i] & 255, count = In<uint32_t>(l.e)[i] & 255;
+    const T ones = count >= most ? ~T{0} : (T{1} << count) - 1;
+    const T field = from >= most ? 0 : ones << from;
+    const T shifted = from >= most ? 0 : In<T>(l.a)[i] << from;
+    d[i] = (In<T>(l.b)[i] & ~field) | (shifted & field);
+  });
+}
+
 // The table of lop3 comes as `mode`.
 void Lop3(const Lanes& l) {
   auto* const d = reinterpret_cast<uint32_t*>(l.d);
@@ -866,6 +880,11 @@ class Finder {
         if constexpr (sizeof(T) >= 4)
           Set(&Three<Bfe, T, T, uint32_t, uint32_t>, type_, {type_, "u32", "u32"});
       });
+    }
+    if (name_ == "bfi") {
+      const std::vector<std::string> sources = {type_, type_, "u32", "u32"};
+      if (type_ == "b32") Set(&Insert<uint32_t>, type_, sources);
+      if (type_ == "b64") Set(&Insert<uint64_t>, type_, sources);
     }
     if (name_ == "prmt" && type_ == "b32")
       Set(&Three<Prmt, uint32_t, uint32_t, uint32_t, uint32_t>, type_, {type_, type_, type_});

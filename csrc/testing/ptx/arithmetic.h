@@ -21,6 +21,7 @@ struct Lanes {
   const char* a;
   const char* b;
   const char* c;
+  const char* e;
   uint32_t mask;
   int mode;
 };

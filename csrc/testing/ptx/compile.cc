@@ -28,7 +28,7 @@ class Compiler {
       if (*at >= kConstants) *at += static_cast<int>(most_) - kConstants;
     };
     for (Step& step : kernel_.steps) {
-      for (int* const at : {&step.d, &step.a, &step.b, &step.c}) move(at);
+      for (int* const at : {&step.d, &step.a, &step.b, &step.c, &step.e}) move(at);
       for (int& value : step.values) move(&value);
     }
     for (Kernel::Preset& preset : kernel_.presets) move(&preset.at);
@@ -238,7 +238,7 @@ class Compiler {
     step->function = operation.function;
     step->family = operation.family;
     step->mode = operation.mode;
-    int* const sources[] = {&step->a, &step->b, &step->c};
+    int* const sources[] = {&step->a, &step->b, &step->c, &step->e};
     for (size_t i = 0; i < operation.sources.size(); ++i)
       *sources[i] = Use(At(i + 1), operation.sources[i]);
     size_t given = operation.sources.size() + 1;

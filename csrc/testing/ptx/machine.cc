@@ -262,7 +262,7 @@ class Grid {
       if (step.kind == Kind::kLanes) {
         char* const registers = warp->registers;
         step.function({registers + step.d, registers + step.a, registers + step.b,
-                       registers + step.c, mask, step.mode});
+                       registers + step.c, registers + step.e, mask, step.mode});
         ++top.pc;
         continue;
       }

@@ -83,7 +83,7 @@ enum class Space { kGeneric, kGlobal, kShared, kLocal, kParameter };
 struct Step {
   Kind kind = Kind::kNothing;
   LaneFunction function = nullptr;
-  int d = 0, a = 0, b = 0, c = 0, mode = 0;
+  int d = 0, a = 0, b = 0, c = 0, e = 0, mode = 0;
   int guard = -1;
   bool guard_negated = false;
   // Memory: `values` of `bytes` each, in lanes of `lane_bytes`.
