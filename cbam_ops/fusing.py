@@ -19,6 +19,7 @@ import dataclasses
 import inspect
 import itertools
 import math
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -273,6 +274,7 @@ def _candidates(region: _Region) -> Iterator[_Candidate]:
     others = [v.name for v in variables if not tf.as_dtype(v.dtype).is_floating]
     if others:
         raise _LeftError("it draws random numbers" if "seed" in others[0] else f"weight {others}")
+    _policy(region)
     norm = _batch_norm(region)
     found = False
     for data_format, axis in (("channels_last", 3), ("channels_first", 1)):
@@ -537,10 +539,12 @@ class _Probe:
         outermost = _Outermost(function, self.dtype)
         with tf.GradientTape(watch_accessed_variables=False) as tape:
             tape.watch(sources)
-            with keras.StatelessScope() as scope:
+            with keras.StatelessScope(collect_losses=True) as scope:
                 for name, variable in variables.items():
                     scope.add_update((variable, transform(name, self.weights[name])))
                 y = outermost(*self.inputs, training=training)
+        if scope.losses:
+            raise _LeftError("it adds a loss")
         results = {"output": y}
         if gradients:
             slopes = tape.gradient(y, sources, self.dy, tf.UnconnectedGradients.ZERO)
@@ -590,6 +594,8 @@ def _near(region: _Region, candidates: Iterable[_Candidate]) -> Iterator[_Candid
             probe = _Probe(region, candidate, size, _FILLS[0], dtype)
             try:
                 expected = probe.of_region(candidate, gradients=False)
+            except _LeftError:
+                raise
             except Exception as error:
                 raise _LeftError(f"it does not run on a probe: {_first_line(error)}") from error
             layer = candidate.make(region.map.shape, dtype=probe.dtype)
@@ -641,7 +647,7 @@ def _prove(region: _Region, candidate: _Candidate) -> _Found:
     Raises:
       _LeftError: they are not.
     """
-    trainable = _trainable(region, candidate)
+    trainable, policy = _trainable(region, candidate), _policy(region)
     reasons = []
     # Where the gradient of a maximum goes among equals does not show in the outputs.
     for ties, dtype in itertools.product(_call.WORDS["ties"], _TOLERANCES):
@@ -649,7 +655,7 @@ def _prove(region: _Region, candidate: _Candidate) -> _Found:
             candidate = candidate.with_options({"ties": ties})
         try:
             difference = _compare(region, candidate, trainable, dtype)
-            return _Found(region, candidate, trainable, difference, dtype)
+            return _Found(region, candidate, trainable, policy, difference, dtype)
         except _LeftError as error:
             reasons.append(error)
         except Exception as error:
@@ -689,8 +695,9 @@ class _Found(NamedTuple):
     region: _Region
     candidate: _Candidate
     trainable: bool
+    policy: Any  # the layer's dtype policy
     difference: float
-    dtype: str
+    dtype: str  # of the proof
 
     @property
     def key(self) -> tuple[Any, ...]:
@@ -886,11 +893,26 @@ class _Search:
             else:
                 return
 
+    def name(self, node: Any) -> str:
+        """That of a call's layer or op; of one called several times it differs from call to call.
+
+        Those that share their weights stay one layer.
+        """
+        operation = node.operation
+        graphs = self.graphs.values()
+        same = [n for graph in graphs for n in graph.nodes if n.operation is operation]
+        place = [id(n) for n in same].index(id(node))
+        if len(same) == 1 or _variables(operation):
+            return operation.name
+        taken = {n.operation.name for graph in graphs for n in graph.nodes}
+        names = (f"{operation.name}_{i}" for i in itertools.count(place))
+        return next(name for name in names if name not in taken)
+
     def report(self) -> list[Attention]:
         rows = []
         for graph, path in self._remaining():
             for node in graph.nodes:
-                layer = path + node.operation.name
+                layer = path + self.name(node)
                 if id(node) in self.found:
                     found = self.found[id(node)]
                     names = dict.fromkeys(path + n.operation.name for n in found.region.nodes)
@@ -1053,7 +1075,7 @@ class _Rebuild:
         if found.key not in self._made:
             region, candidate = found.region, found.candidate
             layer = candidate.make(
-                region.map.shape, name=node.operation.name, dtype=_policy(region),
+                region.map.shape, name=self._search.name(node), dtype=found.policy,
                 trainable=found.trainable,
             )  # fmt: skip
             for name, variable in candidate.weights.items():
@@ -1101,9 +1123,17 @@ def _clone(operation: Any) -> Any:
 
 
 def _policy(region: _Region) -> Any:
-    """The dtype policy of the region's layers with weights."""
+    """The dtype policy of the region's layers with weights.
+
+    Raises:
+      _LeftError: they compute in another type than the map has.
+    """
     owners = [v for o in region.operations for v in _sublayers(o) if v._trainable_variables]
-    return owners[0].dtype_policy
+    policies = [owner.dtype_policy for owner in owners]
+    for policy in policies:
+        if policy.compute_dtype == region.output.dtype:
+            return policy
+    raise _LeftError(f"its layers compute in {policies[0].compute_dtype}, not in its map's type")
 
 
 def _checked(model: Any) -> Any:
@@ -1215,7 +1245,14 @@ def fuse(model: Any, verbose: int = 0, return_report: bool = False) -> Any:
     new = rebuild.model(graph)
     rebuild.copy_weights()
     if model.compiled:
-        new.compile_from_config(model.get_compile_config())
+        try:
+            new.compile_from_config(model.get_compile_config())
+        except Exception as error:  # whatever the user's own loss or metric raises
+            warnings.warn(
+                f"fuse: the new model is not compiled, since not all that {model.name} was "
+                f"compiled with can be made again from its config: {_first_line(error)}",
+                stacklevel=2,
+            )
     report = search.report()
     if verbose:
         _print(report)

@@ -583,6 +583,52 @@ def test_trainability(part):
         assert_same_model(fused, model)
 
 
+def test_shared_layers_without_weights():
+    """Fails when a Multiply or a ReLU that serves several blocks leads to equal names."""
+    multiply, relu = kl.Multiply(), kl.ReLU()
+
+    def write(x):
+        y = multiply([x, channel_gate(x)])
+        return relu(kl.Add()([multiply([y, spatial_gate(y)]), x]))
+
+    model = model_of(write, write, lambda x: relu(x))
+    fused, report = fusing.fuse(model, return_report=True)
+    assert [row.found for row in report] == ["CBAM + residual + ReLU"] * 2
+    for row in report:
+        assert isinstance(fused.get_layer(row.layer), cbam_ops.CBAM)
+    assert_close(fused(images()), model(images()), FLOAT32, "output")
+
+
+def test_several_inputs_and_outputs():
+    """Fails when the structure of inputs or outputs changes."""
+    keras.utils.set_random_seed(0)
+    inputs = {name: keras.Input((5, 6, C), name=name) for name in ("a", "b")}
+    x = kobiso(inputs["a"] + inputs["b"])
+    model = keras.Model(inputs, {"map": x, "mean": [ops.mean(x), kl.Dense(2, name="top")(x)]})
+    randomize(model)
+    fused, (row,) = fusing.fuse(model, return_report=True)
+    assert row.found == "CBAM"
+    random = np.random.default_rng(0)
+    values = {name: random.standard_normal((2, 5, 6, C)).astype("float32") for name in "ab"}
+    results = [m(values) for m in (fused, model)]
+    keras.tree.assert_same_structure(*results)
+    for ours, stock in zip(*map(keras.tree.flatten, results), strict=True):
+        assert_close(ours, stock, FLOAT32, "output")
+
+
+def test_compiled_with_a_loss_of_its_own():
+    """Fails when a loss that has no config stops it, or goes without a word."""
+    model = model_of(squeeze_excite)
+
+    def difference(y, z):
+        return ops.mean(y - z)
+
+    model.compile("sgd", difference)
+    with pytest.warns(UserWarning, match="not compiled"):
+        fused = fusing.fuse(model)
+    assert not fused.compiled
+
+
 def test_partly_frozen_stays():
     """Fails when a module of which a part is frozen is thawed or frozen as a whole."""
     model = model_of(kobiso)
@@ -749,6 +795,24 @@ def activity_regularizer(x):
     return x * channel_gate(x, mlp)
 
 
+class AddsLoss(WholeModule):
+    def call(self, x):
+        y = super().call(x)
+        self.add_loss(ops.mean(y))
+        return y
+
+    def build(self, shape):
+        super().build(shape)
+        self.conv.use_bias = False
+
+
+def gate_in_float32(x):
+    """Of a bfloat16 map."""
+    x = kl.Conv2D(C, 1, dtype="mixed_bfloat16")(x)
+    gate = kl.Dense(2, activation="relu")(ops.mean(ops.cast(x, "float32"), (1, 2), keepdims=True))
+    return x * ops.cast(kl.Dense(C, activation="sigmoid")(gate), "bfloat16")
+
+
 NONE = [
     (lambda x: mlp_gate(x, second="softmax"), "softmax"),
     (lambda x: mlp_gate(x, first="tanh"), "tanh"),
@@ -761,13 +825,15 @@ NONE = [
     (gate_is_used_twice, "used elsewhere"),
     (gate_from_elsewhere, "map alone"),
     (activity_regularizer, "activity regularizer"),
+    (lambda x: AddsLoss()(x), "adds a loss"),
+    (gate_in_float32, "compute in float32"),
 ]
 
 
 @pytest.mark.parametrize(
     ("write", "reason"), NONE,
     ids=["softmax", "tanh", "not_shared", "sum_of_sigmoids", "sum_of_hidden", "eca", "dropout",
-         "one_bias", "leaks", "elsewhere", "activity"],
+         "one_bias", "leaks", "elsewhere", "activity", "loss", "types"],
 )  # fmt: skip
 def test_what_is_no_cbam_stays(write, reason):
     """Fails when something else is replaced, or the report does not say why it stays."""
