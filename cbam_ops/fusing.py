@@ -76,9 +76,11 @@ class _Graph:
       producer: the node of a tensor, by the tensor's id.
       consumers: the nodes that take a tensor, by its id.
       outputs: the ids of the model's outputs.
+      chain: whether it is a Sequential, whose layers take one tensor.
     """
 
     def __init__(self, model: Any) -> None:
+        self.chain = isinstance(model, keras.Sequential)
         by_depth = keras.Function(model.inputs, model.outputs)._nodes_by_depth
         self.nodes = [
             node for depth in sorted(by_depth, reverse=True) for node in by_depth[depth]
@@ -235,11 +237,17 @@ class _Candidate(NamedTuple):
     def with_options(self, options: dict[str, Any]) -> _Candidate:
         return self._replace(options={**self.options, **options}) if options else self
 
-    def value(self, attribute: str, value: Any, layer: Any) -> Any:
-        """What a weight of the layer is, from a value of the region's."""
-        value = tf.reshape(value, getattr(layer, attribute).shape)
+    def weights_of(self, layer: Any) -> dict[str, Any]:
+        """The weights of a layer that was made."""
+        return {name: getattr(layer, name) for name in self.weights if name != _FOLDED}
+
+    def value(self, attribute: str, values: dict[str, Any], layer: Any) -> Any:
+        """What a weight of the layer is, from values of the region's."""
+        value = tf.reshape(values[attribute], getattr(layer, attribute).shape)
         if attribute == "spatial_kernel" and self.maximum_first:
             value = tf.reverse(value, [2])
+        if attribute == "moving_mean" and _FOLDED in values:
+            value -= values[_FOLDED]
         return value
 
 
@@ -251,6 +259,8 @@ _BATCH_NORM = {
     "moving_variance": "moving_variance",
 }
 _STATISTICS = ("moving_mean", "moving_variance")
+# A bias of the spatial convolution before a batch norm. It only shifts the mean that is taken off.
+_FOLDED = "folded_bias"
 # The weights that one argument describes.
 _GROUPS = {
     "mlp_kernel": ("w0", "w1"),
@@ -259,6 +269,7 @@ _GROUPS = {
     "spatial_bias": ("spatial_bias",),
     "batch_norm_gamma": ("batch_norm_gamma",),
     "batch_norm_beta": ("batch_norm_beta",),
+    _FOLDED: (_FOLDED,),
 }
 
 
@@ -291,7 +302,7 @@ def _candidates(region: _Region) -> Iterator[_Candidate]:
                 found = True
                 yield candidate
     if not found:
-        raise _LeftError(_misfit(variables, region.output.shape))
+        raise _LeftError(_misfit(variables))
 
 
 def _batch_norm(region: _Region) -> Any:
@@ -329,9 +340,8 @@ def _assignments(variables: list[Any], channels: int | None, norm: Any) -> Itera
             mlps += [{"w0": mlp["w0"]}, {"w0": mlp["w0"], "b0": (units,)}]
     convolutions: list[_Shapes] = [] if fixed else [{}]
     for kernel in dict.fromkeys(filter(_is_spatial, shapes)):
-        convolutions += [{"spatial_kernel": kernel}]
-        if not fixed:
-            convolutions += [{"spatial_kernel": kernel, "spatial_bias": (1,)}]
+        bias = _FOLDED if fixed else "spatial_bias"
+        convolutions += [{"spatial_kernel": kernel}, {"spatial_kernel": kernel, bias: (1,)}]
     for mlp, convolution in itertools.product(mlps, convolutions):
         for match in _matches(free, {**mlp, **convolution}):
             yield {**match, **fixed}
@@ -367,6 +377,8 @@ def _described(weights: dict[str, Any]) -> dict[str, Any]:
                 raise _LeftError(f"its weights have different {what}s")
             if not kept or kept[0] is None:
                 continue
+            if group == _FOLDED:
+                raise _LeftError(f"the bias before its batch norm has a {what}")
             if any(len(variable.shape) != len(_core(variable.shape)) for variable in members):
                 if not isinstance(kept[0], (module.L1, module.L2, module.L1L2)):
                     raise _LeftError(f"a {what} of a 1x1 convolution depends on its shape")
@@ -397,7 +409,7 @@ def _with_options(weights: dict[str, Any], common: dict[str, Any]) -> Iterator[_
         yield _Candidate(layer, options, weights, bool(maximum_first))
 
 
-def _misfit(variables: list[Any], shape: Sequence[int | None]) -> str:
+def _misfit(variables: list[Any]) -> str:
     """Why no layer has these weights."""
     sizes = [_core(variable.shape) for variable in variables]
     matrices = [size for size in sizes if len(size) == 2]
@@ -514,22 +526,27 @@ class _Probe:
 
     def of_region(self, candidate: _Candidate, **how: Any) -> dict[str, Any]:
         with _computing_in(self.dtype, self.region.operations):
-            return self._evaluate(self.run_region, candidate.weights, lambda _, value: value, **how)
+            return self._evaluate(self.run_region, candidate.weights, self.weights.get, **how)
 
     def of_candidate(self, candidate: _Candidate, layer: Any, **how: Any) -> dict[str, Any]:
-        weights = {name: getattr(layer, name) for name in candidate.weights}
         with_residual = self.region.residual is not None
 
         def call(*tensors: Any) -> Any:
             return layer(tensors[0], residual=tensors[-1] if with_residual else None)
 
-        return self._evaluate(call, weights, lambda n, v: candidate.value(n, v, layer), **how)
+        def value(name: str) -> Any:
+            return candidate.value(name, self.weights, layer)
+
+        results = self._evaluate(call, candidate.weights_of(layer), value, **how)
+        if _FOLDED in self.weights and "moving_mean" in results:
+            results["moving_mean"] += self.weights[_FOLDED]
+        return results
 
     def _evaluate(
         self,
         function: Callable[..., Any],
         variables: dict[str, Any],
-        transform: Callable[[str, Any], Any],
+        value: Callable[[str], Any],
         training: bool = False,
         gradients: bool = True,
     ) -> dict[str, Any]:
@@ -541,7 +558,7 @@ class _Probe:
             tape.watch(sources)
             with keras.StatelessScope(collect_losses=True) as scope:
                 for name, variable in variables.items():
-                    scope.add_update((variable, transform(name, self.weights[name])))
+                    scope.add_update((variable, value(name)))
                 y = outermost(*self.inputs, training=training)
         if scope.losses:
             raise _LeftError("it adds a loss")
@@ -848,10 +865,13 @@ class _Search:
                     self.left[id(node)] = reason or _why_no_region(graph, node)
 
     def _identify(self, graph: _Graph, region: _Region) -> _Found:
-        reasons = []
+        reasons: list[_LeftError] = []
         for form, added in _forms(region):
             try:
                 for candidate in _near(form, (c.with_options(added) for c in _candidates(form))):
+                    if graph.chain and form.residual is not None:
+                        reasons.insert(0, _LeftError("no layer of a Sequential adds its input"))
+                        continue
                     choices = [(form, candidate)]
                     if not self._shared(form):
                         choices += _with_tails(graph, form, candidate)
@@ -1038,8 +1058,9 @@ class _Rebuild:
 
     def _sequential(self, model: Any) -> Any:
         made: list[Any] = [_clone(tensor._keras_history.operation) for tensor in model.inputs]
+        inner = self._search.inner
         for node in self._search.graphs[id(model)].nodes:
-            if id(node) in self._search.inner:
+            if id(node) in inner:
                 # Keeps the place of a layer that the next one includes.
                 made.append(keras.layers.Identity(name=node.operation.name))
             elif id(node) in self._search.found:
@@ -1050,8 +1071,9 @@ class _Rebuild:
 
     def _functional(self, model: Any) -> Any:
         values = {id(t): _clone(t._keras_history.operation).output for t in model.inputs}
+        inner = self._search.inner
         for node in self._search.graphs[id(model)].nodes:
-            if id(node) in self._search.inner:
+            if id(node) in inner:
                 continue
             if id(node) in self._search.found:
                 region = self._search.found[id(node)].region
@@ -1078,8 +1100,8 @@ class _Rebuild:
                 region.map.shape, name=self._search.name(node), dtype=found.policy,
                 trainable=found.trainable,
             )  # fmt: skip
-            for name, variable in candidate.weights.items():
-                getattr(layer, name).assign(candidate.value(name, variable, layer))
+            for name, variable in candidate.weights_of(layer).items():
+                variable.assign(candidate.value(name, candidate.weights, layer))
             self._made[found.key] = layer
         return self._made[found.key]
 
@@ -1214,7 +1236,8 @@ def fuse(model: Any, verbose: int = 0, return_report: bool = False) -> Any:
     Each is proved on random maps and weights (see :mod:`cbam_ops.fusing`). The rest stays.
 
     A replaced region's layer has the name of its last layer or op, so that
-    `model.get_layer(name).output` stays what it was.
+    `model.get_layer(name).output` stays what it was. A bias of the spatial convolution before a
+    batch norm, which takes it off again, goes into the moving mean.
 
     Args:
         model: A built `keras.Model`: functional, `Sequential`, or subclassed with a `call` that

@@ -490,6 +490,16 @@ def test_sequential_with_two_layers_for_one_module():
     assert_same_model(fused, model)
 
 
+def test_sequential_with_a_layer_that_adds_its_input():
+    """Fails when the residual of a layer of a Sequential is lost."""
+    keras.utils.set_random_seed(0)
+    model = keras.Sequential([keras.Input((None, None, C)), AddsItsInput()])
+    fused, (row,) = fusing.fuse(model, return_report=True)
+    assert "Sequential" in row.reason
+    x = np.random.default_rng(0).standard_normal((2, 5, 6, C)).astype("float32")
+    assert_close(fused(x), model(x), FLOAT32, "output")
+
+
 class Subclassed(keras.Model):
     def __init__(self, branch=False, **kwargs):
         super().__init__(**kwargs)
@@ -597,6 +607,17 @@ def test_shared_layers_without_weights():
     for row in report:
         assert isinstance(fused.get_layer(row.layer), cbam_ops.CBAM)
     assert_close(fused(images()), model(images()), FLOAT32, "output")
+
+
+def test_bias_before_a_batch_norm():
+    """Fails when such a bias, of no effect in training, is lost at inference."""
+    model = model_of(lambda x: WholeModule()(x))
+    fused, (row,) = fusing.fuse(model, return_report=True)
+    assert (row.found, row.dialect, row.dtype) == ("CBAM", "official", "float64")
+    x = images()
+    for when in ("before", "after"):
+        assert_close(fused(x), model(x), FLOAT32, f"output {when} training")
+        assert_close(step(fused, x), step(model, x), FLOAT32, "loss")
 
 
 def test_several_inputs_and_outputs():
@@ -833,7 +854,7 @@ NONE = [
 @pytest.mark.parametrize(
     ("write", "reason"), NONE,
     ids=["softmax", "tanh", "not_shared", "sum_of_sigmoids", "sum_of_hidden", "eca", "dropout",
-         "one_bias", "leaks", "elsewhere", "activity", "loss", "types"],
+         "one_bias", "leaks", "elsewhere", "activity", "loss",  "types"],
 )  # fmt: skip
 def test_what_is_no_cbam_stays(write, reason):
     """Fails when something else is replaced, or the report does not say why it stays."""
