@@ -19,6 +19,7 @@ import dataclasses
 import inspect
 import itertools
 import math
+import types
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -722,6 +723,14 @@ class _Found(NamedTuple):
         weights = tuple((name, id(v)) for name, v in sorted(self.candidate.weights.items()))
         return (self.candidate.layer, weights, repr(self.candidate.options))
 
+    def row(self, layer: str, path: str = "") -> Attention:
+        """The report's row for it."""
+        replaced = dict.fromkeys(path + node.operation.name for node in self.region.nodes)
+        return Attention(
+            layer, self.name, self.dialect, dict(self.candidate.options), tuple(replaced),
+            self.difference, self.dtype, self.reads,
+        )  # fmt: skip
+
     @property
     def name(self) -> str:
         options = self.candidate.options
@@ -861,8 +870,19 @@ class _Search:
                 self.found[id(found.region.nodes[-1])] = found
                 break
             else:
-                if _looks_like_attention(node):
-                    self.left[id(node)] = reason or _why_no_region(graph, node)
+                inside = self._inside(graph, node.operation)
+                if inside or _looks_like_attention(node):
+                    self.left[id(node)] = inside or reason or _why_no_region(graph, node)
+
+    def _inside(self, graph: _Graph, operation: Any) -> str:
+        """What a layer of one's own has inside, in words; empty if there is no attention."""
+        texts = []
+        for part in _sublayers(operation)[1:] if _is_own(type(operation)) else ():
+            with contextlib.suppress(_LeftError):
+                found = self._identify(graph, _alone(part))
+                kind, words = found.candidate.layer.__name__, _words(found.row(""))
+                texts.append(f"{part.path} in it is what cbam_ops.{kind}({words}) computes")
+        return ", ".join(texts) + "; put it into the class by hand" if texts else ""
 
     def _identify(self, graph: _Graph, region: _Region) -> _Found:
         reasons: list[_LeftError] = []
@@ -934,13 +954,7 @@ class _Search:
             for node in graph.nodes:
                 layer = path + self.name(node)
                 if id(node) in self.found:
-                    found = self.found[id(node)]
-                    names = dict.fromkeys(path + n.operation.name for n in found.region.nodes)
-                    row = Attention(
-                        layer, found.name, found.dialect, dict(found.candidate.options),
-                        tuple(names), found.difference, found.dtype, found.reads,
-                    )  # fmt: skip
-                    rows.append(row)
+                    rows.append(self.found[id(node)].row(layer, path))
                 elif id(node) in self.left and id(node) not in self.inner:
                     rows.append(Attention(layer, reason=self.left[id(node)]))
         return rows
@@ -948,6 +962,9 @@ class _Search:
 
 def _why_no_region(graph: _Graph, node: Any) -> str:
     """Why there is no region that ends with this call."""
+    rank = len(node.outputs[0].shape)
+    if rank != 4:
+        return f"its map has rank {rank}"
     for region in _regions(graph, node, strict=False):
         if all(tensor is not region.map for tensor in node.input_tensors):
             break  # another map lies between
@@ -958,6 +975,23 @@ def _why_no_region(graph: _Graph, node: Any) -> str:
         except _LeftError as error:
             return str(error)
     return "its gate is not made from the map alone"
+
+
+def _alone(layer: Any) -> _Region:
+    """A layer as a region of its own, of the shape that it was built for.
+
+    Raises:
+      _LeftError: it is not one of somebody's own that takes a map.
+    """
+    shapes = [*(layer._build_shapes_dict or {}).values()]
+    if not _is_own(type(layer)) or len(shapes) != 1 or len(shapes[0]) != 4:
+        raise _LeftError("it takes no map")
+    x, y = (keras.KerasTensor(tuple(shapes[0]), dtype=layer.compute_dtype) for _ in "xy")
+    arguments = types.SimpleNamespace(fill_in=lambda values: ((values[id(x)],), {}))
+    node = types.SimpleNamespace(
+        operation=layer, arguments=arguments, input_tensors=[x], outputs=[y]
+    )
+    return _Region((node,), x, None, y)
 
 
 def _forms(region: _Region) -> Iterator[tuple[_Region, dict[str, Any]]]:
@@ -986,18 +1020,15 @@ def _is_own(kind: type) -> bool:
 
 def _looks_like_attention(node: Any) -> bool:
     """Whether a call that is not replaced is worth a line of the report."""
-    if len(node.outputs) != 1 or len(node.outputs[0].shape) != 4:
+    own = _is_own(type(node.operation))
+    if len(node.outputs) != 1 or not 3 <= len(node.outputs[0].shape) <= 5:
         return False
     shape = node.outputs[0].shape
-    if len(node.input_tensors) == 1:
-        return (
-            _is_own(type(node.operation))
-            and bool(_variables(node.operation))
-            and (node.input_tensors[0].shape == shape)
-        )
     shapes = [tensor.shape for tensor in node.input_tensors]
+    if len(shapes) == 1:
+        return own and shapes[0] == shape and len(shape) == 4 and bool(_variables(node.operation))
     gates = [other for other in shapes if other != shape and (len(other) == 2 or 1 in other)]
-    multiplies = type(node.operation).__name__ == "Multiply" or _is_own(type(node.operation))
+    multiplies = own or type(node.operation).__name__ == "Multiply"
     return multiplies and shape in shapes and bool(gates)
 
 

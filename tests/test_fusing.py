@@ -686,6 +686,27 @@ def test_save_load_compile(tmp_path):
     assert len(loaded.evaluate(x, y, verbose=0)) == 2
 
 
+class Block(kl.Layer):
+    """A residual block with a module in it."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.conv = kl.Conv2D(C, 3, strides=2, padding="same")
+        self.attention = WithoutBias(name="attention")
+
+    def call(self, x):
+        return ops.relu(self.attention(self.conv(x)))
+
+
+def test_attention_inside_a_layer_is_named():
+    """Fails when the report is silent about a module that only its class can replace."""
+    model = model_of(lambda x: Block(name="block")(x))
+    fused, (row,) = fusing.fuse(model, return_report=True)
+    assert (row.layer, row.found) == ("block", "")
+    assert "block/attention in it is what cbam_ops.CBAM(hidden=3, kernel_size=7" in row.reason
+    assert_same_model(fused, model)
+
+
 def test_model_in_hand_is_unchanged():
     """Fails when weights, types, graph or global settings of the caller's model are touched."""
     model = model_of(official, lambda x: WithoutBias()(x), convolutions)
@@ -834,6 +855,13 @@ def gate_in_float32(x):
     return x * ops.cast(kl.Dense(C, activation="sigmoid")(gate), "bfloat16")
 
 
+def of_a_sequence(x):
+    x = kl.Reshape((-1, C))(x)
+    mean = ops.mean(x, axis=1, keepdims=True)
+    x = x * kl.Dense(C, activation="sigmoid")(kl.Dense(3, activation="relu")(mean))
+    return kl.Reshape((9, 6, C))(x)
+
+
 NONE = [
     (lambda x: mlp_gate(x, second="softmax"), "softmax"),
     (lambda x: mlp_gate(x, first="tanh"), "tanh"),
@@ -847,6 +875,7 @@ NONE = [
     (gate_from_elsewhere, "map alone"),
     (activity_regularizer, "activity regularizer"),
     (lambda x: AddsLoss()(x), "adds a loss"),
+    (of_a_sequence, "rank 3"),
     (gate_in_float32, "compute in float32"),
 ]
 
@@ -854,7 +883,7 @@ NONE = [
 @pytest.mark.parametrize(
     ("write", "reason"), NONE,
     ids=["softmax", "tanh", "not_shared", "sum_of_sigmoids", "sum_of_hidden", "eca", "dropout",
-         "one_bias", "leaks", "elsewhere", "activity", "loss",  "types"],
+         "one_bias", "leaks", "elsewhere", "activity", "loss", "rank",  "types"],
 )  # fmt: skip
 def test_what_is_no_cbam_stays(write, reason):
     """Fails when something else is replaced, or the report does not say why it stays."""
