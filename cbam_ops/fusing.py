@@ -424,6 +424,8 @@ def _misfit(variables: list[Any]) -> str:
 
 # Heights and widths of probes where the model leaves them open.
 _SIZES = ((5, 7), (8, 3))
+# Maps of so many values are compared at their own size once, in their outputs.
+_LARGE = 2**16
 
 
 class _Fill(NamedTuple):
@@ -596,6 +598,17 @@ def _sizes(shape: Sequence[int | None]) -> list[tuple[int, ...]]:
     return list(dict.fromkeys(tuple(known or size for known, size in pairs) for pairs in both))
 
 
+def _shapes(region: _Region, candidate: _Candidate) -> list[tuple[int | None, ...]]:
+    """Those of a region's map to prove it for: where it is large, of any size if that goes."""
+    shape = region.map.shape
+    n, *rest = shape
+    if None in rest or math.prod(rest) < _LARGE:
+        return [shape]
+    if candidate.options["data_format"] == "channels_last":
+        return [(n, None, None, rest[2]), shape]
+    return [(n, rest[0], None, None), shape]
+
+
 def _near(region: _Region, candidates: Iterable[_Candidate]) -> Iterator[_Candidate]:
     """The candidates whose output on a first probe is the region's.
 
@@ -668,25 +681,31 @@ def _prove(region: _Region, candidate: _Candidate) -> _Found:
     trainable, policy = _trainable(region, candidate), _policy(region)
     reasons = []
     # Where the gradient of a maximum goes among equals does not show in the outputs.
-    for ties, dtype in itertools.product(_call.WORDS["ties"], _TOLERANCES):
-        if ties != "even":
-            candidate = candidate.with_options({"ties": ties})
-        try:
-            difference = _compare(region, candidate, trainable, dtype)
-            return _Found(region, candidate, trainable, policy, difference, dtype)
-        except _LeftError as error:
-            reasons.append(error)
-        except Exception as error:
-            reasons.append(_LeftError(f"it does not run on a probe: {_first_line(error)}"))
-    raise reasons[0]
+    for shape, ties in itertools.product(_shapes(region, candidate), _call.WORDS["ties"]):
+        choice = candidate if ties == "even" else candidate.with_options({"ties": ties})
+        for dtype in _TOLERANCES:
+            try:
+                difference = _compare(region, choice, trainable, dtype, _sizes(shape))
+                return _Found(region, choice, trainable, policy, difference, dtype)
+            except _LeftError as error:
+                reasons.append(error)
+            except Exception as error:
+                reasons.append(_LeftError(f"it does not run on a probe: {_first_line(error)}"))
+    raise reasons[-4]  # the first at the map's own size
 
 
-def _compare(region: _Region, candidate: _Candidate, trainable: bool, dtype: str) -> float:
+def _compare(
+    region: _Region,
+    candidate: _Candidate,
+    trainable: bool,
+    dtype: str,
+    sizes: list[tuple[int, ...]],
+) -> float:
     """The largest difference."""
     largest, scales = 0.0, dict[str, float]()
     forward, backward = _TOLERANCES[dtype]
     layer = candidate.make(region.map.shape, dtype=dtype, trainable=trainable)
-    for size, fill in itertools.product(_sizes(region.map.shape), _FILLS):
+    for size, fill in itertools.product(sizes, _FILLS):
         probe = _Probe(region, candidate, size, fill, dtype)
         # Both ways to call it where it has statistics, and once where it should have none.
         both = not candidate.weights.keys().isdisjoint(_STATISTICS) or fill is _FILLS[0]

@@ -548,6 +548,20 @@ def test_pools_of_a_fixed_size(size):
     assert_same_model(fused, model, images((10, 7)))
 
 
+@pytest.mark.parametrize("fixed_pool", [False, True])
+def test_large_map(fixed_pool):
+    """Fails when a large map is compared at another size only, or one of a fixed size is not."""
+    inputs = keras.Input((96, 64, C))
+    mlp = dense_mlp()
+    pool = kl.AveragePooling2D((96, 64)) if fixed_pool else kl.GlobalAveragePooling2D(keepdims=True)
+    model = keras.Model(inputs, inputs * kl.Activation("sigmoid")(mlp(pool(inputs))))
+    fused, (row,) = fusing.fuse(model, return_report=True)
+    assert (row.found, row.dtype) == (SE, "float64")
+    cropped = keras.Model(inputs, inputs * ops.sigmoid(mlp(kl.AveragePooling2D((95, 64))(inputs))))
+    (row,) = fusing.fuse(cropped, return_report=True)[1]
+    assert "differs" in row.reason
+
+
 def test_fixed_batch():
     """Fails when a probe has another batch than the model allows."""
     inputs = keras.Input(batch_shape=(4, 9, 6, C))
