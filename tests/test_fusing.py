@@ -869,6 +869,12 @@ def gate_in_float32(x):
     return x * ops.cast(kl.Dense(C, activation="sigmoid")(gate), "bfloat16")
 
 
+def norm_of_inference(x):
+    """A batch norm that uses its moving statistics in training too."""
+    z = kl.BatchNormalization()(spatial_gate(x, activation=None), training=False)
+    return x * ops.sigmoid(z)
+
+
 def of_a_sequence(x):
     x = kl.Reshape((-1, C))(x)
     mean = ops.mean(x, axis=1, keepdims=True)
@@ -890,6 +896,7 @@ NONE = [
     (activity_regularizer, "activity regularizer"),
     (lambda x: AddsLoss()(x), "adds a loss"),
     (of_a_sequence, "rank 3"),
+    (norm_of_inference, "(training, float64"),
     (gate_in_float32, "compute in float32"),
 ]
 
@@ -897,7 +904,7 @@ NONE = [
 @pytest.mark.parametrize(
     ("write", "reason"), NONE,
     ids=["softmax", "tanh", "not_shared", "sum_of_sigmoids", "sum_of_hidden", "eca", "dropout",
-         "one_bias", "leaks", "elsewhere", "activity", "loss", "rank",  "types"],
+         "one_bias", "leaks", "elsewhere", "activity", "loss", "rank", "norm",  "types"],
 )  # fmt: skip
 def test_what_is_no_cbam_stays(write, reason):
     """Fails when something else is replaced, or the report does not say why it stays."""
