@@ -12,7 +12,6 @@ import hashlib
 import importlib.machinery
 import importlib.util
 import os
-import shutil
 import subprocess
 import sysconfig
 import tempfile
@@ -22,8 +21,8 @@ from pathlib import Path
 from types import ModuleType
 
 import cuda_on_cpu
-import cuda_resources
 from cuda_on_cpu import COMPILER, CSRC, Array, cuda_sources
+from cuda_resources import nvcc
 
 CACHE = cuda_on_cpu.CACHE.with_name("cbam_ops_ptx")
 FLAGS = ["-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-ffp-contract=off"]
@@ -38,12 +37,6 @@ NVCC_FLAGS = [
 ]
 NVCC_FLAGS += ["-gencode=arch=compute_90,code=compute_90"]
 MACHINE = ("program", "arithmetic", "memory", "compile", "machine")
-
-
-def nvcc() -> str | None:
-    """The machine's, or that of NVIDIA's wheels (build_backend/find_cuda.py) beside the tests."""
-    wheels = shutil.which(Path(sysconfig.get_path("purelib"), "nvidia", "cu13", "bin", "nvcc"))
-    return cuda_resources.nvcc() or wheels
 
 
 def _run(command: Sequence[str | Path]) -> None:
@@ -121,7 +114,9 @@ class PtxKernels(cuda_on_cpu.Kernels):
     """
 
     def __init__(self, csrc: Path = CSRC, *, only_float32: bool = False) -> None:
-        sources, flags = cuda_sources(csrc), list(NVCC_FLAGS)
+        # The machine's memory is the host's.
+        sources = [source for source in cuda_sources(csrc) if source.stem != "memory"]
+        flags = list(NVCC_FLAGS)
         if only_float32:
             sources = [s for s in sources if s.stem == "kernels" or "float32" in s.stem]
             flags.append("-DCBAM_OPS_CUDA_FLOAT32_ONLY=1")

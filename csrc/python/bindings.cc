@@ -273,6 +273,7 @@ void DefineCudaModule(py::module_& module) {
       "Why the kernels cannot run on a device of this compute capability, 10 * major + minor (0:\n"
       "on the current device); empty where they can. No context is made on any device.");
   DefineCuda(&submodule);
+  DefineMemory(&submodule);
 }
 
 #else

@@ -5,17 +5,21 @@
 #ifndef CBAM_OPS_PYTHON_DEVICE_POINTERS_H_
 #define CBAM_OPS_PYTHON_DEVICE_POINTERS_H_
 
+#include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
 #include <algorithm>
 #include <cstdint>
+#include <new>
+#include <stdexcept>
 #include <string>
 #include <type_traits>
 #include <vector>
 
 #include "core/contract.h"
 #include "core/cuda/kernels.h"
+#include "core/cuda/memory.h"
 #include "ops/dimensions.h"
 #include "ops/signature.h"
 #include "python/arguments.h"
@@ -108,6 +112,63 @@ class DevicePointers {
   void* const workspace_;
   void* const stream_;
 };
+
+// Adds device memory, for who has no framework to get it from.
+inline void DefineMemory(py::module_* module) {
+  using Bytes = py::array_t<uint8_t, py::array::c_style>;
+  static constexpr auto check = [](const Status& status) {
+    if (status.ok()) return;
+    throw std::runtime_error(std::string(status.message) + " (" + status.kernel + ")");
+  };
+  static constexpr auto address = [](uintptr_t value) { return reinterpret_cast<void*>(value); };
+  module->def(
+      "devices",
+      [] {
+        py::list devices;
+        for (int device = 0; device < cuda::DeviceCount(); ++device) {
+          char name[256];
+          int capability = 0;
+          check(cuda::DescribeDevice(device, name, sizeof(name), &capability));
+          devices.append(py::make_tuple(name, capability));
+        }
+        return devices;
+      },
+      "Names and compute capabilities, 10 * major + minor, of the devices that CUDA sees, in its\n"
+      "order. No context is made on any device.");
+  module->def(
+      "use_device", [](int device) { check(cuda::UseDevice(device)); }, py::arg("device"),
+      "Makes it this thread's current device, which all else here is about.");
+  module->def(
+      "allocate",
+      [](size_t bytes) {
+        void* memory = nullptr;
+        check(cuda::Allocate(bytes, &memory));
+        if (memory == nullptr) throw std::bad_alloc();
+        return reinterpret_cast<uintptr_t>(memory);
+      },
+      py::arg("bytes"), "Device memory, as an address; MemoryError where there is not enough.");
+  module->def(
+      "free", [](uintptr_t memory) { check(cuda::Free(address(memory))); }, py::arg("memory"));
+  module->def(
+      "copy_to_device",
+      [](uintptr_t memory, const Bytes& bytes) {
+        const auto size = static_cast<size_t>(bytes.size());
+        check(cuda::CopyToDevice(address(memory), bytes.data(), size));
+      },
+      py::arg("memory"), py::arg("bytes").noconvert(),
+      "Fills device memory from an array of uint8, after what the default stream has to do.");
+  module->def(
+      "copy_to_host",
+      [](Bytes bytes, uintptr_t memory) {
+        const auto size = static_cast<size_t>(bytes.size());
+        void* const to = bytes.mutable_data();
+        py::gil_scoped_release release;
+        check(cuda::CopyToHost(to, address(memory), size));
+      },
+      py::arg("bytes").noconvert(), py::arg("memory"),
+      "Fills an array of uint8 from device memory, after what the default stream has to do. What\n"
+      "went wrong there is a RuntimeError here.");
+}
 
 // Adds all that a module of CUDA kernels has in every build.
 inline void DefineCuda(py::module_* module) {

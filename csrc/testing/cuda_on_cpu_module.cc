@@ -21,6 +21,7 @@ PYBIND11_MODULE(cuda_on_cpu_kernels, module) {
   namespace cuda_on_cpu = cbam_ops::cuda_on_cpu;
   namespace py = pybind11;
   cbam_ops::python::DefineCuda(&module);
+  cbam_ops::python::DefineMemory(&module);
   cuda_on_cpu::SetFailureHandler([](const char* message) {
     if (failure.empty()) failure = message;
   });
