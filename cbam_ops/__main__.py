@@ -114,11 +114,22 @@ def _parser() -> argparse.ArgumentParser:
         description=(
             "Runs the fused ops, forward and every gradient, over a spread of shapes, types, "
             "layouts and options, and compares them with the reference in float64. A value may err "
-            "at most twice what stock TensorFlow errs at the same type, plus a small floor. Exit "
-            "code 1 if any case fails."
+            "at most twice what stock TensorFlow errs at the same type, plus a small floor. On a "
+            "GPU machine the CUDA kernels are compared with the CPU's first, and the record of it "
+            "is made anew. Exit code 1 if any case fails."
         ),
     )
     check.add_argument("--quick", action="store_true", help="a fifth of the cases")
+    check.add_argument(
+        "--gpu-kernels",
+        type=int,
+        nargs="?",
+        const=0,
+        default=None,
+        metavar="DEVICE",
+        help="instead compare the CUDA kernels with the CPU's on this GPU (default: %(const)s), "
+        "without TensorFlow's GPU, a line per case; leaves no record",
+    )
 
     bench = commands.add_parser(
         "bench",
@@ -196,6 +207,10 @@ def _run(arguments: argparse.Namespace) -> int:
             modules=arguments.modules,
             trust=arguments.trust,
         )
+    if arguments.gpu_kernels is not None:
+        from cbam_ops._cli import gpu_kernels
+
+        return gpu_kernels.run(device=arguments.gpu_kernels, quick=arguments.quick)
     from cbam_ops._cli import check
 
     return check.run(quick=arguments.quick)

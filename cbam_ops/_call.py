@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, NoReturn, ParamSpec, TypeVar
 import numpy as np
 import tensorflow as tf
 
-from cbam_ops import _gpu, _loader, options
+from cbam_ops import _gpu, _gpu_check, _loader, options
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -279,7 +279,7 @@ def _cause_of_the_device() -> _loader.Cause | None:
     if not tf.config.list_logical_devices("GPU"):
         return None
     reason = _gpu.why_not_under_tensorflow()
-    if reason is None:
+    if reason is None and _gpu_check.is_proved():
         return None
     # Where TensorFlow would put a stock op now: the innermost tf.device, or by default the GPU. An
     # op without a kernel there would quietly run on the CPU, with copies either way.
@@ -287,6 +287,8 @@ def _cause_of_the_device() -> _loader.Cause | None:
     device = tf.DeviceSpec.from_string(place).device_type if place else "GPU"
     if device != "GPU":
         return None
+    if reason is None:
+        return _gpu_check.cause()
     return _loader.Cause(
         "no_kernel",
         f"The op would run on a GPU, where the kernels cannot. {reason}",

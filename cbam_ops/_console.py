@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-from cbam_ops import options
+from cbam_ops import _gpu_check, options
 from cbam_ops._loader import tensorflow_requirement
 
 
@@ -62,6 +62,7 @@ def check_environment() -> None:
     """
     try:
         options.implementation()
+        _gpu_check.word()
     except ValueError as error:
         raise CommandError(str(error)) from error
     try:

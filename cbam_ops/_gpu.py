@@ -57,10 +57,13 @@ def report() -> dict[str, Any]:
     cuda = _core.cuda
     if not cuda.built:
         return {"built": False, "why_not": why_not()}
+    from . import _gpu_check
+
     return {
         "built": True,
         "cuda": _release(cuda.build_version),
         "architectures": cuda.architectures.split(),
         "driver_cuda": _release(cuda.driver_version()),
         "why_not": why_not(),
+        "checks": _gpu_check.report(),
     }

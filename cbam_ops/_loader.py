@@ -39,6 +39,7 @@ CauseKind = Literal[
     "corrupt",
     "load_failed",
     "no_kernel",
+    "gpu_check",
 ]
 
 

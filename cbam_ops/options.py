@@ -221,8 +221,8 @@ def build_info() -> dict[str, Any]:
         devices: the physical devices that TensorFlow sees.
         instruction_set: `active` and `available` ones of the CPU kernels.
         gpu: whether CUDA kernels are `built`, with which `cuda`, for which `architectures`, the
-          newest CUDA of the driver (`driver_cuda`, None without one), and `why_not` they cannot run
-          on the current device (None where they can).
+          newest CUDA of the driver (`driver_cuda`, None without one), `why_not` they cannot run on
+          the current device (None where they can), and the records of their `checks` by GPU.
         implementation: the choice in force; native: whether the native ops run;
         native_off_because: if not, why and what mends it, else None;
         xla: whether they run inside XLA (`jit_compile=True`); xla_off_because: likewise.

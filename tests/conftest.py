@@ -17,6 +17,7 @@ from unittest import mock
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 os.environ.setdefault("MPLBACKEND", "Agg")
 os.environ.setdefault("TF_FORCE_GPU_ALLOW_GROWTH", "true")  # the workers share it
+os.environ.setdefault("CBAM_OPS_GPU_CHECK", "skip")  # the tests are one
 os.environ["PYTHONSAFEPATH"] = "1"  # programs that the tests start: no current folder on the path
 
 ROOT = Path(__file__).resolve().parent.parent

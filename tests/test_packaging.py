@@ -134,7 +134,9 @@ def test_the_wheel_holds_the_package_and_its_compiled_parts(wheel):
     top = {name.split("/")[0] for name in names}
     assert top == {"cbam_ops", metadata.split("/")[0]}, "nothing outside the package"
     assert sorted(text.split("<")[0].split(">")[0] for text in requirements) == [
+        "filelock",
         "numpy",
+        "platformdirs",
         "tensorflow",
     ]
     assert list(record["cpu"]["levels"]) == ["baseline"]

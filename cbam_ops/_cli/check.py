@@ -40,6 +40,23 @@ def examine(case: Case) -> list[Finding]:
         return sorted(case.examine(cbam_ops), key=lambda finding: -finding.strain)
 
 
+def _gpus_pass(quick: bool) -> bool:
+    """Compares the CUDA kernels with the CPU's on each kind of GPU, and records how that went.
+
+    Before TensorFlow begins to use a GPU, so that it need not be shared.
+    """
+    from cbam_ops import _gpu_check
+
+    passed = True
+    for gpu in _gpu_check.found():
+        outcome = _gpu_check.check(gpu, quick=quick)
+        say(f"CUDA kernels on {gpu}, {outcome.verdict}: {outcome.detail}")
+        if outcome.unkept:
+            say(f"There is no record of it: {outcome.unkept}.")
+        passed &= outcome.verdict != "failed"
+    return passed
+
+
 _ROW = "  {:<33} {:<12} {:<9} {:<6} {:<32} {:<13} {:>8} {:>8} {:>8}  {}"
 
 
@@ -54,6 +71,8 @@ def run(quick: bool = False) -> int:
     if not info["native"]:
         say("The fused ops do not run here, so there is nothing to check.")
         say(f"Why: {info['native_off_because']}")
+        return 1
+    if not _gpus_pass(quick):
         return 1
     chosen = cases(quick)
     instructions = (info.get("instruction_set") or {}).get("active")

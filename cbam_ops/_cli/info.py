@@ -124,6 +124,7 @@ def _sections(report: dict[str, Any]) -> dict[str, dict[str, Any]]:
             "for architectures": gpu.get("architectures"),
             "CUDA of the driver": (gpu["driver_cuda"] or "no driver") if gpu["built"] else None,
             "why they do not run": gpu["why_not"],
+            **{f"check on {name}": record for name, record in gpu.get("checks", {}).items()},
         },
         "build": _flat(report["build"]) or {"record": "none: the native parts are not built"},
         "environment": report["environment"],
