@@ -19,6 +19,7 @@ import dataclasses
 import inspect
 import itertools
 import math
+import types
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -423,6 +424,8 @@ def _misfit(variables: list[Any]) -> str:
 
 # Heights and widths of probes where the model leaves them open.
 _SIZES = ((5, 7), (8, 3))
+# Maps of so many values are compared at their own size once, in their outputs.
+_LARGE = 2**16
 
 
 class _Fill(NamedTuple):
@@ -595,6 +598,17 @@ def _sizes(shape: Sequence[int | None]) -> list[tuple[int, ...]]:
     return list(dict.fromkeys(tuple(known or size for known, size in pairs) for pairs in both))
 
 
+def _shapes(region: _Region, candidate: _Candidate) -> list[tuple[int | None, ...]]:
+    """Those of a region's map to prove it for: where it is large, of any size if that goes."""
+    shape = region.map.shape
+    n, *rest = shape
+    if None in rest or math.prod(rest) < _LARGE:
+        return [shape]
+    if candidate.options["data_format"] == "channels_last":
+        return [(n, None, None, rest[2]), shape]
+    return [(n, rest[0], None, None), shape]
+
+
 def _near(region: _Region, candidates: Iterable[_Candidate]) -> Iterator[_Candidate]:
     """The candidates whose output on a first probe is the region's.
 
@@ -667,25 +681,31 @@ def _prove(region: _Region, candidate: _Candidate) -> _Found:
     trainable, policy = _trainable(region, candidate), _policy(region)
     reasons = []
     # Where the gradient of a maximum goes among equals does not show in the outputs.
-    for ties, dtype in itertools.product(_call.WORDS["ties"], _TOLERANCES):
-        if ties != "even":
-            candidate = candidate.with_options({"ties": ties})
-        try:
-            difference = _compare(region, candidate, trainable, dtype)
-            return _Found(region, candidate, trainable, policy, difference, dtype)
-        except _LeftError as error:
-            reasons.append(error)
-        except Exception as error:
-            reasons.append(_LeftError(f"it does not run on a probe: {_first_line(error)}"))
-    raise reasons[0]
+    for shape, ties in itertools.product(_shapes(region, candidate), _call.WORDS["ties"]):
+        choice = candidate if ties == "even" else candidate.with_options({"ties": ties})
+        for dtype in _TOLERANCES:
+            try:
+                difference = _compare(region, choice, trainable, dtype, _sizes(shape))
+                return _Found(region, choice, trainable, policy, difference, dtype)
+            except _LeftError as error:
+                reasons.append(error)
+            except Exception as error:
+                reasons.append(_LeftError(f"it does not run on a probe: {_first_line(error)}"))
+    raise reasons[-4]  # the first at the map's own size
 
 
-def _compare(region: _Region, candidate: _Candidate, trainable: bool, dtype: str) -> float:
+def _compare(
+    region: _Region,
+    candidate: _Candidate,
+    trainable: bool,
+    dtype: str,
+    sizes: list[tuple[int, ...]],
+) -> float:
     """The largest difference."""
     largest, scales = 0.0, dict[str, float]()
     forward, backward = _TOLERANCES[dtype]
     layer = candidate.make(region.map.shape, dtype=dtype, trainable=trainable)
-    for size, fill in itertools.product(_sizes(region.map.shape), _FILLS):
+    for size, fill in itertools.product(sizes, _FILLS):
         probe = _Probe(region, candidate, size, fill, dtype)
         # Both ways to call it where it has statistics, and once where it should have none.
         both = not candidate.weights.keys().isdisjoint(_STATISTICS) or fill is _FILLS[0]
@@ -721,6 +741,14 @@ class _Found(NamedTuple):
         """The same for regions that share their weights and options."""
         weights = tuple((name, id(v)) for name, v in sorted(self.candidate.weights.items()))
         return (self.candidate.layer, weights, repr(self.candidate.options))
+
+    def row(self, layer: str, path: str = "") -> Attention:
+        """The report's row for it."""
+        replaced = dict.fromkeys(path + node.operation.name for node in self.region.nodes)
+        return Attention(
+            layer, self.name, self.dialect, dict(self.candidate.options), tuple(replaced),
+            self.difference, self.dtype, self.reads,
+        )  # fmt: skip
 
     @property
     def name(self) -> str:
@@ -861,8 +889,19 @@ class _Search:
                 self.found[id(found.region.nodes[-1])] = found
                 break
             else:
-                if _looks_like_attention(node):
-                    self.left[id(node)] = reason or _why_no_region(graph, node)
+                inside = self._inside(graph, node.operation)
+                if inside or _looks_like_attention(node):
+                    self.left[id(node)] = inside or reason or _why_no_region(graph, node)
+
+    def _inside(self, graph: _Graph, operation: Any) -> str:
+        """What a layer of one's own has inside, in words; empty if there is no attention."""
+        texts = []
+        for part in _sublayers(operation)[1:] if _is_own(type(operation)) else ():
+            with contextlib.suppress(_LeftError):
+                found = self._identify(graph, _alone(part))
+                kind, words = found.candidate.layer.__name__, _words(found.row(""))
+                texts.append(f"{part.path} in it is what cbam_ops.{kind}({words}) computes")
+        return ", ".join(texts) + "; put it into the class by hand" if texts else ""
 
     def _identify(self, graph: _Graph, region: _Region) -> _Found:
         reasons: list[_LeftError] = []
@@ -934,13 +973,7 @@ class _Search:
             for node in graph.nodes:
                 layer = path + self.name(node)
                 if id(node) in self.found:
-                    found = self.found[id(node)]
-                    names = dict.fromkeys(path + n.operation.name for n in found.region.nodes)
-                    row = Attention(
-                        layer, found.name, found.dialect, dict(found.candidate.options),
-                        tuple(names), found.difference, found.dtype, found.reads,
-                    )  # fmt: skip
-                    rows.append(row)
+                    rows.append(self.found[id(node)].row(layer, path))
                 elif id(node) in self.left and id(node) not in self.inner:
                     rows.append(Attention(layer, reason=self.left[id(node)]))
         return rows
@@ -948,6 +981,9 @@ class _Search:
 
 def _why_no_region(graph: _Graph, node: Any) -> str:
     """Why there is no region that ends with this call."""
+    rank = len(node.outputs[0].shape)
+    if rank != 4:
+        return f"its map has rank {rank}"
     for region in _regions(graph, node, strict=False):
         if all(tensor is not region.map for tensor in node.input_tensors):
             break  # another map lies between
@@ -958,6 +994,23 @@ def _why_no_region(graph: _Graph, node: Any) -> str:
         except _LeftError as error:
             return str(error)
     return "its gate is not made from the map alone"
+
+
+def _alone(layer: Any) -> _Region:
+    """A layer as a region of its own, of the shape that it was built for.
+
+    Raises:
+      _LeftError: it is not one of somebody's own that takes a map.
+    """
+    shapes = [*(layer._build_shapes_dict or {}).values()]
+    if not _is_own(type(layer)) or len(shapes) != 1 or len(shapes[0]) != 4:
+        raise _LeftError("it takes no map")
+    x, y = (keras.KerasTensor(tuple(shapes[0]), dtype=layer.compute_dtype) for _ in "xy")
+    arguments = types.SimpleNamespace(fill_in=lambda values: ((values[id(x)],), {}))
+    node = types.SimpleNamespace(
+        operation=layer, arguments=arguments, input_tensors=[x], outputs=[y]
+    )
+    return _Region((node,), x, None, y)
 
 
 def _forms(region: _Region) -> Iterator[tuple[_Region, dict[str, Any]]]:
@@ -986,18 +1039,15 @@ def _is_own(kind: type) -> bool:
 
 def _looks_like_attention(node: Any) -> bool:
     """Whether a call that is not replaced is worth a line of the report."""
-    if len(node.outputs) != 1 or len(node.outputs[0].shape) != 4:
+    own = _is_own(type(node.operation))
+    if len(node.outputs) != 1 or not 3 <= len(node.outputs[0].shape) <= 5:
         return False
     shape = node.outputs[0].shape
-    if len(node.input_tensors) == 1:
-        return (
-            _is_own(type(node.operation))
-            and bool(_variables(node.operation))
-            and (node.input_tensors[0].shape == shape)
-        )
     shapes = [tensor.shape for tensor in node.input_tensors]
+    if len(shapes) == 1:
+        return own and shapes[0] == shape and len(shape) == 4 and bool(_variables(node.operation))
     gates = [other for other in shapes if other != shape and (len(other) == 2 or 1 in other)]
-    multiplies = type(node.operation).__name__ == "Multiply" or _is_own(type(node.operation))
+    multiplies = own or type(node.operation).__name__ == "Multiply"
     return multiplies and shape in shapes and bool(gates)
 
 

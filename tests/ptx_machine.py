@@ -12,6 +12,7 @@ import hashlib
 import importlib.machinery
 import importlib.util
 import os
+import shutil
 import subprocess
 import sysconfig
 import tempfile
@@ -21,8 +22,8 @@ from pathlib import Path
 from types import ModuleType
 
 import cuda_on_cpu
+import cuda_resources
 from cuda_on_cpu import COMPILER, CSRC, Array, cuda_sources
-from cuda_resources import nvcc
 
 CACHE = cuda_on_cpu.CACHE.with_name("cbam_ops_ptx")
 FLAGS = ["-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-ffp-contract=off"]
@@ -37,6 +38,12 @@ NVCC_FLAGS = [
 ]
 NVCC_FLAGS += ["-gencode=arch=compute_90,code=compute_90"]
 MACHINE = ("program", "arithmetic", "memory", "compile", "machine")
+
+
+def nvcc() -> str | None:
+    """The machine's, or that of NVIDIA's wheels (build_backend/find_cuda.py) beside the tests."""
+    wheels = shutil.which(Path(sysconfig.get_path("purelib"), "nvidia", "cu13", "bin", "nvcc"))
+    return cuda_resources.nvcc() or wheels
 
 
 def _run(command: Sequence[str | Path]) -> None:

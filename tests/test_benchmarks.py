@@ -63,6 +63,20 @@ def test_the_cases_are_what_they_are_said_to_be():
     assert set(training.providers) >= {"ours", "stock-xla", "ours-xla"}
 
 
+@pytest.mark.long
+@pytest.mark.parametrize("mode", ["inference", "training"])
+def test_a_network_is_fused_checked_and_timed(mode):
+    """Fails when a module of the stock network is not fused, or the two do not agree."""
+    from network import measure_network
+
+    case = NetworkCase("network", 18, 2, mode, size=32, providers=("plain", "stock", "ours"))
+    outcome = measure_network(case, 0.01)
+    assert not outcome.wrong
+    rows = {row["provider"]: row for row in outcome.rows}
+    assert rows.keys() == {"plain", "stock", "ours"}
+    assert rows["ours"]["error"] < 1e-3
+
+
 def test_no_two_cases_write_the_same_row():
     """One of them would replace the other's figures in the CSV."""
     for chosen in (cases.all_cases(), _bench.quick_cases(), cases.tiny_cases()):

@@ -548,6 +548,20 @@ def test_pools_of_a_fixed_size(size):
     assert_same_model(fused, model, images((10, 7)))
 
 
+@pytest.mark.parametrize("fixed_pool", [False, True])
+def test_large_map(fixed_pool):
+    """Fails when a large map is compared at another size only, or one of a fixed size is not."""
+    inputs = keras.Input((96, 64, C))
+    mlp = dense_mlp()
+    pool = kl.AveragePooling2D((96, 64)) if fixed_pool else kl.GlobalAveragePooling2D(keepdims=True)
+    model = keras.Model(inputs, inputs * kl.Activation("sigmoid")(mlp(pool(inputs))))
+    fused, (row,) = fusing.fuse(model, return_report=True)
+    assert (row.found, row.dtype) == (SE, "float64")
+    cropped = keras.Model(inputs, inputs * ops.sigmoid(mlp(kl.AveragePooling2D((95, 64))(inputs))))
+    (row,) = fusing.fuse(cropped, return_report=True)[1]
+    assert "differs" in row.reason
+
+
 def test_fixed_batch():
     """Fails when a probe has another batch than the model allows."""
     inputs = keras.Input(batch_shape=(4, 9, 6, C))
@@ -684,6 +698,27 @@ def test_save_load_compile(tmp_path):
     loaded = keras.models.load_model(tmp_path / "model.keras")
     assert_close(loaded(x), fused(x), FLOAT32, "loaded output")
     assert len(loaded.evaluate(x, y, verbose=0)) == 2
+
+
+class Block(kl.Layer):
+    """A residual block with a module in it."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.conv = kl.Conv2D(C, 3, strides=2, padding="same")
+        self.attention = WithoutBias(name="attention")
+
+    def call(self, x):
+        return ops.relu(self.attention(self.conv(x)))
+
+
+def test_attention_inside_a_layer_is_named():
+    """Fails when the report is silent about a module that only its class can replace."""
+    model = model_of(lambda x: Block(name="block")(x))
+    fused, (row,) = fusing.fuse(model, return_report=True)
+    assert (row.layer, row.found) == ("block", "")
+    assert "block/attention in it is what cbam_ops.CBAM(hidden=3, kernel_size=7" in row.reason
+    assert_same_model(fused, model)
 
 
 def test_model_in_hand_is_unchanged():
@@ -834,6 +869,19 @@ def gate_in_float32(x):
     return x * ops.cast(kl.Dense(C, activation="sigmoid")(gate), "bfloat16")
 
 
+def norm_of_inference(x):
+    """A batch norm that uses its moving statistics in training too."""
+    z = kl.BatchNormalization()(spatial_gate(x, activation=None), training=False)
+    return x * ops.sigmoid(z)
+
+
+def of_a_sequence(x):
+    x = kl.Reshape((-1, C))(x)
+    mean = ops.mean(x, axis=1, keepdims=True)
+    x = x * kl.Dense(C, activation="sigmoid")(kl.Dense(3, activation="relu")(mean))
+    return kl.Reshape((9, 6, C))(x)
+
+
 NONE = [
     (lambda x: mlp_gate(x, second="softmax"), "softmax"),
     (lambda x: mlp_gate(x, first="tanh"), "tanh"),
@@ -847,6 +895,8 @@ NONE = [
     (gate_from_elsewhere, "map alone"),
     (activity_regularizer, "activity regularizer"),
     (lambda x: AddsLoss()(x), "adds a loss"),
+    (of_a_sequence, "rank 3"),
+    (norm_of_inference, "(training, float64"),
     (gate_in_float32, "compute in float32"),
 ]
 
@@ -854,7 +904,7 @@ NONE = [
 @pytest.mark.parametrize(
     ("write", "reason"), NONE,
     ids=["softmax", "tanh", "not_shared", "sum_of_sigmoids", "sum_of_hidden", "eca", "dropout",
-         "one_bias", "leaks", "elsewhere", "activity", "loss",  "types"],
+         "one_bias", "leaks", "elsewhere", "activity", "loss", "rank", "norm",  "types"],
 )  # fmt: skip
 def test_what_is_no_cbam_stays(write, reason):
     """Fails when something else is replaced, or the report does not say why it stays."""

@@ -213,6 +213,11 @@ class Grid {
   }
 
   Warp* Choose() {
+    for (int tries = 0; seeded_ && tries < 16; ++tries) {  // most can go on, mostly
+      std::deque<Warp>& warps = running_[random_() % running_.size()]->warps;
+      Warp& warp = warps[random_() % warps.size()];
+      if (CanRun(warp)) return &warp;
+    }
     std::vector<Warp*> ready, polling;
     for (const auto& block : running_) {
       for (Warp& warp : block->warps) {
