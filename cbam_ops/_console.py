@@ -18,6 +18,14 @@ class CommandError(Exception):
     """The command cannot run and the user can fix it; the text is one clear sentence."""
 
 
+def first_line(error: Exception) -> str:
+    """What an error says, in a line; of Keras's about a layer, what is behind it."""
+    lines = [line.strip(" \x1b[01m") for line in str(error).splitlines() if line.strip()]
+    if len(lines) > 1 and lines[0].startswith("Exception encountered"):
+        del lines[0]
+    return lines[0] if lines else type(error).__name__
+
+
 # What `pip install` calls a module, where it is another name.
 _DISTRIBUTIONS = {
     "sklearn": "scikit-learn",

@@ -628,7 +628,9 @@ def _near(region: _Region, candidates: Iterable[_Candidate]) -> Iterator[_Candid
             except _LeftError:
                 raise
             except Exception as error:
-                raise _LeftError(f"it does not run on a probe: {_first_line(error)}") from error
+                raise _LeftError(
+                    f"it does not run on a probe: {_console.first_line(error)}"
+                ) from error
             layer = candidate.make(region.map.shape, dtype=probe.dtype)
         for name in _call.WORDS.keys() & candidate.options.keys() - {"data_format"}:
             setattr(layer, name, candidate.options[name])
@@ -665,13 +667,6 @@ def _activations(region: _Region) -> set[str]:
     return names
 
 
-def _first_line(error: Exception) -> str:
-    lines = [line.strip(" \x1b[01m") for line in str(error).splitlines() if line.strip()]
-    if len(lines) > 1 and lines[0].startswith("Exception encountered when calling"):
-        del lines[0]  # Keras, about the layer
-    return lines[0] if lines else type(error).__name__
-
-
 def _prove(region: _Region, candidate: _Candidate) -> _Found:
     """Says that they are the same.
 
@@ -690,7 +685,9 @@ def _prove(region: _Region, candidate: _Candidate) -> _Found:
             except _LeftError as error:
                 reasons.append(error)
             except Exception as error:
-                reasons.append(_LeftError(f"it does not run on a probe: {_first_line(error)}"))
+                reasons.append(
+                    _LeftError(f"it does not run on a probe: {_console.first_line(error)}")
+                )
     raise reasons[-4]  # the first at the map's own size
 
 
@@ -1190,7 +1187,8 @@ def _clone(operation: Any) -> Any:
         if not isinstance(operation, keras.layers.Layer):
             return operation  # an op has no state
         raise ValueError(
-            f"fuse: {operation.name} cannot be made again from its config: {_first_line(error)}"
+            f"fuse: {operation.name} cannot be made again from its config: "
+            f"{_console.first_line(error)}"
         ) from error
 
 
@@ -1262,7 +1260,7 @@ def _traced(model: Any) -> Any:
     except Exception as error:
         raise ValueError(
             f"fuse: {type(model).__name__}.call cannot be traced, since it does more than call "
-            f"Keras's layers and ops: {_first_line(error)}"
+            f"Keras's layers and ops: {_console.first_line(error)}"
         ) from error
     calls = [
         [(type(node.operation), id(node.operation) * bool(_variables(node.operation)))
@@ -1323,7 +1321,7 @@ def fuse(model: Any, verbose: int = 0, return_report: bool = False) -> Any:
         except Exception as error:  # whatever the user's own loss or metric raises
             warnings.warn(
                 f"fuse: the new model is not compiled, since not all that {model.name} was "
-                f"compiled with can be made again from its config: {_first_line(error)}",
+                f"compiled with can be made again from its config: {_console.first_line(error)}",
                 stacklevel=2,
             )
     report = search.report()

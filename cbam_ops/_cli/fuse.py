@@ -5,11 +5,12 @@ from __future__ import annotations
 import importlib
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from cbam_ops._console import CommandError, import_tensorflow, say, written
+from cbam_ops._console import CommandError, first_line, import_tensorflow, say, written
 
 
 def run(*, model: Path, output: Path, modules: Sequence[str], trust: bool) -> int:
@@ -48,10 +49,12 @@ def _load(path: Path, modules: Sequence[str], trust: bool) -> Any:
         try:
             names.update(vars(importlib.import_module(module)))
         except Exception as error:  # whatever the user's code raises
-            raise CommandError(f"cannot import {module}: {error}") from error
+            raise CommandError(f"cannot import {module}: {first_line(error)}") from error
     try:
         classes = {name: value for name, value in names.items() if callable(value)}
-        return keras.models.load_model(path, custom_objects=classes, safe_mode=not trust)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of optimizers, which start afresh
+            return keras.models.load_model(path, custom_objects=classes, safe_mode=not trust)
     except Exception as error:  # of many types, for a file that is damaged or no model
         text = str(error)
         if "safe_mode=False" in text:
@@ -64,5 +67,4 @@ def _load(path: Path, modules: Sequence[str], trust: bool) -> Any:
             raise CommandError(
                 f"{path} needs {what}; --import MODULE imports the module that has it"
             ) from error
-        reason = (text.strip().splitlines() or [type(error).__name__])[0]
-        raise CommandError(f"cannot load {path}: {reason}") from error
+        raise CommandError(f"cannot load {path}: {first_line(error)}") from error
