@@ -7,6 +7,7 @@ of `_core.cuda`, in processes of their own.
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 from pathlib import Path
@@ -264,12 +265,14 @@ def test_check_makes_a_new_record(machine, capsys):
     assert "passed: All 8 cases pass." in capsys.readouterr().out
 
 
-def test_the_real_command_ends_where_there_is_no_gpu():
-    """Fails where the child cannot start without TensorFlow, or mistakes nothing for a pass."""
-    if _core.cuda.built and _core.cuda.devices():
-        pytest.skip("this machine has a GPU")
+@pytest.mark.skipif(_gpu.why_not() is None, reason="this machine has a GPU")
+def test_the_real_command_ends_where_there_is_no_gpu(tmp_path):
+    """Fails where the child cannot start without TensorFlow, or starts another cbam_ops."""
     program = [*_gpu_check._COMMAND, "check", "--gpu-kernels", "--quick"]
-    done = subprocess.run(program, capture_output=True, text=True)
+    (tmp_path / "cbam_ops").mkdir()
+    (tmp_path / "cbam_ops" / "__init__.py").write_text("raise SystemExit('another one')")
+    environment = {**os.environ, "PYTHONSAFEPATH": ""}  # as for a user
+    done = subprocess.run(program, capture_output=True, text=True, cwd=tmp_path, env=environment)
     assert done.returncode == 2 and not done.stdout
     assert done.stderr.strip() == f"cbam-ops check: {_gpu.why_not()}"
 
