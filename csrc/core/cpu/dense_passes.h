@@ -206,8 +206,8 @@ void SigmoidDerivative(const A* in, int64_t count, A* out) {
 
 // --- Convolution ---
 
-// Rows are padded with zeros to whole vectors and beyond, and outputs to whole vectors, so there
-// are no tails. kVectors vectors of a row at a time: enough independent sums to hide the latency of
+// Outputs are padded to whole vectors, so there are no tails: the last lanes hold what the row's
+// padding and the next row make of them. kVectors vectors of a row at a time: enough independent sums to hide the latency of
 // the additions.
 template <int kVectors, typename A>
 CBAM_INLINE void ConvolveVectors(const Plane<A>* planes, int64_t row, int64_t w,
@@ -294,10 +294,17 @@ CBAM_INLINE void KernelGradientTaps(const Plane<A>& plane, const Plane<A>& dz, i
     V sum[kTaps] = {};
     for (int64_t row = begin; row < end; ++row) {
       const A* line = plane.data + (row + dy) * plane.stride + dx;
-      for (int64_t w = 0; w < width; w += kLanes) {
-        const V value = Load(dz.data + row * dz.stride + w);
+      const A* values = dz.data + row * dz.stride;
+      int64_t w = 0;
+      for (; w + kLanes <= width; w += kLanes) {
+        const V value = Load(values + w);
         for (int j = 0; j < kTaps; ++j) sum[j] = Fma(value, Load(line + w + j), sum[j]);
       }
+      if (w == width) continue;
+      const auto inside = FirstLanes<A>(width - w);  // of the row; the next one's may be infinite
+      const V value = Where(inside, Load(values + w));
+      for (int j = 0; j < kTaps; ++j)
+        sum[j] = Fma(value, Where(inside, Load(line + w + j)), sum[j]);
     }
     for (int j = 0; j < kTaps; ++j) total[j] += SumLanes(sum[j]);
   }

@@ -139,8 +139,9 @@ struct Taps {
 
 template <typename A>
 struct DensePasses {
-  int64_t lanes;  // planes and rows are padded so that reading a whole vector from any element of a
-                  // row stays inside
+  int64_t
+      lanes;  // planes and outputs are padded so that reading or writing a whole vector from any
+              // element of a row stays inside
 
   void (*product)(const Product<A>&);
   void (*dot_products)(const DotProducts<A>&);
@@ -155,7 +156,7 @@ struct DensePasses {
   void (*convolve_row_transposed)(const Plane<A>& plane, int64_t row, int64_t width, const Taps<A>&,
                                   A* out_mean, A* out_max);
   // dtaps[i, j, q] = sum over rows and w of dz[row, w] * plane_q[row + i, w + j], for the taps from
-  // -half_rows and -half_columns on. dz's rows are padded with zeros to whole vectors.
+  // -half_rows and -half_columns on.
   void (*convolution_kernel_gradient)(const Plane<A>* planes, const Plane<A>& dz, int64_t rows,
                                       int64_t width, int64_t half_rows, int64_t half_columns,
                                       A* dtaps);

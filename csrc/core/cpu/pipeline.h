@@ -223,19 +223,17 @@ inline bool ShouldStream(const Geometry& g) {
   return g.batch * g.sample_bytes > Geometry::kWaveBytes;
 }
 
-// Zero-padded planes of `rows` rows, for the convolution.
+// Zero-padded planes of `rows` rows, for the convolution. The zeros between two rows pad both.
 template <typename A>
 struct PaddedPlane {
-  static int64_t Stride(const Geometry& g, int64_t lanes) {
-    return RoundUp(g.width, lanes) + g.half_columns;
-  }
+  static int64_t Stride(const Geometry& g) { return g.width + g.half_columns; }
   static int64_t Size(const Geometry& g, int64_t lanes, int64_t rows) {
-    return rows * Stride(g, lanes) + 2 * g.half_columns + lanes;
+    return rows * Stride(g) + 2 * g.half_columns + lanes;
   }
   // Lays a zeroed plane out in `memory`; its row 0 is the first of `rows`.
   static Plane<A> Make(const Geometry& g, int64_t lanes, int64_t rows, A* memory) {
     std::memset(memory, 0, static_cast<size_t>(Size(g, lanes, rows)) * sizeof(A));
-    return {memory + g.half_columns, Stride(g, lanes)};
+    return {memory + g.half_columns, Stride(g)};
   }
 };
 
