@@ -267,10 +267,9 @@ def test_check_makes_a_new_record(machine, capsys):
 
 @pytest.mark.skipif(_gpu.why_not() is None, reason="this machine has a GPU")
 def test_the_real_command_ends_where_there_is_no_gpu(tmp_path):
-    """Fails where the child cannot start without TensorFlow, or starts another cbam_ops."""
+    """Fails where the child cannot start without TensorFlow, or imports from the current folder."""
     program = [*_gpu_check._COMMAND, "check", "--gpu-kernels", "--quick"]
-    (tmp_path / "cbam_ops").mkdir()
-    (tmp_path / "cbam_ops" / "__init__.py").write_text("raise SystemExit('another one')")
+    (tmp_path / "numpy.py").write_text("raise SystemExit('another one')")
     environment = {**os.environ, "PYTHONSAFEPATH": ""}  # as for a user
     done = subprocess.run(program, capture_output=True, text=True, cwd=tmp_path, env=environment)
     assert done.returncode == 2 and not done.stdout
