@@ -416,8 +416,9 @@ def _misfit(variables: list[Any]) -> str:
     matrices = [size for size in sizes if len(size) == 2]
     if len(matrices) > 2 and len(set(matrices)) == 2:
         return "its MLPs are not shared"
-    listed = ", ".join(str(tuple(variable.shape)) for variable in variables)
-    return f"no layer has weights of these shapes: {listed}"
+    listed = [str(tuple(variable.shape)) for variable in variables]
+    listed[6:] = ["..."] * (len(listed) > 6)
+    return f"no layer has weights of these shapes: {', '.join(listed)}"
 
 
 # --- proof ----------------------------------------------------------------------------------------
