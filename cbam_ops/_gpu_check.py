@@ -162,10 +162,17 @@ def _the_only_one(path: Path) -> Iterator[str]:
 # --- the check ------------------------------------------------------------------------------------
 
 
-def found() -> list[Gpu]:
-    """The kinds of GPU that CUDA finds; none where there is no driver or no CUDA in the build."""
+def _devices() -> list[Gpu]:
+    """What CUDA finds, in its order; nothing where the build, the driver or a device has none."""
     cuda = _loader.load_core().cuda
-    return list(dict.fromkeys(Gpu(*device) for device in cuda.devices())) if cuda.built else []
+    with contextlib.suppress(RuntimeError):
+        return [Gpu(*device) for device in cuda.devices()] if cuda.built else []
+    return []
+
+
+def found() -> list[Gpu]:
+    """The kinds of GPU that CUDA finds."""
+    return list(dict.fromkeys(_devices()))
 
 
 def report() -> dict[str, str]:
@@ -211,7 +218,7 @@ def _checked(gpu: Gpu, quick: bool, problem: str) -> Outcome:
 
 def _run(gpu: Gpu, quick: bool) -> tuple[Literal["passed", "failed", "not run"], str]:
     """The verdict of a process that checks, and a sentence."""
-    devices = [Gpu(*device) for device in _loader.load_core().cuda.devices()]
+    devices = _devices()
     if gpu not in devices:
         return "not run", f"CUDA finds no {gpu}."
     command = [*_COMMAND, "check", "--gpu-kernels", str(devices.index(gpu))]

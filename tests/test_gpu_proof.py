@@ -241,6 +241,18 @@ def test_a_program_that_is_no_python_proves_nothing(machine, monkeypatch):
         assert _gpu_check.outcome_of(machine.gpu).verdict == "not run"
 
 
+def test_a_device_that_does_not_answer_proves_nothing(machine, monkeypatch):
+    """Fails where what CUDA says of a broken device ends the user's call, or `cbam-ops info`."""
+
+    def devices(self):
+        raise RuntimeError("system not yet initialized (device query)")
+
+    monkeypatch.setattr(pretended_gpu.Cuda, "devices", devices, raising=False)
+    assert _gpu_check.report() == {}
+    with pytest.warns(RuntimeWarning, match="CUDA finds no"):
+        assert machine.is_native()
+
+
 # --- the commands ---------------------------------------------------------------------------------
 
 
