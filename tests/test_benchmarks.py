@@ -7,6 +7,7 @@ import math
 import multiprocessing
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -218,6 +219,26 @@ def test_turns():
         assert _bench._RUNS <= len(times[name]) <= len(indices)
     times = _bench.interleave(functions, 0.0, pairs=True)
     assert len(times["a"]) == len(times["b"])
+
+
+def test_a_call_that_goes_on_after_it_returns_has_two_times():
+    """On a GPU: the device's, of which its timer knows, and the host's."""
+
+    def prepared(timer: _bench.Timer | None) -> _bench.Prepared:
+        run = {"forward": lambda index: None}
+        errors = {"y": (0.0, 0.0)}
+        return _bench.Prepared(run, 2, print, dict, lambda index: None, timer=timer, errors=errors)
+
+    def timer(call: Callable[[], object]) -> float:
+        call()
+        return 1e6
+
+    case = dataclasses.replace(TINY[0], modes=("forward",))
+    both = {"on a GPU": prepared(timer), "on a CPU": prepared(None)}
+    rows = _bench.time_prepared(case, _bench.draw_inputs(case, CACHE), both, 0.0)
+    gpu, cpu = rows
+    assert gpu["median_s"] == 1e6 / 2 and 0 < gpu["host_s"] < 1e6
+    assert "host_s" not in cpu
 
 
 def test_peak_memory():
