@@ -6,9 +6,8 @@ float64.
 
 from __future__ import annotations
 
-import contextlib
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -16,7 +15,6 @@ import numpy as np
 from cbam_ops import testing
 from cbam_ops._bench import OURS, Case, Inputs, Prepared, Provider, cpus
 
-PORTABLE = "ours-portable"
 Arrays = dict[str, np.ndarray]
 # What the forward pass keeps for the backward pass.
 _KEPT = ("channel_gate", "spatial_gate", "channel_descriptors", "spatial_descriptors",
@@ -188,19 +186,7 @@ def truth_of(case: Case, inputs: Inputs) -> Arrays:
     return {name: value for name, value in found.items() if name == "y" or name.startswith("d")}
 
 
-@contextlib.contextmanager
-def path(name: str) -> Iterator[None]:
-    """Which kernels run: "auto", "portable" or "cluster"."""
-    from cbam_ops import _core
-
-    _core.cuda.set_path(name)
-    try:
-        yield
-    finally:
-        _core.cuda.set_path("auto")
-
-
-def _setup(case: Case, inputs: Inputs, which: str) -> Prepared:
+def _setup(case: Case, inputs: Inputs) -> Prepared:
     import torch
     from baselines import cuda_seconds
 
@@ -218,8 +204,7 @@ def _setup(case: Case, inputs: Inputs, which: str) -> Prepared:
     copies = [torch.empty_like(call.inputs["x"]) for call in calls]
 
     def at(i: int, mode: str) -> None:
-        with path(which):
-            getattr(calls[i % len(calls)], mode)()
+        getattr(calls[i % len(calls)], mode)()
 
     def results() -> Arrays:
         at(0, "step")
@@ -238,7 +223,4 @@ def _setup(case: Case, inputs: Inputs, which: str) -> Prepared:
     )
 
 
-PROVIDERS = {
-    OURS: Provider("torch", lambda case, inputs: _setup(case, inputs, "auto")),
-    PORTABLE: Provider("torch", lambda case, inputs: _setup(case, inputs, "portable")),
-}
+PROVIDERS = {OURS: Provider("torch", _setup)}

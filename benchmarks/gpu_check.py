@@ -7,8 +7,8 @@ part that needs no TensorFlow is built here for this machine's GPU, with nvcc, c
 The kernels run on PyTorch's memory and streams; where TensorFlow is, the ops are checked and timed
 too. JAX is timed where it is. It has not run on a GPU yet.
 
-1. correctness   options, sizes, types and layouts of `cbam_ops.testing`, both paths, misaligned
-                 maps, against `_core` on the CPU in float64
+1. correctness   options, sizes, types and layouts of `cbam_ops.testing`, misaligned maps,
+                 against `_core` on the CPU in float64
 2. stream order  a long operation ahead of ours on a stream of its own, 50 repeats, bitwise equal
 3. TensorFlow    `pytest -m gpu`: the ops against the CPU ops and the float64 reference, placement,
                  stream order, repeats
@@ -102,11 +102,10 @@ def has_kernels() -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class Check:
-    """A case (of `cbam_ops.testing`), which kernels compute it, and how far its maps are off."""
+    """A case (of `cbam_ops.testing`), and how far its maps are off a boundary."""
 
     kind: str
     case: Any
-    path: str
     offset: int = 0
 
 
@@ -121,20 +120,19 @@ def checks(quick: bool) -> Iterator[Check]:
         composed = dict(case.options).get("order") == "spatial_first"
         return not (composed or case.half_weights or case.function.endswith("pool"))
 
-    every = itertools.product(("NHWC", "NCHW"), ("portable", "auto"))
-    for layout, path in every:
+    for layout in ("NHWC", "NCHW"):
         for case in filter(of_the_core, testing.OPTIONS):
             for dtype in ("float32", "float16", "bfloat16", "float64"):
-                yield Check("options", case.replace(dtype=dtype, data_format=layout), path)
+                yield Check("options", case.replace(dtype=dtype, data_format=layout))
         for case in filter(of_the_core, testing.SIZES):
             for dtype in ("float32", "float16"):
-                yield Check("sizes", case.replace(dtype=dtype, data_format=layout), path)
+                yield Check("sizes", case.replace(dtype=dtype, data_format=layout))
         for dtype in ("float32", "bfloat16"):
             case = testing.Case(size=(2, 8, 8, 32), dtype=dtype, data_format=layout)
-            yield Check("misaligned", case, path, offset=1)
+            yield Check("misaligned", case, offset=1)
             for stage in () if quick else cases.gpu_cases([3]):
                 case = stage.problem.replace(dtype=dtype, data_format=layout)
-                yield Check("stage", case, path)
+                yield Check("stage", case)
 
 
 def arrays_of(case: Any) -> dict[str, np.ndarray]:
@@ -154,16 +152,12 @@ def run_check(check: Check, cuda: Any = None, memory: Any = None) -> dict[str, A
 
     cuda, memory = cuda or _core.cuda, memory or device.TorchMemory()
     arrays = arrays_of(check.case)
-    cuda.set_path(check.path)
-    try:
-        call = device.Call(check.case, cuda, _core.signatures(), memory, arrays, check.offset)
-        call.step()
-        found = device.findings(check.case, call, arrays)
-    finally:
-        cuda.set_path("auto")
+    call = device.Call(check.case, cuda, _core.signatures(), memory, arrays, check.offset)
+    call.step()
+    found = device.findings(check.case, call, arrays)
     faults = [finding.fault for finding in found if finding.fault]
     return {
-        "kind": check.kind, "case": str(check.case), "path": check.path, "offset": check.offset,
+        "kind": check.kind, "case": str(check.case), "offset": check.offset,
         "worst": max(finding.strain for finding in found), "wrong": "; ".join(faults),
     }  # fmt: skip
 
@@ -183,8 +177,8 @@ def check_all(worker: Any, quick: bool, path: Path) -> list[dict[str, Any]]:
         try:
             rows.append(current.ask(60, run_check, check))
         except CommandError as error:
-            rows.append({"kind": check.kind, "case": str(check.case), "path": check.path,
-                         "offset": check.offset, "worst": np.inf, "wrong": str(error)})  # fmt: skip
+            rows.append({"kind": check.kind, "case": str(check.case), "offset": check.offset,
+                         "worst": np.inf, "wrong": str(error)})  # fmt: skip
             current.alive = False  # an illegal access spoils the process
         write_rows(path, rows)
     return rows
@@ -199,33 +193,31 @@ def check_streams() -> bool:
 
     good = True
     case = testing.Case(size=(8, 28, 28, 512), hidden=32, kernel_size=7)
-    for which in ("portable", "auto"):
-        with device.path(which):
-            memory = device.TorchMemory()
-            call = device.Call(case, _core.cuda, _core.signatures(), memory, arrays_of(case))
+    memory = device.TorchMemory()
+    call = device.Call(case, _core.cuda, _core.signatures(), memory, arrays_of(case))
+    call.step()
+    expected = call.results()
+    sources = {name: call.inputs[name].clone() for name in ("x", "dy")}
+    stream = torch.cuda.Stream()
+    long = torch.randn(2**26, device="cuda")
+    torch.cuda.synchronize()
+    for _ in range(50):
+        with torch.cuda.stream(stream):
+            for name in sources:
+                call.inputs[name].fill_(float("nan"))
+            for _ in range(8):  # a kernel on another stream would run first
+                long.mul_(1.0)
+            for name, source in sources.items():
+                call.inputs[name].copy_(source)
             call.step()
-            expected = call.results()
-            sources = {name: call.inputs[name].clone() for name in ("x", "dy")}
-            stream = torch.cuda.Stream()
-            long = torch.randn(2**26, device="cuda")
-            torch.cuda.synchronize()
-            for _ in range(50):
-                with torch.cuda.stream(stream):
-                    for name in sources:
-                        call.inputs[name].fill_(float("nan"))
-                    for _ in range(8):  # a kernel on another stream would run first
-                        long.mul_(1.0)
-                    for name, source in sources.items():
-                        call.inputs[name].copy_(source)
-                    call.step()
-                stream.synchronize()
-                found = call.results()
-                good &= all(found[n].tobytes() == expected[n].tobytes() for n in expected)
+        stream.synchronize()
+        found = call.results()
+        good &= all(found[n].tobytes() == expected[n].tobytes() for n in expected)
     return good
 
 
 def sanitize(folder: Path) -> dict[str, str]:
-    """compute-sanitizer over a few small problems of each path."""
+    """compute-sanitizer over a few small problems."""
     tool = shutil.which("compute-sanitizer")
     result = {}
     for name in ("memcheck", "racecheck"):
@@ -250,10 +242,8 @@ def small_shapes() -> None:
 
     relu = testing.options(activation="relu")
     case = testing.Case(size=(5, 8, 8, 32), residual=True, options=relu)
-    for path, layout, dtype in itertools.product(
-        ("portable", "cluster"), ("NHWC", "NCHW"), ("float32", "bfloat16")
-    ):
-        run_check(Check("small", case.replace(data_format=layout, dtype=dtype), path))
+    for layout, dtype in itertools.product(("NHWC", "NCHW"), ("float32", "bfloat16")):
+        run_check(Check("small", case.replace(data_format=layout, dtype=dtype)))
 
 
 # ---- TensorFlow, in a process of its own ---------------------------------------------------------
@@ -327,13 +317,10 @@ def verdict(rows: Any, launched: int | None = None) -> list[str]:
     key = ["n", "h", "w", "c", "dtype", "mode"]
     times = rows.pivot_table("median_s", key, "provider", sort=False).reset_index()
     large, lines = times[times["n"] > 1], []
-    for provider, mode, limit in (
-        ("ours", "forward", 1.25), ("ours-portable", "forward", 1.9),
-        ("ours", "backward", 1.35), ("ours-portable", "backward", 2.2),
-    ):  # fmt: skip
-        own = rows[(rows["provider"] == provider) & (rows["mode"] == mode) & (rows["n"] > 1)]
+    for mode, limit in {"forward": 1.25, "backward": 1.35}.items():
+        own = rows[(rows["provider"] == "ours") & (rows["mode"] == mode) & (rows["n"] > 1)]
         ideal = list(own["copies"] / report.IDEAL[mode])
-        lines.append(_judge(f"{provider}, {mode}, times the ideal", ideal, limit, True))
+        lines.append(_judge(f"ours, {mode}, times the ideal", ideal, limit, True))
     for names, least in ((COMPILED, {"forward": 2, "step": 3}), (EAGER, {"forward": 4, "step": 6})):
         for mode, limit in least.items():
             chosen = large[large["mode"] == mode].reindex(columns=["ours", *names])
@@ -372,7 +359,7 @@ def network_table(rows: Sequence[dict[str, Any]]) -> str:
 
 # Each in processes of its own: two frameworks in one would fight over the GPU's memory.
 GROUPS = (
-    ("ours", "ours-portable", "torch-eager-channels-last", "torch-compile-channels-last"),
+    ("ours", "torch-eager-channels-last", "torch-compile-channels-last"),
     ("jax",),
     ("ours-tf", "tf-graph", "xla"),
 )

@@ -100,7 +100,7 @@ def build(
         flags += [f"-fsanitize={sanitizer}", "-g1", "-fno-omit-frame-pointer"]
         # The runtime itself is not instrumented for threads: see cuda_on_cpu.cc.
         runtime_flags += ["-DCBAM_TSAN=1", "-g1"] if sanitizer == "thread" else flags[-3:]
-    folders = ["core", "ops", "python", "testing", "tf"] if glue else ["core", "testing"]
+    folders = ["core", "ops", "testing", *(["python", "tf"] if glue else [])]
     key = [*flags, str(only), str(main and main.read_text()), *glue, *glue_flags, *glue_link]
     folder = CACHE / _fingerprint(csrc, folders, key)
     target = folder / ("check" if main else "kernels.so")
@@ -110,7 +110,11 @@ def build(
     units = [(s, flags) for s in cuda_sources(csrc) if only is None or s.stem in only]
     units.append((csrc / "testing" / "cuda_on_cpu.cc", runtime_flags))
     units += [(csrc / name, [*flags, *glue_flags]) for name in glue]
-    units += [(main, flags)] if main else []
+    if main:
+        units += [
+            (source, flags)
+            for source in (main, csrc / "ops/dimensions.cc", csrc / "ops/options.cc")
+        ]
     objects = [building / f"{source.stem}.o" for source, _ in units]
 
     def compile_one(index: int) -> None:
@@ -145,6 +149,11 @@ def module() -> ModuleType:
         glue=["testing/cuda_on_cpu_module.cc", "ops/dimensions.cc", "ops/options.cc"],
         glue_flags=["-fvisibility=hidden", *(f"-isystem{path}" for path in includes)],
     )
+    return load_module(name, library)
+
+
+def load_module(name: str, library: Path) -> ModuleType:
+    """A Python module from a shared library, wherever that lies."""
     loader = importlib.machinery.ExtensionFileLoader(name, str(library))
     loaded = importlib.util.module_from_spec(importlib.util.spec_from_loader(name, loader))
     loader.exec_module(loaded)

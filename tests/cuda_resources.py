@@ -22,7 +22,7 @@ from pathlib import Path
 from cuda_on_cpu import CSRC, cuda_sources
 
 TABLE = CSRC / "core" / "cuda" / "resources.csv"
-ARCHITECTURES = ("75", "80", "90", "100", "110", "120")
+ARCHITECTURES = ("75", "80", "90", "100", "120")
 COLUMNS = ("source", "kernel", "architecture", "registers", "stack", "spills")
 _ENTRY = re.compile(
     r"Compiling entry function '(\S+)' for 'sm_(\d+)'.*?(\d+) bytes stack frame, "
@@ -45,7 +45,6 @@ def _names(mangled: Sequence[str]) -> list[str]:
     names = []
     for name in done.stdout.splitlines():
         name = name.removeprefix("void ").replace("cbam_ops::cuda::", "")
-        name = re.sub(r"\((Pass)\)", r"\1 ", name)
         names.append(re.sub(r"\(.*", "", name).strip())
     return names
 
@@ -53,16 +52,19 @@ def _names(mangled: Sequence[str]) -> list[str]:
 def compile_report(architectures: Sequence[str], only: Sequence[str] | None = None) -> list[Row]:
     """Compiles the kernels with warnings as errors and reads what the assembler says of each."""
 
-    def one(task: tuple[Path, str]) -> list[Row]:
-        source, architecture = task
+    # As csrc/cmake/OptionalCuda.cmake does.
+    code = [f"arch=compute_75,code=sm_{a}" for a in architectures if a == "75"]
+    code += [f"arch=compute_80,code=sm_{a}" for a in architectures if a != "75"]
+
+    def one(source: Path) -> list[Row]:
         with tempfile.TemporaryDirectory() as folder:
             command = [nvcc() or "nvcc", "-std=c++17", "-O3", f"-I{CSRC}", "-Xptxas=-v"]
             command += ["-Xcompiler=-Wall,-Wextra", "-Werror=all-warnings"]
-            command += [f"-gencode=arch=compute_{architecture},code=sm_{architecture}"]
+            command += [f"-gencode={each}" for each in code]
             command += ["-c", str(source), "-o", f"{folder}/out.o"]
             done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode != 0:
-            raise RuntimeError(f"{source.name} for sm_{architecture}:\n{done.stderr[-3000:]}")
+            raise RuntimeError(f"{source.name}:\n{done.stderr[-3000:]}")
         found = _ENTRY.findall(done.stderr)
         names = _names([entry[0] for entry in found])
         return [
@@ -77,9 +79,8 @@ def compile_report(architectures: Sequence[str], only: Sequence[str] | None = No
         ]
 
     sources = [s for s in cuda_sources(CSRC) if only is None or s.stem in only]
-    tasks = [(source, architecture) for source in sources for architecture in architectures]
     with ThreadPoolExecutor(os.cpu_count() or 2) as pool:
-        rows = [row for rows in pool.map(one, tasks) for row in rows]
+        rows = [row for rows in pool.map(one, sources) for row in rows]
     return sorted(rows, key=lambda r: (str(r["source"]), str(r["kernel"]), int(r["architecture"])))
 
 
@@ -93,7 +94,7 @@ def read_table() -> list[Row]:
 
 
 def differences(got: Sequence[Row], table: Sequence[Row]) -> list[str]:
-    """Spills, and kernels that use over 8 registers more than the table says."""
+    """More spills than the table says, and kernels that use over 8 registers more."""
 
     def key(row: Row) -> tuple[str | int, ...]:
         return row["source"], row["kernel"], row["architecture"]
@@ -102,10 +103,10 @@ def differences(got: Sequence[Row], table: Sequence[Row]) -> list[str]:
     found = []
     for row in got:
         label = " ".join(map(str, key(row)))
-        if row["spills"]:
-            found.append(f"{label}: {row['spills']} bytes of spills")
         if key(row) not in known:
             found.append(f"{label}: not in {TABLE.name}: python tests/cuda_resources.py --write")
+        elif int(row["spills"]) > int(known[key(row)]["spills"]):
+            found.append(f"{label}: {row['spills']} bytes of spills")
         elif int(row["registers"]) > int(known[key(row)]["registers"]) + 8:
             was = known[key(row)]["registers"]
             found.append(f"{label}: {row['registers']} registers, the table has {was}")
@@ -122,5 +123,5 @@ if __name__ == "__main__":
         problems = differences(report, report)
     else:
         problems = differences(report, read_table())
-    print("\n".join(problems) or f"{len(report)} kernels, no spills")
+    print("\n".join(problems) or f"{len(report)} kernels, as the table says")
     sys.exit(1 if problems else 0)

@@ -7,9 +7,12 @@ translates them as the C++ compiler does (`benchmarks/gpu_check.py` does that on
 
 from __future__ import annotations
 
+import functools
 import os
+import re
 import shutil
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +22,7 @@ import pytest
 from cuda_on_cpu import COMPILER, CSRC, Kernels, build, sanitizer_works
 from kernel_calls import Problem, Tensors, check
 
-from cbam_ops import testing
+from cbam_ops import _core, testing
 from cbam_ops.testing import Case, assert_same_bits
 
 pytestmark = pytest.mark.skipif(not COMPILER, reason="no C++ compiler on PATH")
@@ -43,7 +46,6 @@ def emulation() -> Kernels:
 @pytest.fixture
 def kernels(emulation: Kernels) -> Kernels:
     emulation.set_schedule(0)
-    emulation.set_path("portable")
     emulation.set_device()
     return emulation
 
@@ -58,15 +60,11 @@ def same(one: Tensors, other: Tensors) -> None:
         assert_same_bits(value, other[name], name)
 
 
-@pytest.mark.parametrize("path", ["portable", "cluster"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("module", MODULES)
-def test_every_module(kernels: Kernels, module: str, dtype: str, layout: str, path: str) -> None:
+def test_every_module(kernels: Kernels, module: str, dtype: str, layout: str) -> None:
     """Fails where a type, layout or order computes another function than the definition."""
-    if path == "cluster" and dtype == "float64":
-        pytest.skip("float64 has no cluster kernels")
-    kernels.set_path(path)
     kernels.set_schedule(1)
     case = MODULES[module].replace(size=(5, 4, 6, 16), dtype=dtype, data_format=layout)
     check(case.replace(fill="steps"), kernels)
@@ -87,19 +85,18 @@ OPTIONS = [
 ]
 
 
-@pytest.mark.parametrize("kind", ["portable", "cluster", "batch_norm"])
+@pytest.mark.parametrize("batch_norm", [False, True])
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("options", OPTIONS, ids=lambda o: "-".join(str(v) for v in o.values()))
-def test_options(kernels: Kernels, options: dict[str, Any], layout: str, kind: str) -> None:
+def test_options(kernels: Kernels, options: dict[str, Any], layout: str, batch_norm: bool) -> None:
     """Fails where pooling, activations, residual, biases or batch norm are wired wrongly."""
-    kernels.set_path("cluster" if kind == "cluster" else "portable")
     kernels.set_schedule(2)
     words = {key: value for key, value in options.items() if isinstance(value, str)}
     case = Case(
         size=(5, 4, 6, 16), kernel_size=5, data_format=layout, fill="steps",
         residual=options["residual"], biases=options["biases"], options=testing.options(**words),
     )  # fmt: skip
-    case = with_batch_norm(case, kind == "batch_norm")
+    case = with_batch_norm(case, batch_norm)
     check(case, kernels, gate_gradients=options["biases"])
 
 
@@ -145,10 +142,8 @@ def test_kernel_sizes(kernels: Kernels, kernel_size: int, batch_norm: bool, layo
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("hidden", [1, 7, 300, 700])
-@pytest.mark.parametrize("path", ["portable", "cluster"])
-def test_hidden_sizes(kernels: Kernels, path: str, hidden: int, layout: str) -> None:
+def test_hidden_sizes(kernels: Kernels, hidden: int, layout: str) -> None:
     """More hidden units than a slice of shared memory, and than a block has threads."""
-    kernels.set_path(path)
     check(Case(size=(9, 2, 4, 40), hidden=hidden, data_format=layout), kernels)
 
 
@@ -162,65 +157,95 @@ def test_misaligned(kernels: Kernels, layout: str) -> None:
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("batch_norm", [False, True])
-def test_chunks_of_samples_change_nothing(kernels: Kernels, batch_norm: bool, layout: str) -> None:
-    """How many samples are in flight depends on the GPU's L2: results must not."""
+def test_any_number_of_blocks(kernels: Kernels, batch_norm: bool, layout: str) -> None:
+    """However many blocks there are and run at once, in whatever order they and their threads run:
+    no deadlock and the same bits. One at a time is the worst case: it can wait for nobody."""
     options = testing.options(activation="relu")
-    case = Case(size=(7, 4, 4, 8), data_format=layout, residual=True, options=options)
+    case = Case(size=(7, 9, 8, 36), data_format=layout, residual=True, options=options)
     case = with_batch_norm(case, batch_norm)
-    kernels.set_device(l2=1 << 30)
-    kernels.take_launched_kernels()
-    whole = check(case, kernels)
-    whole_launches = len(kernels.take_launched_kernels().split())
-    kernels.set_device(l2=3 * 4 * 4 * 8 * 4 * 2)
-    parts = check(case, kernels)
-    assert len(kernels.take_launched_kernels().split()) > whole_launches
-    same(whole, parts)
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("shared", [20_000, 30_000, 45_000, 232_448])
-def test_a_sample_over_more_or_fewer_blocks(kernels: Kernels, shared: int, layout: str) -> None:
-    """Clusters of several sizes: halos, column sums and gates cross the blocks' borders."""
-    kernels.set_path("cluster")
-    kernels.set_device(shared=shared)
-    case = Case(size=(5, 12, 12, 32), kernel_size=7, hidden=20, data_format=layout)
-    check(case, kernels)
-
-
-def test_the_path_that_is_chosen(kernels: Kernels) -> None:
-    """What the plan promises for the sizes of a ResNet-50, and the override."""
-    kernels.set_path("auto")
-    stages = {(56, 256): True, (28, 512): True, (14, 1024): True, (7, 2048): False}
-    for (side, channels), expected in stages.items():
-        path = kernels.cbam_path(shape=(32, side, side, channels), hidden=channels // 16)
-        assert (path == "cluster") is expected, side
-    kernels.set_device(capability=80)
-    assert kernels.cbam_path(shape=(1, 8, 8, 8)) == "portable"
-    kernels.set_path("cluster")
-    with pytest.raises(RuntimeError, match="does not fit"):
-        Problem(Case(size=(2, 4, 4, 8))).forward(kernels)
-
-
-@pytest.mark.parametrize("path", ["portable", "cluster"])
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_repeats_bitwise_in_any_order(kernels: Kernels, layout: str, path: str) -> None:
-    """Threads and blocks in another order: the same bits, or something depends on who is first."""
-    kernels.set_path(path)
-    options = testing.options(activation="relu")
-    case = Case(size=(5, 9, 8, 36), data_format=layout, options=options)
-    first = check(case, kernels)
     problem = Problem(case)
-    for schedule in (1, 2, 3):
-        kernels.set_schedule(schedule)
-        same(first, problem.both(kernels))
+    first = problem.check(kernels)
+    for multiprocessors, resident_blocks in ((1, 1), (2, 3), (66, 1), (66, 132)):
+        kernels.set_device(multiprocessors=multiprocessors, resident_blocks=resident_blocks)
+        for schedule in range(2 if resident_blocks == 132 else 4):
+            kernels.set_schedule(schedule)
+            same(first, problem.both(kernels))
 
 
-@pytest.mark.parametrize("path", ["portable", "cluster"])
+def test_one_kernel_a_call(kernels: Kernels) -> None:
+    """Fails: a phase became a launch of its own."""
+    problem = Problem(with_batch_norm(Case(size=(5, 9, 8, 36))))
+    kernels.take_launched_kernels()
+    problem.both(kernels)
+    assert kernels.take_launched_kernels().split() == ["Kernel"] * 2
+
+
+def orders(kernels: Kernels) -> Iterator[tuple[list[Any], list[tuple[int, int, int]]]]:
+    """Lists of items of many problems, for many numbers of blocks."""
+    rng = np.random.default_rng(3)
+    draw = functools.partial(rng.choice, size=None)
+    for trial in range(300):
+        op = str(draw([op for op in _core.signatures() if "attention" in op or "cbam" in op
+                       or "pool" in op]))  # fmt: skip
+        n, h, w, c = (int(draw(sizes)) for sizes in (
+            (1, 2, 7, 33), (1, 3, 7, 14, 40), (1, 5, 7, 14, 300), (1, 3, 32, 200)))  # fmt: skip
+        data_format = str(draw(LAYOUTS))
+        size = (n, h, w, c) if data_format == "NHWC" else (n, c, h, w)
+        arguments = {"shape": size, "data_format": data_format, "dtype": str(draw(DTYPES))}
+        arguments["blocks"] = int(draw([1, 3, 132, 264]))
+        names = {row["name"] for row in _core.signatures()[op]["attributes"]}
+        if "spatial" not in op and "pool" not in op:
+            arguments["hidden"] = int(draw([1, 20, 130]))
+        if "order" in names:
+            arguments["order"] = str(draw(["channel_first", "parallel"]))
+        if "mlp_activation" in names:
+            arguments["mlp_activation"] = str(draw(["none", "relu"]))
+        if "gamma" in {row["name"] for row in _core.signatures()[op]["inputs"]} and trial % 2:
+            arguments["gamma"] = 256
+        yield getattr(kernels, f"{op}_order")(**arguments)
+
+
+def test_items_depend_on_smaller_tickets(kernels: Kernels) -> None:
+    """What makes a deadlock impossible: every item is there once, and all that it waits for has a
+    smaller ticket."""
+    for stages, items in orders(kernels):
+        tickets: dict[tuple[int, int], list[int]] = {}
+        for ticket, (stage, group, index) in enumerate(items):
+            of_group = tickets.setdefault((stage, group), [])
+            assert index == len(of_group)
+            of_group.append(ticket)
+        expected = {(s, g): count for s, (count, groups, *_) in enumerate(stages)
+                    for g in range(groups)}  # fmt: skip
+        assert {key: len(value) for key, value in tickets.items()} == expected
+        for s, (_, groups, after, after_all) in enumerate(stages):
+            assert (after | after_all) >> s == 0
+            for other in range(s):
+                for group in range(groups):
+                    before = [group] if after >> other & 1 else []
+                    before = range(stages[other][1]) if after_all >> other & 1 else before
+                    for one in before:
+                        assert tickets[other, one][-1] < tickets[s, group][0]
+
+
+def test_the_pipeline_is_deep_enough_and_no_deeper(kernels: Kernels) -> None:
+    """In the middle of a large call an item's predecessors are as many tickets back as blocks run,
+    and not much more: what they read is still in L2."""
+    blocks = 264
+    stages, items = kernels.cbam_order(shape=(64, 56, 56, 256), hidden=16, blocks=blocks)
+    tickets: dict[tuple[int, int], list[int]] = {}
+    for ticket, (stage, group, _) in enumerate(items):
+        tickets.setdefault((stage, group), []).append(ticket)
+    step = sum(items for items, *_ in stages)
+    for s, (_, _, after, _) in enumerate(stages):
+        before = [tickets[other, 32][-1] for other in range(s) if after >> other & 1]
+        if before:
+            assert blocks <= tickets[s, 32][0] - max(before) <= 2 * max(blocks, step)
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("module", ["channel_first", "parallel"])
-def test_nan_and_infinity(kernels: Kernels, module: str, layout: str, path: str) -> None:
+def test_nan_and_infinity(kernels: Kernels, module: str, layout: str) -> None:
     """They reach what they reach in the definition, and nothing else."""
-    kernels.set_path(path)
     for fill in testing.NOT_FINITE:
         case = MODULES[module].replace(size=(5, 4, 4, 8), data_format=layout, fill=fill)
         problem = Problem(case)
@@ -238,11 +263,9 @@ def test_nan_and_infinity(kernels: Kernels, module: str, layout: str, path: str)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("path", ["portable", "cluster"])
 @pytest.mark.parametrize("fill", ["zeros", "relu", "offset"])
-def test_values(kernels: Kernels, fill: str, path: str, layout: str) -> None:
+def test_values(kernels: Kernels, fill: str, layout: str) -> None:
     """Where everything is a maximum (after a ReLU whole maps are) the gradient is split evenly."""
-    kernels.set_path(path)
     check(Case(size=(5, 4, 6, 16), data_format=layout, fill=fill), kernels)
 
 
@@ -280,8 +303,6 @@ def test_invalid_problems_are_named(kernels: Kernels) -> None:
             kernels.cbam_workspace(**problem | call)
     with pytest.raises(ValueError, match="cbam: `x` must be an address, got none"):
         kernels.module.cbam(**problem)
-    with pytest.raises(ValueError, match="`path` must be one of 'auto', 'portable', 'cluster'"):
-        kernels.set_path("fast")
 
 
 def test_sizes_beyond_the_kernels_are_refused(kernels: Kernels) -> None:
@@ -364,18 +385,21 @@ def test_half_conversions_of_the_header(kernels: Kernels) -> None:
 # ---- sanitizers and mutants ----------------------------------------------------------------------
 
 CHECK = CSRC / "testing" / "cuda_on_cpu_check.cc"
-FLOAT32 = ("kernels", "float32", "gates_float32")
+FLOAT32 = ("kernels", "float32")
 
 
-def _run_check(binary: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+def _run_check(
+    binary: Path, *arguments: str, limit: int = 600, **environment: str
+) -> subprocess.CompletedProcess[str]:
     environment = {
         **os.environ,
+        **environment,
         "TSAN_OPTIONS": "halt_on_error=1",
         "ASAN_OPTIONS": "detect_leaks=0",
     }
     return subprocess.run(
         [str(binary), *arguments],
-        capture_output=True, text=True, check=False, timeout=300, env=environment,
+        capture_output=True, text=True, check=False, timeout=limit, env=environment,
     )  # fmt: skip
 
 
@@ -383,96 +407,154 @@ def _run_check(binary: Path, *arguments: str) -> subprocess.CompletedProcess[str
 @pytest.mark.parametrize("sanitizer", ["address", "thread"])
 def test_sanitizer(sanitizer: str) -> None:
     """address: reads and writes beyond shared memory, maps and workspace. thread: missing barriers,
-    and blocks or clusters that write what others read."""
+    and blocks that read or write what others write, without waiting."""
     if not sanitizer_works(sanitizer):
         pytest.skip(f"-fsanitize={sanitizer} does not work with {COMPILER} here")
-    arguments = ["threads"] if sanitizer == "thread" else []
-    done = _run_check(build(sanitizer=sanitizer, only=FLOAT32, main=CHECK), *arguments)
+    calls = {"address": "100", "thread": "40"}[sanitizer]
+    done = _run_check(build(sanitizer=sanitizer, only=FLOAT32, main=CHECK), calls)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
 
 
 # Faults put into a copy of the sources: file, text, replacement. Each must be noticed by the
 # results or by a sanitizer, or the tests above would not notice it either.
 MUTANTS = {
-    "reduce: barrier before the fold removed": (
-        "reduce.cuh",
-        "  Barrier();\n  for (int c = ThreadIndex(); c < width;",
+    "columns: barrier before the fold removed": (
+        "maps.cuh",
+        "  Barrier();\n  CBAM_NO_UNROLL\n  for (int c = ThreadIndex(); c < width;",
         "  for (int c = ThreadIndex(); c < width;",
     ),
-    "reduce: one row thread too few": (
-        "reduce.cuh",
-        "for (int r = 1; r < params.row_threads; ++r)",
-        "for (int r = 1; r < params.row_threads - 1; ++r)",
+    "columns: one warp too few": (
+        "maps.cuh",
+        "for (int w = 1; w < kWarps; ++w)",
+        "for (int w = 1; w < kWarps - 1; ++w)",
     ),
-    "reduce: tail rows counted twice": (
-        "reduce.cuh",
-        "if (this_row >= end) continue;",
+    "columns: tail rows counted twice": (
+        "maps.cuh",
+        "if (row + k * row_threads >= end) continue;",
         "",
     ),
-    "spatial: halo one column too narrow": (
-        "spatial.cuh",
-        "tile.column = -radius;",
-        "tile.column = -radius + 1;",
+    "rows: barrier before the fold removed": (
+        "maps.cuh",
+        "      Barrier();\n      if (lane == 0) {",
+        "      if (lane == 0) {",
     ),
-    "spatial: window one row too short": (
-        "spatial.cuh",
-        "tile.rows = static_cast<int>(last_row - first_row) + 1 + 2 * radius;",
-        "tile.rows = static_cast<int>(last_row - first_row) + 2 * radius;",
+    "window: halo one column too narrow": (
+        "convolution.cuh",
+        "const int64_t column = patch.column + c - halo / 2;",
+        "const int64_t column = patch.column + c - halo / 2 + 1;",
     ),
-    "spatial: kernel not flipped": (
-        "spatial.cuh",
-        "const A value = last[-(i * tile.columns + j)];",
-        "const A value = last[(i - 2) * tile.columns + j - 2];",
+    "window: one row too short": (
+        "convolution.cuh",
+        "r < patch.rows + halo;",
+        "r < patch.rows + halo - 1;",
+    ),
+    "window: used before it is filled": (
+        "convolution.cuh",
+        "  Barrier();\n  A* const descriptors",
+        "  A* const descriptors",
+    ),
+    "convolution: kernel not flipped": (
+        "convolution.cuh",
+        "const A value = last[-j];",
+        "const A value = last[j - k + 1];",
     ),
     "mlp: barrier after a slice removed": (
-        "gate_mlp.cuh",
-        "    }\n    Barrier();\n  }\n  CBAM_UNROLL\n  for (int s = 0; s < kSums; ++s) shared[s",
-        "    }\n  }\n  CBAM_UNROLL\n  for (int s = 0; s < kSums; ++s) shared[s",
-    ),
-    "cluster: waits for no copy": (
-        "cluster.cuh",
-        "void WaitForStage(int stage) const { WaitForCopies(barriers + stage, 0); }",
-        "void WaitForStage(int) const {}",
-    ),
-    "cluster: barrier before combining removed": (
-        "cluster.cuh",
-        "      ClusterBarrier();\n      CombineColumns<true>(part, partial, store);",
-        "      CombineColumns<true>(part, partial, store);",
-    ),
-    "cluster: last barrier of the gather removed": (
-        "cluster.cuh",
-        "    store(i, sum);\n  }\n  ClusterBarrier();",
-        "    store(i, sum);\n  }",
-    ),
-    "cluster: first stage copied twice, last never": (
-        "cluster.cuh",
-        "const int64_t begin = static_cast<int64_t>(StageRow(stage)) * columns;",
-        "const int64_t begin = static_cast<int64_t>(StageRow(stage > 2 ? 0 : stage)) * columns;",
+        "mlp.cuh",
+        "    Barrier();\n  }\n  CBAM_UNROLL\n  for (int s = 0; s < kSums; ++s) shared",
+        "  }\n  CBAM_UNROLL\n  for (int s = 0; s < kSums; ++s) shared",
     ),
     "map: ties get the whole gradient": (
-        "reduce.cuh",
+        "sides.cuh",
         "side.max_share = d_max / count;",
         "side.max_share = d_max;",
     ),
+    # The protocol between blocks: each wait, each release, each barrier that they rely on.
+    "tickets: nobody waits": (
+        "kernel.cuh",
+        "    WaitAcquire(address, wanted);",
+        "    (void)address, (void)wanted;",
+    ),
+    "tickets: the own last item is not waited for": (
+        "kernel.cuh",
+        "      if (WaitUnless(address, wanted, &control->finished, fetched)) return;",
+        "      return;",
+    ),
+    "tickets: counted before it is finished": (
+        "kernel.cuh",
+        "      if (WaitUnless(address, wanted, &control->finished, fetched)) return;",
+        "",
+    ),
+    "tickets: finished before all threads are": (
+        "kernel.cuh",
+        "      Barrier();\n      if (ThreadIndex() == 0) Publish",
+        "      if (ThreadIndex() == 0) Publish",
+    ),
+    "tickets: the next item is not waited for": (
+        "kernel.cuh",
+        "      BlockBarrier();  // the last item is finished, the next one known\n",
+        "      if (fetched == 0) BlockBarrier();\n",
+    ),
+    "tickets: what an item is after is forgotten": (
+        "kernel.cuh",
+        "if (stage.after >> s & 1) wait",
+        "if (stage.after >> s & 1 && s != next.stage - 1) wait",
+    ),
+    "tickets: what a stage is after is forgotten": (
+        "kernel.cuh",
+        "if (stage.after_all >> s & 1) wait",
+        "if (false) wait",
+    ),
 }
+
+
+def noticed(csrc: Path, **environment: str) -> bool:
+    """Whether a changed tree of sources fails: in its results, by a deadlock or a data race."""
+    try:
+        done = _run_check(build(csrc, only=FLOAT32, main=CHECK), "200", limit=180, **environment)
+        if done.returncode == 0 and sanitizer_works("thread"):
+            checked = build(csrc, sanitizer="thread", only=FLOAT32, main=CHECK)
+            done = _run_check(checked, "25", limit=180, **environment)
+    except subprocess.TimeoutExpired:  # a fault may make a loop endless
+        return True
+    return done.returncode != 0
+
+
+def changed(folder: Path, name: str, text: str, replacement: str) -> Path:
+    """A tree of sources in which one text is another."""
+    csrc = folder / "csrc"
+    for part in ("core", "ops", "testing"):
+        shutil.copytree(CSRC / part, csrc / part)
+    target = csrc / "core" / "cuda" / name
+    source = target.read_text()
+    assert text in source, "the mutation no longer applies: update it"
+    target.write_text(source.replace(text, replacement))
+    return csrc
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("mutant", list(MUTANTS))
 def test_mutants_are_caught(mutant: str, tmp_path: Path) -> None:
     """A fault in the sources is noticed by the results, by the scheduler or by ThreadSanitizer."""
-    name, text, replacement = MUTANTS[mutant]
-    csrc = tmp_path / "csrc"
-    for folder in ("core", "testing"):
-        shutil.copytree(CSRC / folder, csrc / folder)
-    target = csrc / "core" / "cuda" / name
-    source = target.read_text()
-    assert text in source, "the mutation no longer applies: update it"
-    target.write_text(source.replace(text, replacement))
-    done = _run_check(build(csrc, only=FLOAT32, main=CHECK), "quick")
-    if done.returncode == 0 and sanitizer_works("thread"):
-        done = _run_check(build(csrc, sanitizer="thread", only=FLOAT32, main=CHECK), "threads")
-    assert done.returncode != 0, "nobody noticed"
+    assert noticed(changed(tmp_path, *MUTANTS[mutant])), "nobody noticed"
+
+
+TASKS = re.findall(r"^  (k\w+),", (CSRC / "core/cuda/schedule.h").read_text(), re.MULTILINE)
+# What these are after is all that they are: nothing in the call comes before.
+FIRST = ("kChannelPool", "kSpatialGrad", "kPoolMaxima")
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("task", [task for task in TASKS if task not in FIRST])
+def test_every_dependency_is_needed(task: str, tmp_path: Path) -> None:
+    """Fails: nobody would notice if the items of a task did not wait for what they are after."""
+    text = "    const int s = schedule_.stage_count++;\n"
+    forget = '    if (static_cast<int>(task) == std::atoi(std::getenv("CBAM_OPS_FORGET")))\n'
+    csrc = changed(tmp_path, "schedule.h", text, f"{forget}      after = after_all = 0;\n{text}")
+    header = csrc / "core" / "cuda" / "schedule.h"
+    header.write_text(
+        header.read_text().replace("#include <cstdint>", "#include <cstdint>\n#include <cstdlib>")
+    )
+    assert noticed(csrc, CBAM_OPS_FORGET=str(TASKS.index(task))), "nobody noticed"
 
 
 # ---- nvcc ----------------------------------------------------------------------------------------
@@ -480,18 +562,21 @@ def test_mutants_are_caught(mutant: str, tmp_path: Path) -> None:
 
 @pytest.mark.long
 def test_resources_and_warnings() -> None:
-    """No kernel spills, none uses many more registers than the committed table says, and nvcc has
+    """No kernel spills more or uses many more registers than the committed table says, and nvcc has
     nothing to warn of. One architecture here (`python tests/cuda_resources.py` takes all)."""
     if cuda_resources.nvcc() is None:
         pytest.skip("no nvcc on PATH and no CUDACXX")
-    units = ("kernels", "float32", "bfloat16", "gates_float32")
-    report = cuda_resources.compile_report(["90"], units)
-    assert len(report) > 60
+    report = cuda_resources.compile_report(["90"], ("kernels", "float32", "bfloat16"))
+    assert len(report) == 16
     assert not cuda_resources.differences(report, cuda_resources.read_table())
 
 
-def test_committed_table_has_no_spills() -> None:
-    """For all architectures that are built by default."""
+def test_committed_table() -> None:
+    """All architectures that are built by default. Kernels for float32 and half types spill nothing
+    but a few registers of backward on 12.0."""
     table = cuda_resources.read_table()
     assert {str(row["architecture"]) for row in table} == set(cuda_resources.ARCHITECTURES)
-    assert not cuda_resources.differences(table, table)
+    for row in table:
+        spares = row["source"] == "float64" or row["architecture"] == 120
+        limit = 136 if spares and "Backward" in str(row["kernel"]) else 0
+        assert int(row["spills"]) <= limit, row

@@ -16,7 +16,7 @@ import tensorflow as tf
 from numpy_oracle import gradient_magnitudes
 
 import cbam_ops
-from cbam_ops import _core, ops, options
+from cbam_ops import ops, options
 from cbam_ops.testing import (
     OPTIONS,
     SIZES,
@@ -38,16 +38,6 @@ def device() -> Iterator[None]:
         pytest.skip("TensorFlow sees no GPU")
     with cbam_ops.use_implementation("native"):
         yield
-
-
-@pytest.fixture(params=["portable", "auto"])
-def path(request: pytest.FixtureRequest) -> Iterator[str]:
-    """The portable kernels, then whatever a user gets (with clusters where the device has them)."""
-    if DEVICE == "GPU":
-        _core.cuda.set_path(request.param)
-    yield request.param
-    if DEVICE == "GPU":
-        _core.cuda.set_path("auto")
 
 
 def moved(tensors: dict[str, tf.Tensor], device: str) -> dict[str, tf.Tensor]:
@@ -84,7 +74,7 @@ def test_every_option_is_accurate(case, dtype, data_format):
 
 @pytest.mark.parametrize("case", SIZES, ids=str)
 @pytest.mark.parametrize("size_dtype", ["float32", "float16"])
-def test_every_size_is_accurate(case, size_dtype, data_format, path):
+def test_every_size_is_accurate(case, size_dtype, data_format):
     """Fails where a tail of a vector, an edge of a tile or a halo is handled wrongly."""
     check(case.replace(dtype=size_dtype, data_format=data_format))
 
@@ -95,7 +85,7 @@ SEVERAL_BLOCKS = Case(size=_SIZE, hidden=8, kernel_size=7, residual=True)
 
 
 @pytest.mark.parametrize("map_dtype", ["float32", "bfloat16"])
-def test_a_map_of_several_blocks_is_accurate(map_dtype, data_format, path):
+def test_a_map_of_several_blocks_is_accurate(map_dtype, data_format):
     check(SEVERAL_BLOCKS.replace(dtype=map_dtype, data_format=data_format))
 
 
@@ -109,7 +99,7 @@ def everything(tensors: dict[str, tf.Tensor]) -> list[tf.Tensor]:
         return [*outputs, *SEVERAL_BLOCKS.gradients(ops, tensors).values()]
 
 
-def test_results_have_the_same_bits_every_time(path):
+def test_results_have_the_same_bits_every_time():
     tensors = moved(SEVERAL_BLOCKS.draw(), DEVICE)
     expected = bits(everything(tensors))
     for _ in range(3):
@@ -117,7 +107,7 @@ def test_results_have_the_same_bits_every_time(path):
             assert_same_bits(value, expected[index], f"result {index}")
 
 
-def test_ours_waits_for_what_came_before(path):
+def test_ours_waits_for_what_came_before():
     """A long op ahead on TensorFlow's stream, 50 times: a kernel on another stream would not wait.
 
     The input is the long op's result, so that reading it too early gives other numbers.
@@ -141,7 +131,7 @@ def test_ours_waits_for_what_came_before(path):
             assert_same_bits(value, expected[index], f"result {index}")
 
 
-def test_what_comes_after_waits_for_ours(path):
+def test_what_comes_after_waits_for_ours():
     """The workspace and the outputs are used again at once by the next ops on the stream."""
     tensors = moved(SEVERAL_BLOCKS.draw(), DEVICE)
     expected = everything(tensors)[0]

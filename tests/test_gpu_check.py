@@ -44,7 +44,7 @@ class NumpyMemory:
 
 # Figures that nobody measured: they exercise the arithmetic of the report and nothing else.
 COPY = 100e-6
-MADE_UP = {"ours": 110e-6, "ours-portable": 170e-6, "torch-eager-channels-last": 500e-6}
+MADE_UP = {"ours": 110e-6, "torch-eager-channels-last": 500e-6}
 MADE_UP |= {"tf-graph": 450e-6, "torch-compile-channels-last": 300e-6, "jax": 230e-6}
 
 
@@ -80,32 +80,28 @@ def test_without_a_gpu_it_stops_with_a_sentence(monkeypatch):
         gpu_check.main([])
 
 
-def test_the_checks_cover_every_function_type_layout_and_path():
+def test_the_checks_cover_every_function_type_and_layout():
     full, quick = list(gpu_check.checks(quick=False)), list(gpu_check.checks(quick=True))
     options = [check for check in full if check.kind == "options"]
     assert {check.case.function for check in options} == {
         name for name in testing.ARGUMENTS if not name.endswith("pool")
     }
     assert {dict(check.case.options).get("order") for check in options} == {None, "parallel"}
-    assert {(check.case.dtype, check.case.data_format, check.path) for check in options} == set(
-        itertools.product(
-            ("float32", "float16", "bfloat16", "float64"), ("NHWC", "NCHW"), ("portable", "auto")
-        )
+    assert {(check.case.dtype, check.case.data_format) for check in options} == set(
+        itertools.product(("float32", "float16", "bfloat16", "float64"), ("NHWC", "NCHW"))
     )
     assert {check.kind for check in full} == {"options", "sizes", "misaligned", "stage"}
     assert any(check.offset for check in full) and len(quick) < len(full)
 
 
 def checks_for_a_test() -> list[Any]:
-    """Every option, spread over types, layouts and paths, and a misaligned map."""
+    """Every option, spread over types and layouts, and a misaligned map."""
     options = [check for check in gpu_check.checks(quick=True) if check.kind == "options"]
     misaligned = [check for check in gpu_check.checks(quick=True) if check.kind == "misaligned"]
     return [*options[::7], misaligned[0]]
 
 
-@pytest.mark.parametrize(
-    "check", checks_for_a_test(), ids=lambda check: f"{check.case}-{check.path}"
-)
+@pytest.mark.parametrize("check", checks_for_a_test(), ids=lambda check: str(check.case))
 def test_the_checks_pass_on_the_kernels_sources(check):
     """What runs on a GPU, on the same sources: were a check wrong, it would fail on the day."""
     row = gpu_check.run_check(check, cuda_on_cpu.module(), NumpyMemory())
@@ -121,7 +117,7 @@ def test_a_wrong_result_is_found(monkeypatch):
         return {**found, "dkernel": found["dkernel"] * np.float32(1.001)}
 
     monkeypatch.setattr(device.Call, "results", results_with_a_fault)
-    check = gpu_check.Check("options", testing.Case(), "portable")
+    check = gpu_check.Check("options", testing.Case())
     row = gpu_check.run_check(check, cuda_on_cpu.module(), NumpyMemory())
     assert row["wrong"].startswith("dkernel")
 
@@ -201,9 +197,8 @@ def test_the_verdict_compares_with_the_targets():
     rows = results.frame(made_up_rows())
     lines = gpu_check.verdict(rows, launched=1)
     text = "\n".join(lines)
-    # 1.1 of 1.25 copies; portable 1.7 of 1.9. Batch 1 is left out.
+    # 1.1 of 1.25 copies. Batch 1 is left out.
     assert "ours, forward, times the ideal: at most 1.25 wanted; 8 of 8 met, worst 1.10" in text
-    assert "ours-portable, forward, times the ideal: at most 1.9 wanted; 8 of 8 met" in text
     # The faster compiled baseline takes 230, which is 2.09 times ours.
     names = ", ".join(gpu_check.COMPILED)
     assert f"step, against the faster of {names}: at least 3 wanted; 0 of 8 met, worst 2.09" in text

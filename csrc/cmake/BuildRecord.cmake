@@ -46,7 +46,7 @@ endforeach()
 
 record_json("cuda" "{}")
 if(CBAM_OPS_CUDA_ENABLED)
-  list(JOIN CMAKE_CUDA_ARCHITECTURES " " architectures)
+  list(JOIN CBAM_OPS_CUDA_TARGETS " " architectures)
   record_json("cuda enabled" true)
   record_string("cuda version" "${CBAM_OPS_CUDA_VERSION}")
   record_string("cuda architectures" "${architectures}")

@@ -9,7 +9,7 @@
 # the one that pip installed (CMAKE_CUDA_COMPILER).
 #
 # Defines: CBAM_OPS_CUDA_ENABLED, CBAM_OPS_CUDA_WHY_NOT, CBAM_OPS_CUDA_VERSION,
-#          CMAKE_CUDA_ARCHITECTURES.
+#          CBAM_OPS_CUDA_TARGETS.
 
 set(CBAM_OPS_CUDA_ENABLED OFF)
 set(CBAM_OPS_CUDA_WHY_NOT "")
@@ -38,29 +38,49 @@ elseif(NOT CMAKE_CUDA_COMPILER)
       "CBAM_OPS_CUDA=AUTO or OFF.")
   endif()
 else()
-  # Machine code for the first architecture of every generation that this nvcc knows from Turing on
-  # (75, 80, 90, ...; the generation's later ones run it: 80's on 86, 87 and 89), and PTX of the newest
-  # for those to come. To be set before the language is enabled. Each costs about 20 seconds of one core.
-  if(NOT CMAKE_CUDA_ARCHITECTURES)
+  # Which GPUs to build for, in the words of CMAKE_CUDA_ARCHITECTURES: those of that variable, or else
+  # the GPUs of this machine alone, or else one of every generation (whose later members run it) and PTX
+  # for those to come.
+  set(CBAM_OPS_CUDA_TARGETS "${CMAKE_CUDA_ARCHITECTURES}")
+  set(CBAM_OPS_CUDA_FLAGS "")
+  if(NOT CBAM_OPS_CUDA_TARGETS)
+    find_program(CBAM_OPS_NVIDIA_SMI nvidia-smi)
+    if(CBAM_OPS_NVIDIA_SMI)
+      execute_process(
+        COMMAND "${CBAM_OPS_NVIDIA_SMI}" --query-gpu=compute_cap --format=csv,noheader
+        OUTPUT_VARIABLE capabilities ERROR_QUIET RESULT_VARIABLE failed)
+      string(REGEX MATCHALL "[0-9]+\\.[0-9]" capabilities "${capabilities}")
+      if(NOT failed AND capabilities)
+        list(REMOVE_DUPLICATES capabilities)
+        string(REPLACE "." "" CBAM_OPS_CUDA_TARGETS "${capabilities}")
+        set(CMAKE_CUDA_ARCHITECTURES "${CBAM_OPS_CUDA_TARGETS}")
+      endif()
+    endif()
+  endif()
+  if(NOT CBAM_OPS_CUDA_TARGETS)
+    # The sources know two kinds of machines, below 80 and from 80 on. So they are translated to PTX
+    # twice, and that of 80 is what the later ones' machine code is made of: each costs about six seconds
+    # of one core and not twice that.
     execute_process(
-      COMMAND "${CMAKE_CUDA_COMPILER}" --list-gpu-arch
-      OUTPUT_VARIABLE architectures OUTPUT_STRIP_TRAILING_WHITESPACE COMMAND_ERROR_IS_FATAL ANY)
-    string(REGEX MATCHALL "[0-9]+" architectures "${architectures}")
-    list(SORT architectures COMPARE NATURAL)
-    list(REMOVE_DUPLICATES architectures)
-    set(wanted "")
-    set(last_generation "")
-    foreach(architecture IN LISTS architectures)
-      if(architecture GREATER_EQUAL 75)
-        math(EXPR generation "${architecture} / 10")
-        if(NOT generation STREQUAL last_generation)
-          list(APPEND wanted "${architecture}-real")
-        endif()
-        set(last_generation "${generation}")
-        set(newest "${architecture}")
+      COMMAND "${CMAKE_CUDA_COMPILER}" --list-gpu-code
+      OUTPUT_VARIABLE known OUTPUT_STRIP_TRAILING_WHITESPACE COMMAND_ERROR_IS_FATAL ANY)
+    string(REGEX MATCHALL "[0-9]+" known "${known}")
+    set(code "")
+    foreach(architecture 75 80 90 100 120)
+      if(NOT architecture IN_LIST known)
+        continue()
+      endif()
+      list(APPEND CBAM_OPS_CUDA_TARGETS "${architecture}-real")
+      if(architecture EQUAL 75)
+        list(APPEND CBAM_OPS_CUDA_FLAGS "--generate-code=arch=compute_75,code=sm_75")
+      else()
+        list(APPEND code "sm_${architecture}")
       endif()
     endforeach()
-    set(CMAKE_CUDA_ARCHITECTURES "${wanted};${newest}-virtual")
+    list(APPEND CBAM_OPS_CUDA_TARGETS "80-virtual")
+    list(JOIN code "," code)
+    list(APPEND CBAM_OPS_CUDA_FLAGS "--generate-code=arch=compute_80,code=[${code},compute_80]")
+    set(CMAKE_CUDA_ARCHITECTURES OFF)
   endif()
   enable_language(CUDA)
   set(CMAKE_CUDA_STANDARD 17)
@@ -73,7 +93,7 @@ else()
 endif()
 
 if(CBAM_OPS_CUDA_ENABLED)
-  message(STATUS "CUDA kernels: ${CBAM_OPS_CUDA_VERSION}, for ${CMAKE_CUDA_ARCHITECTURES}")
+  message(STATUS "CUDA kernels: ${CBAM_OPS_CUDA_VERSION}, for ${CBAM_OPS_CUDA_TARGETS}")
 else()
   message(STATUS "CUDA kernels: none, ${CBAM_OPS_CUDA_WHY_NOT}")
 endif()
@@ -83,10 +103,10 @@ function(cbam_ops_add_cuda_kernels library)
   target_sources(${library} PRIVATE ${sources})
   target_compile_definitions(${library} PUBLIC CBAM_HAVE_CUDA=1)
   # For messages about an architecture that was not built.
-  list(JOIN CMAKE_CUDA_ARCHITECTURES " " architectures)
+  list(JOIN CBAM_OPS_CUDA_TARGETS " " architectures)
   set_property(SOURCE "${PROJECT_SOURCE_DIR}/csrc/core/cuda/kernels.cu" APPEND PROPERTY
     COMPILE_DEFINITIONS "CBAM_OPS_CUDA_ARCHITECTURES=\"${architectures}\"")
   target_compile_options(${library} PRIVATE
-    $<$<COMPILE_LANGUAGE:CUDA>:-Xcompiler=-Wall,-Wextra>
+    $<$<COMPILE_LANGUAGE:CUDA>:-Xcompiler=-Wall,-Wextra;${CBAM_OPS_CUDA_FLAGS}>
     $<$<AND:$<BOOL:${CBAM_OPS_WERROR}>,$<COMPILE_LANGUAGE:CUDA>>:-Werror=all-warnings>)
 endfunction()

@@ -14,7 +14,6 @@
 #include <new>
 #include <stdexcept>
 #include <string>
-#include <type_traits>
 #include <vector>
 
 #include "core/contract.h"
@@ -27,18 +26,14 @@
 namespace cbam_ops {
 namespace python {
 
-inline constexpr const char* kCudaPaths[] = {"auto", "portable", "cluster"};
-
-// For every op there are functions that run it, say how much workspace it needs, and which path it
-// takes. They take the same arguments.
-enum class Question { kNone, kWorkspace, kPath };
+// For every op there are functions that run it and say how much workspace it needs. They take the
+// same arguments.
+enum class Question { kNone, kWorkspace };
 
 template <Question kQuestion>
 class DevicePointers {
  public:
-  static constexpr const char* kSuffix = kQuestion == Question::kNone        ? ""
-                                         : kQuestion == Question::kWorkspace ? "_workspace"
-                                                                             : "_path";
+  static constexpr const char* kSuffix = kQuestion == Question::kNone ? "" : "_workspace";
   static constexpr bool kOutputsAreGiven = true;
   static constexpr const char* kKeywords =
       "shape, dtype='float32', hidden=1, kernel_size=7, workspace=0, stream=0";
@@ -66,18 +61,18 @@ class DevicePointers {
     return Address(argument, dimensions);
   }
 
+  // Adds what no pointer says.
+  void Complete(Problem* problem) {
+    problem->hidden = hidden_;
+    problem->kernel_size = kernel_size_;
+    arguments_.Check(CheckProblem(*problem));
+  }
+
   template <typename Args>
   py::object Run(Problem problem, const Args& args) {
-    problem.hidden = hidden_;
-    problem.kernel_size = kernel_size_;
-    arguments_.Check(CheckProblem(problem));
+    Complete(&problem);
     if constexpr (kQuestion == Question::kWorkspace) {
       return py::int_(cuda::WorkspaceBytes<Args>(problem));
-    } else if constexpr (kQuestion == Question::kPath) {
-      cuda::Path path = cuda::Path::kPortable;
-      if constexpr (std::is_same_v<Args, ForwardArgs>) path = cuda::ForwardPath(problem);
-      if constexpr (std::is_same_v<Args, BackwardArgs>) path = cuda::BackwardPath(problem);
-      return py::str(kCudaPaths[static_cast<int>(path)]);
     } else {
       Status status;
       {
@@ -174,17 +169,6 @@ inline void DefineMemory(py::module_* module) {
 inline void DefineCuda(py::module_* module) {
   DefineAll<DevicePointers<Question::kNone>>(module, ops::AllOps());
   DefineAll<DevicePointers<Question::kWorkspace>>(module, ops::AllOps());
-  DefineAll<DevicePointers<Question::kPath>>(module, ops::AllOps());
-  module->def(
-      "set_path",
-      [](const std::string& path) {
-        for (int i = 0; i < 3; ++i) {
-          if (path == kCudaPaths[i]) return cuda::SetPath(static_cast<cuda::Path>(i));
-        }
-        throw py::value_error(
-            "set_path: `path` must be one of 'auto', 'portable', 'cluster', got '" + path + "'");
-      },
-      py::arg("path"), "Which kernels run: 'auto', 'portable' or 'cluster'.");
 }
 
 }  // namespace python

@@ -9,8 +9,8 @@
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
-#include <map>
 #include <string>
+#include <utility>
 #include <vector>
 
 #if defined(__SANITIZE_ADDRESS__)
@@ -32,61 +32,44 @@ namespace cbam_ops {
 namespace cuda_on_cpu {
 namespace {
 
-constexpr size_t kStackBytes = 256 * 1024;
+constexpr size_t kStackBytes = 128 * 1024;
 constexpr int kWarpLanes = 32;
 
-enum class Waiting { kNothing, kBlock, kWarp, kCluster, kCopy, kEnded };
+enum class Waiting { kNothing, kBlock, kWarp, kCounter, kEnded };
 
 const char* Describe(Waiting waiting) {
   switch (waiting) {
     case Waiting::kBlock:
-      return "a block barrier";
+      return "a barrier";
     case Waiting::kWarp:
       return "a warp shuffle";
-    case Waiting::kCluster:
-      return "a cluster barrier";
-    case Waiting::kCopy:
-      return "a bulk copy";
+    case Waiting::kCounter:
+      return "a counter";
     default:
       return "nothing";
   }
 }
 
+struct Fiber;
+
 // What a group of threads waits at. TSan identifies it by its address.
 struct Meeting {
   int members = 0;
-  int arrived = 0;
   int64_t generation = 0;
+  std::vector<Fiber*> waiting;
 };
-
-struct Fiber;
 
 struct WarpState {
   Meeting meeting;
   uint64_t slots[2][kWarpLanes];
 };
 
-struct Copy {
-  void* destination;
-  const void* source;
-  uint32_t bytes;
-};
-
-struct CopyBarrier {
-  int64_t expected = 0;
-  int64_t queued = 0;
-  bool armed = false;
-  int phase = 0;  // of the transfer under way
-  std::vector<Copy> copies;
-};
-
 struct BlockState {
-  int64_t index = 0;
-  int rank = 0;
+  int64_t index = -1;
+  int running = 0;  // threads that have not ended
   unsigned char* shared = nullptr;
-  Meeting meeting;
+  Meeting whole, part;  // the block's barrier, and one of its first threads
   std::vector<WarpState> warps;
-  std::map<uint64_t*, CopyBarrier> copy_barriers;
 };
 
 struct Fiber {
@@ -96,24 +79,53 @@ struct Fiber {
   int thread = 0;
   BlockState* block = nullptr;
   Waiting waiting = Waiting::kNothing;
+  // What it waits for at a counter: this, or a flag with a value.
+  const uint32_t* counter = nullptr;
+  uint32_t target = 0;
+  const uint32_t* flag = nullptr;
+  uint32_t value = 0;
   void* tsan = nullptr;
   void* fake_stack = nullptr;
+};
+
+// Threads in the order in which they came. Like all lists here it has its memory before the threads
+// run: an allocation or a memmove would be theirs to ThreadSanitizer.
+struct Ring {
+  std::vector<Fiber*> places;
+  size_t first = 0, size = 0;
+
+  void Reset(size_t most) {
+    places.assign(most, nullptr);
+    first = size = 0;
+  }
+  Fiber*& At(size_t i) { return places[(first + i) % places.size()]; }
+  void Push(Fiber* fiber) {
+    ++size;
+    At(size - 1) = fiber;
+  }
+  Fiber* Pop() {
+    Fiber* const fiber = At(0);
+    first = (first + 1) % places.size();
+    --size;
+    return fiber;
+  }
 };
 
 struct Runtime {
   std::vector<Fiber> fibers;
   std::vector<BlockState> blocks;
-  std::vector<int> order;
+  Ring ready;
+  std::vector<Fiber*> at_counters;
   std::vector<unsigned char*> stacks;
   std::vector<void*> tsan_fibers;
-  Meeting cluster;
+  BlockState* ended = nullptr;  // its last thread has just ended
   Fiber main;
   Fiber* current = nullptr;
-  size_t position = 0;  // in `order`
   LaunchShape shape;
   void (*body)(const void*) = nullptr;
   const void* argument = nullptr;
   uint64_t seed = 0;
+  uint64_t random = 0;
   int64_t launches = 0;
   std::string names, taken;
   bool failed = false;
@@ -121,6 +133,11 @@ struct Runtime {
   char start_token = 0, end_token = 0;
   const void* main_stack = nullptr;
   size_t main_stack_bytes = 0;
+
+  uint64_t Draw(uint64_t bound) {
+    random = random * 6364136223846793005ull + 1442695040888963407ull;
+    return (random >> 33) % bound;
+  }
 };
 
 Runtime& State() {
@@ -224,21 +241,22 @@ void SwitchTo(Fiber* to) {
 #endif
 }
 
-// Runs the next thread that can run; the main fiber when there is none.
+void Wake(Fiber* fiber) {
+  fiber->waiting = Waiting::kNothing;
+  State().ready.Push(fiber);
+}
+
+// Runs a thread that can run; the main fiber when there is none, or a block to put away.
 void Yield() {
   Runtime& state = State();
-  const size_t count = state.order.size();
-  for (size_t step = 1; step <= count; ++step) {
-    size_t at = state.position + step;
-    if (at >= count) at -= count;
-    Fiber* fiber = &state.fibers[state.order[at]];
-    if (fiber->waiting == Waiting::kNothing) {
-      state.position = at;
-      SwitchTo(fiber);
-      return;
-    }
+  if (state.ready.size == 0 || state.ended != nullptr) return SwitchTo(&state.main);
+  // In turn, or any: of a few of the oldest, or of all.
+  if (state.seed != 0) {
+    const uint64_t among =
+        state.Draw(8) > 0 ? std::min<uint64_t>(state.ready.size, 300) : state.ready.size;
+    std::swap(state.ready.At(0), state.ready.At(state.Draw(among)));
   }
-  SwitchTo(&state.main);
+  SwitchTo(state.ready.Pop());
 }
 
 void Entry() {
@@ -256,137 +274,108 @@ void Entry() {
   state.body(state.argument);
   Release(&state.end_token);
   state.current->waiting = Waiting::kEnded;
+  if (--state.current->block->running == 0) state.ended = state.current->block;
   Yield();
   std::abort();  // an ended fiber is never resumed
 }
 
-// Waits until all members have come; `wake` names those who wait with the caller.
-template <typename Wake>
-void Meet(Meeting* meeting, Waiting kind, bool synchronises, Wake same_group) {
-  Runtime& state = State();
-  Fiber* self = state.current;
+// Waits until all members have come.
+void Meet(Meeting* meeting, Waiting kind, bool synchronises) {
+  Fiber* self = State().current;
   if (synchronises) Release(meeting);
-  if (++meeting->arrived == meeting->members) {
-    meeting->arrived = 0;
+  if (static_cast<int>(meeting->waiting.size()) + 1 == meeting->members) {
     ++meeting->generation;
-    for (Fiber& fiber : state.fibers) {
-      if (fiber.waiting == kind && same_group(fiber)) fiber.waiting = Waiting::kNothing;
-    }
+    for (Fiber* fiber : meeting->waiting) Wake(fiber);
+    meeting->waiting.clear();
   } else {
     self->waiting = kind;
+    meeting->waiting.push_back(self);
     Yield();
   }
   if (synchronises) Acquire(meeting);
 }
 
+bool HasCome(const Fiber& fiber) {
+  return *fiber.counter >= fiber.target || (fiber.flag != nullptr && *fiber.flag == fiber.value);
+}
+
+// Wakes those at counters for whom a change was the last that they waited for.
+void WakeAtCounters() {
+  auto& waiting = State().at_counters;
+  size_t kept = 0;
+  for (Fiber* fiber : waiting) {
+    if (HasCome(*fiber)) {
+      Wake(fiber);
+    } else {
+      waiting[kept++] = fiber;
+    }
+  }
+  waiting.resize(kept);
+}
+
 }  // namespace
 
 int ThreadIndex() { return State().current->thread; }
-int64_t BlockIndex() { return State().current->block->index; }
 unsigned char* SharedMemory() { return State().current->block->shared; }
-int ClusterRank() { return State().current->block->rank; }
-int ClusterSize() { return State().shape.cluster; }
 
-void Barrier() {
-  BlockState* block = State().current->block;
-  Meet(&block->meeting, Waiting::kBlock, true,
-       [block](const Fiber& fiber) { return fiber.block == block; });
+void Barrier(int threads) {
+  Runtime& state = State();
+  BlockState* block = state.current->block;
+  const bool whole = threads == state.shape.threads;
+  Meeting* const meeting = whole ? &block->whole : &block->part;
+  meeting->members = threads;
+  Meet(meeting, Waiting::kBlock, true);
 }
 
-void ClusterBarrier() {
-  Meet(&State().cluster, Waiting::kCluster, true, [](const Fiber&) { return true; });
+void ForgetShared(size_t offset) {
+  Runtime& state = State();
+  std::memset(state.current->block->shared + offset, 0xff, state.shape.shared_bytes - offset);
 }
 
 uint64_t ExchangeBits(uint64_t value, int mask) {
   Fiber* self = State().current;
-  BlockState* block = self->block;
   const int warp = self->thread / kWarpLanes, lane = self->thread % kWarpLanes;
-  WarpState& slots = block->warps[warp];
+  WarpState& slots = self->block->warps[warp];
   // Two sets of slots in turn: nobody can be two exchanges ahead of a lane that has not read yet.
   uint64_t* turn = slots.slots[slots.meeting.generation & 1];
   turn[lane] = value;
   // A shuffle orders no memory accesses: nothing is announced to ThreadSanitizer.
-  Meet(&slots.meeting, Waiting::kWarp, false, [block, warp](const Fiber& fiber) {
-    return fiber.block == block && fiber.thread / kWarpLanes == warp;
-  });
+  Meet(&slots.meeting, Waiting::kWarp, false);
   return turn[(lane ^ mask) % kWarpLanes];
 }
 
-void* MapToRank(void* pointer, int rank) {
-  Runtime& state = State();
-  const ptrdiff_t offset = static_cast<unsigned char*>(pointer) - state.current->block->shared;
-  if (offset < 0 || offset > static_cast<ptrdiff_t>(state.shape.shared_bytes)) {
-    Fail("MapToRank of an address outside shared memory");
-  }
-  return state.blocks[rank].shared + offset;
+uint64_t TakeTicket(uint64_t* next) { return (*next)++; }
+
+void AddRelease(uint32_t* counter) {
+  Release(counter);
+  ++*counter;
+  WakeAtCounters();
 }
 
-void InitCopyBarrier(uint64_t* barrier) {
-  State().current->block->copy_barriers[barrier] = CopyBarrier();
+void Publish(uint32_t* flag, uint32_t value) {
+  Release(flag);
+  *flag = value;
+  WakeAtCounters();
 }
 
-void ExpectBytes(uint64_t* barrier, uint32_t bytes) {
-  auto& barriers = State().current->block->copy_barriers;
-  const auto found = barriers.find(barrier);
-  if (found == barriers.end()) return Fail("bytes expected at a barrier that was not initialised");
-  if (found->second.armed) Fail("bytes expected twice in one phase");
-  found->second.armed = true;
-  found->second.expected += bytes;
-  Release(barrier);
-}
-
-void BulkCopyToShared(void* destination, const void* source, uint32_t bytes, uint64_t* barrier) {
-  Runtime& state = State();
-  BlockState* block = state.current->block;
-  const auto found = block->copy_barriers.find(barrier);
-  if (found == block->copy_barriers.end())
-    return Fail("a bulk copy to a barrier that was not initialised");
-  if (bytes % 16 != 0 || reinterpret_cast<uintptr_t>(destination) % 16 != 0 ||
-      reinterpret_cast<uintptr_t>(source) % 16 != 0) {
-    return Fail("a bulk copy whose addresses or size are no multiples of 16 bytes");
-  }
-  auto* to = static_cast<unsigned char*>(destination);
-  if (to < block->shared || to + bytes > block->shared + state.shape.shared_bytes) {
-    return Fail("a bulk copy beyond shared memory");
-  }
-  found->second.copies.push_back({destination, source, bytes});
-  found->second.queued += bytes;
-  Release(barrier);
-}
-
-void WaitForCopies(uint64_t* barrier, int parity) {
-  Runtime& state = State();
-  BlockState* block = state.current->block;
-  for (;;) {
-    const auto found = block->copy_barriers.find(barrier);
-    if (found == block->copy_barriers.end())
-      return Fail("a wait at a barrier that was not initialised");
-    CopyBarrier& copies = found->second;
-    if (copies.armed && copies.expected == copies.queued) {
-      Acquire(barrier);
-      for (const Copy& copy : copies.copies) std::memcpy(copy.destination, copy.source, copy.bytes);
-      copies = CopyBarrier{0, 0, false, copies.phase ^ 1, {}};
-      Release(barrier);
-      for (Fiber& fiber : state.fibers) {
-        if (fiber.waiting == Waiting::kCopy && fiber.block == block)
-          fiber.waiting = Waiting::kNothing;
-      }
-    }
-    if (copies.phase != parity) {
-      Acquire(barrier);
-      return;
-    }
-    // Those who complete the phase are other threads: let them run.
-    state.current->waiting = Waiting::kCopy;
-    bool others = false;
-    for (Fiber& fiber : state.fibers) others |= fiber.waiting == Waiting::kNothing;
-    if (!others) {
-      Yield();  // reports the deadlock
-      continue;
-    }
-    state.current->waiting = Waiting::kNothing;
+bool WaitUnless(const uint32_t* counter, uint32_t target, const uint32_t* flag, uint32_t value) {
+  Fiber* self = State().current;
+  self->counter = counter;
+  self->target = target;
+  self->flag = flag;
+  self->value = value;
+  if (!HasCome(*self)) {
+    self->waiting = Waiting::kCounter;
+    State().at_counters.push_back(self);
     Yield();
   }
+  const bool counted = *counter >= target;
+  Acquire(const_cast<uint32_t*>(counted ? counter : flag));
+  return counted;
+}
+
+void WaitAcquire(const uint32_t* counter, uint32_t target) {
+  WaitUnless(counter, target, nullptr, 0);
 }
 
 float HalfToFloat(uint16_t bits) {
@@ -430,36 +419,75 @@ uint16_t FloatToHalf(float value) {
   return static_cast<uint16_t>(sign | bits);
 }
 
+namespace {
+
+// Puts a block in a place of those that run, and its threads among those that can.
+bool Start(BlockState* block, int64_t index, Fiber* fibers) {
+  Runtime& state = State();
+  const int threads = state.shape.threads;
+  *block = BlockState();
+  block->index = index;
+  block->running = threads;
+  // The size is exact for AddressSanitizer to see what lies beyond; 0xff everywhere is NaN in every
+  // type.
+  void* shared = nullptr;
+  if (posix_memalign(&shared, 128, std::max<size_t>(state.shape.shared_bytes, 1)) != 0) {
+    Fail("no memory for shared memory");
+    return false;
+  }
+  std::memset(shared, 0xff, state.shape.shared_bytes);
+  block->shared = static_cast<unsigned char*>(shared);
+  block->warps.resize(threads / kWarpLanes);
+  for (WarpState& warp : block->warps) {
+    warp.meeting.members = kWarpLanes;
+    warp.meeting.waiting.reserve(kWarpLanes);
+  }
+  block->whole.waiting.reserve(static_cast<size_t>(threads));
+  block->part.waiting.reserve(static_cast<size_t>(threads));
+  for (int i = 0; i < threads; ++i) {
+    fibers[i].thread = i;
+    fibers[i].block = block;
+    Prepare(&fibers[i]);
+    Wake(&fibers[i]);
+  }
+  return true;
+}
+
+}  // namespace
+
 void Run(const LaunchShape& shape, void (*body)(const void*), const void* argument) {
   Runtime& state = State();
   state.shape = shape;
   state.body = body;
   state.argument = argument;
   state.failed = false;
+  state.ended = nullptr;
+  state.at_counters.clear();
+  state.random = state.seed;
   ++state.launches;
   state.names += std::string(shape.kernel) + " ";
   if (shape.threads % kWarpLanes != 0 || shape.threads < 1 || shape.threads > 1024)
     return Fail("bad block size");
-  if (shape.cluster < 1 || shape.blocks % shape.cluster != 0)
-    return Fail("the cluster does not divide the grid");
-  if (static_cast<int64_t>(shape.shared_bytes) > PretendedDevice().shared_bytes)
-    return Fail("too much shared memory");
+  if (shape.shared_bytes > 48 * 1024) return Fail("too much shared memory");
 
-  const int count = shape.threads * shape.cluster;
+  const int64_t most = PretendedDevice().resident_blocks;
+  const auto places = static_cast<size_t>(most > 0 ? std::min(most, shape.blocks) : shape.blocks);
+  const size_t count = places * static_cast<size_t>(shape.threads);
   state.fibers.clear();
   state.fibers.resize(count);
-  while (static_cast<int>(state.stacks.size()) < count) {
-    void* stack =
-        mmap(nullptr, kStackBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  state.ready.Reset(count);
+  state.at_counters.reserve(count);
+  while (state.stacks.size() < count) {
+    void* stack = mmap(nullptr, kStackBytes, PROT_READ | PROT_WRITE,
+                       MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (stack == MAP_FAILED) return Fail("no memory for stacks");
     state.stacks.push_back(static_cast<unsigned char*>(stack));
   }
-  for (int i = 0; i < count; ++i) {
+  for (size_t i = 0; i < count; ++i) {
     state.fibers[i].stack = state.stacks[i];
 #if defined(CBAM_TSAN)
     // Made once: a launch starts by acquiring what came before, not by being new.
-    if (static_cast<int>(state.tsan_fibers.size()) <= i)
-      state.tsan_fibers.push_back(__tsan_create_fiber(0));
+    if (state.tsan_fibers.size() <= i) state.tsan_fibers.push_back(__tsan_create_fiber(0));
     state.fibers[i].tsan = state.tsan_fibers[i];
 #endif
   }
@@ -469,69 +497,39 @@ void Run(const LaunchShape& shape, void (*body)(const void*), const void* argume
   state.main.waiting = Waiting::kNothing;
   state.current = &state.main;
 
-  const int64_t groups = shape.blocks / shape.cluster;
-  uint64_t random = state.seed * 6364136223846793005ull + 1442695040888963407ull;
-  const auto draw = [&random](uint64_t bound) {
-    random = random * 6364136223846793005ull + 1442695040888963407ull;
-    return (random >> 33) % bound;
-  };
-  std::vector<int64_t> group_order(groups);
-  for (int64_t g = 0; g < groups; ++g) group_order[g] = g;
+  std::vector<int64_t> order(static_cast<size_t>(shape.blocks));
+  for (size_t i = 0; i < order.size(); ++i) order[i] = static_cast<int64_t>(i);
   if (state.seed != 0) {
-    for (int64_t g = groups - 1; g > 0; --g) std::swap(group_order[g], group_order[draw(g + 1)]);
+    for (size_t i = order.size(); i > 1; --i) std::swap(order[i - 1], order[state.Draw(i)]);
   }
-  for (const int64_t group : group_order) {
-    state.blocks.clear();
-    state.blocks.resize(shape.cluster);
-    for (int rank = 0; rank < shape.cluster; ++rank) {
-      BlockState& block = state.blocks[rank];
-      block.index = group * shape.cluster + rank;
-      block.rank = rank;
-      // The size is exact for AddressSanitizer to see what lies beyond; 0xff everywhere is NaN in
-      // every type.
-      const size_t bytes = shape.shared_bytes;
-      void* shared = nullptr;
-      if (posix_memalign(&shared, 128, bytes > 0 ? bytes : 1) != 0)
-        return Fail("no memory for shared memory");
-      std::memset(shared, 0xff, bytes);
-      block.shared = static_cast<unsigned char*>(shared);
-      block.meeting.members = shape.threads;
-      block.warps.resize(shape.threads / kWarpLanes);
-      for (WarpState& warp : block.warps) warp.meeting.members = kWarpLanes;
-    }
-    state.cluster = Meeting{count, 0, 0};
-    state.order.resize(count);
-    for (int i = 0; i < count; ++i) {
-      Fiber& fiber = state.fibers[i];
-      fiber.thread = i % shape.threads;
-      fiber.block = &state.blocks[i / shape.threads];
-      fiber.waiting = Waiting::kNothing;
-      Prepare(&fiber);
-      state.order[i] = i;
-    }
-    if (state.seed != 0) {
-      for (int i = count - 1; i > 0; --i) std::swap(state.order[i], state.order[draw(i + 1)]);
-    }
-    state.position = count - 1;
+  state.blocks.clear();
+  state.blocks.resize(places);
+  size_t started = 0, running = 0;
+  const auto start = [&](BlockState* block) {
+    const auto place = static_cast<size_t>(block - state.blocks.data());
+    running += Start(block, order[started++], &state.fibers[place * shape.threads]) ? 1 : 0;
     Release(&state.start_token);
-    Yield();  // until nothing can run
+  };
+  for (BlockState& block : state.blocks) start(&block);
+  while (running > 0 && !state.failed) {
+    Yield();  // until nothing can run, or a block has ended
     Acquire(&state.end_token);
-    for (const Fiber& fiber : state.fibers) {
-      if (fiber.waiting != Waiting::kEnded && !state.failed) {
+    if (state.ended == nullptr) {
+      for (const Fiber& fiber : state.fibers) {
+        if (fiber.waiting == Waiting::kEnded) continue;
         Fail("block " + std::to_string(fiber.block->index) + " thread " +
              std::to_string(fiber.thread) + " waits for " + Describe(fiber.waiting) +
              " that others never reach");
+        break;
       }
+      break;
     }
-    for (BlockState& block : state.blocks) {
-      for (const auto& barrier : block.copy_barriers) {
-        if (barrier.second.queued > 0 && !state.failed)
-          Fail("a block ended before its bulk copies");
-      }
-      std::free(block.shared);
-    }
-    if (state.failed) break;
+    BlockState* const ended = std::exchange(state.ended, nullptr);
+    std::free(std::exchange(ended->shared, nullptr));
+    --running;
+    if (started < order.size()) start(ended);
   }
+  for (BlockState& block : state.blocks) std::free(block.shared);
 }
 
 Device& PretendedDevice() {

@@ -3,20 +3,20 @@
 // core/cuda/device.cuh includes this file where there is no nvcc. What a kernel can do there it can
 // do here:
 //
-//   blocks         run one after the other (the blocks of a cluster together), in an order drawn
-//                  from a seed
-//   threads        are fibers on the calling thread, scheduled in an order drawn from the same
-//                  seed; a thread runs until it waits, so what a missing barrier lets another
-//                  thread see depends on the seed only: failures repeat
-//   shared memory  is a heap block of exactly the requested size, filled with NaN before each block
-//   barriers       shuffles, cluster barriers, memory barriers with transaction counts and bulk
-//                  copies are exact: a thread that leaves while others wait for it is reported
-//                  (kernel name, what they wait for), not hung on. A bulk copy happens as late as
-//                  it may: when a thread first waits for it
+//   blocks         run at once, or as many as Device says, in an order drawn from a seed; each ends
+//                  before another takes its place
+//   threads        are fibers on the calling thread; a thread runs until it waits, and which is next
+//                  is drawn from the same seed: what a missing barrier or a missing wait lets another
+//                  thread see depends on the seed only, so failures repeat
+//   shared memory  is a heap block of exactly the requested size, filled with NaN before each block,
+//                  and again where a kernel says that what is there may not be used
+//   barriers       shuffles, tickets and counters are exact: a thread that waits for what never comes
+//                  is reported (kernel name, what it waits for), not hung on
 //
 // Under AddressSanitizer and ThreadSanitizer fibers are announced to the sanitizer. Switching
-// fibers does not synchronise them for ThreadSanitizer, only the barriers do; so it sees a missing
-// barrier whatever the schedule, and two blocks that write the same address.
+// fibers does not synchronise them for ThreadSanitizer, only the barriers do, and counters from the
+// thread that adds to the one that waits; so it sees what is missing whatever the schedule, within a
+// block and between blocks. A ticket orders nothing.
 //
 // The runtime itself (cuda_on_cpu.cc) must be compiled without -fsanitize=thread.
 #ifndef CBAM_OPS_TESTING_CUDA_ON_CPU_H_
@@ -32,9 +32,9 @@ namespace cuda_on_cpu {
 // ---- for kernels --------------------------------------------------------------------------------
 
 int ThreadIndex();
-int64_t BlockIndex();
 unsigned char* SharedMemory();
-void Barrier();
+// Of the block, or of its first `threads` threads.
+void Barrier(int threads);
 // The value that the lane `mask` away passed to the same call; all 32 lanes must take part.
 uint64_t ExchangeBits(uint64_t value, int mask);
 
@@ -48,21 +48,15 @@ A ShuffleXor(A value, int mask) {
   return value;
 }
 
-inline void WaitForPredecessors() {}
-inline void AllowSuccessors() {}
+// Fills shared memory with NaN from here on.
+void ForgetShared(size_t offset);
 
-// Clusters.
-int ClusterRank();
-int ClusterSize();
-void ClusterBarrier();
-// The address in block `rank`'s shared memory that corresponds to `pointer` in one's own.
-void* MapToRank(void* pointer, int rank);
-
-// Memory barriers in shared memory that count bytes: one arrival, then as many bytes as announced.
-void InitCopyBarrier(uint64_t* barrier);
-void ExpectBytes(uint64_t* barrier, uint32_t bytes);
-void BulkCopyToShared(void* destination, const void* source, uint32_t bytes, uint64_t* barrier);
-void WaitForCopies(uint64_t* barrier, int parity);
+// See core/cuda/device.cuh.
+uint64_t TakeTicket(uint64_t* next);
+void AddRelease(uint32_t* counter);
+void WaitAcquire(const uint32_t* counter, uint32_t target);
+void Publish(uint32_t* flag, uint32_t value);
+bool WaitUnless(const uint32_t* counter, uint32_t target, const uint32_t* flag, uint32_t value);
 
 float HalfToFloat(uint16_t bits);
 uint16_t FloatToHalf(float value);
@@ -85,7 +79,6 @@ struct LaunchShape {
   const char* kernel = "";
   int64_t blocks = 1;
   int threads = 32;
-  int cluster = 1;
   size_t shared_bytes = 0;
 };
 
@@ -110,11 +103,9 @@ void Launch(const LaunchShape& shape, void (*kernel)(Params), const Params& para
 
 // The device that is pretended; tests change it.
 struct Device {
-  int64_t l2_bytes = 1 << 20;
   int capability = 90;
-  int multiprocessors = 4;
-  int64_t shared_bytes = 232448;  // per block, at most
-  int max_cluster = 16;
+  int64_t multiprocessors = 2;
+  int64_t resident_blocks = 0;  // that run at once; 0: all
 };
 Device& PretendedDevice();
 

@@ -1,7 +1,8 @@
 // What the kernel sources may use of the machine, in one place: thread indices, shared memory,
-// barriers, shuffles, clusters, bulk copies, 16-byte vectors and the map types. Under nvcc these
-// are the intrinsics; under a C++ compiler they are the wrappers of testing/cuda_on_cpu.h, which
-// run the same kernel sources on a CPU, one fiber per CUDA thread.
+// barriers, shuffles, tickets and counters in global memory, vectors and the map types. Under nvcc
+// these are intrinsics; under a C++ compiler they are the wrappers of testing/cuda_on_cpu.h, which
+// run the same kernel sources on a CPU, one fiber per CUDA thread. Nothing here needs more than
+// compute capability 7.5 has.
 //
 // Half types are plain 16-bit structs converted with PTX instructions: the toolkit's half headers
 // would cost more compile time than all kernels together.
@@ -12,32 +13,39 @@
 #include <cstdint>
 #include <cstring>
 
+#include "core/cuda/schedule.h"
+
 #if defined(__CUDACC__)
 #define CBAM_DEVICE __device__ __forceinline__
 // How many blocks a multiprocessor shall hold at least: without it the compiler would rather spill
-// a register or two than miss one of its own steps of occupancy. Registers are what keeps loads in
-// flight here.
-#define CBAM_KERNEL(blocks) __global__ void __launch_bounds__(::cbam_ops::cuda::kThreads, blocks)
-#define CBAM_CLUSTER_KERNEL(blocks) \
-  __global__ void __launch_bounds__(::cbam_ops::cuda::kClusterThreads, blocks)
+// a register or two than miss one of its own steps of occupancy.
+#define CBAM_KERNEL(blocks) __global__ void __launch_bounds__(::cbam_ops::cuda::kBlock, blocks)
+#define CBAM_PARAMETER const __grid_constant__
 #define CBAM_UNROLL _Pragma("unroll")
 #define CBAM_NO_UNROLL _Pragma("unroll 1")
+#define CBAM_UNROLL_4 _Pragma("unroll 4")
 #else
 #include "testing/cuda_on_cpu.h"
 #define CBAM_DEVICE inline
 #define CBAM_KERNEL(blocks) void
-#define CBAM_CLUSTER_KERNEL(blocks) void
+#define CBAM_PARAMETER const
 #define CBAM_UNROLL
 #define CBAM_NO_UNROLL
+#define CBAM_UNROLL_4
 #endif
 
 namespace cbam_ops {
 namespace cuda {
 
 constexpr int kWarp = 32;
-constexpr int kThreads = 256;  // of every kernel but the cluster ones
-constexpr int kClusterThreads =
-    512;  // of the cluster kernels: they own a multiprocessor, or half of one
+constexpr int kThreads = 128;             // that work on an item
+constexpr int kBlock = kThreads + kWarp;  // and a warp that fetches the next one
+constexpr int kControlBytes = 128;        // of shared memory, for what that warp says
+constexpr int kItemBytes = 20 * 1024;     // of shared memory, for the item
+constexpr int kSharedBytes = kControlBytes + kItemBytes;
+// Blocks that a multiprocessor shall hold: while one waits the others work. Three of five warps leave
+// a thread 128 registers and a multiprocessor of 64 KB enough shared memory.
+constexpr int kBlocksAtOnce = 3;
 
 struct Half {
   uint16_t bits;
@@ -58,101 +66,70 @@ struct ComputeType<double> {
 template <typename T>
 using Compute = typename ComputeType<T>::Type;
 
-// Elements of a 16-byte vector.
+// Elements of a vector of a map: four, where all rows begin at a multiple of that, or one. Of float32
+// that is 16 bytes, of half types 8, which the rows of 14 x 14 in NCHW have too and which leaves
+// their arithmetic as many registers. A float64 is 8 bytes by itself.
 template <typename T>
-constexpr int kVector = 16 / static_cast<int>(sizeof(T));
+constexpr int kWidest = sizeof(T) == 8 ? 1 : 4;
+// Rows that a thread has in flight of so many maps: about 64 bytes of loads, as registers allow.
+template <typename T>
+CBAM_HOST_DEVICE constexpr int RowsAtOnce(int vector, int maps) {
+  if (sizeof(T) == 8 || vector * static_cast<int>(sizeof(T)) >= 16) return 4 / maps;
+  return maps == 1 ? 8 : maps == 2 ? 3 : 2;
+}
 
 // ---- the machine -------------------------------------------------------------------------------
 
 #if defined(__CUDACC__)
 
 CBAM_DEVICE int ThreadIndex() { return static_cast<int>(threadIdx.x); }
-CBAM_DEVICE int64_t BlockIndex() { return static_cast<int64_t>(blockIdx.x); }
-CBAM_DEVICE unsigned char* SharedMemory() {
+CBAM_DEVICE unsigned char* BlockMemory() {
   extern __shared__ __align__(128) unsigned char shared_memory[];
   return shared_memory;
 }
-CBAM_DEVICE void Barrier() { __syncthreads(); }
+// Of the threads that work on an item; of the whole block.
+CBAM_DEVICE void Barrier() { asm volatile("bar.sync 1, %0;" ::"n"(kThreads) : "memory"); }
+CBAM_DEVICE void BlockBarrier() { asm volatile("bar.sync 0, %0;" ::"n"(kBlock) : "memory"); }
+CBAM_DEVICE void ConvergeWarp() { __syncwarp(); }
 template <typename A>
 CBAM_DEVICE A ShuffleXor(A value, int mask) {
   return __shfl_xor_sync(0xffffffffu, value, mask);
 }
+// Shared memory of an item holds what the item before it left: nothing that may be used.
+CBAM_DEVICE void ForgetShared() {}
 
-// Programmatic dependent launch: a kernel may be set up while its predecessor drains. Nothing that
-// a predecessor wrote, and nothing that it may still read, is touched before WaitForPredecessors;
-// each kernel waits, so the order is transitive.
-CBAM_DEVICE void WaitForPredecessors() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
+// The next number of a counter that all blocks share. Orders nothing.
+CBAM_DEVICE uint64_t TakeTicket(uint64_t* next) {
+  return atomicAdd(reinterpret_cast<unsigned long long*>(next), 1ull);
 }
-CBAM_DEVICE void AllowSuccessors() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.launch_dependents;");
-#endif
+// Adds 1 to a counter of the device. Whoever has waited for that sees what the caller wrote before,
+// and what others had written before the last barrier that they shared with the caller.
+CBAM_DEVICE void AddRelease(uint32_t* counter) {
+  asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(counter) : "memory");
 }
-
-// Thread-block clusters, and bulk copies that a memory barrier in shared memory waits for: compute
-// capability 9.0 on. A kernel that uses them has an empty body on older architectures
-// (CBAM_HAVE_CLUSTERS) and is never launched there.
-#if __CUDA_ARCH__ >= 900 || !defined(__CUDA_ARCH__)
-#define CBAM_HAVE_CLUSTERS 1
-CBAM_DEVICE uint32_t SharedAddress(const void* pointer) {
-  return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
+CBAM_DEVICE uint32_t LoadAcquire(const uint32_t* counter) {
+  uint32_t value;
+  asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(counter) : "memory");
+  return value;
 }
-CBAM_DEVICE int ClusterRank() {
-  uint32_t rank;
-  asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
-  return static_cast<int>(rank);
+CBAM_DEVICE void WaitAcquire(const uint32_t* counter, uint32_t target) {
+  while (LoadAcquire(counter) < target) __nanosleep(32);
 }
-CBAM_DEVICE int ClusterSize() {
-  uint32_t size;
-  asm volatile("mov.u32 %0, %%cluster_nctarank;" : "=r"(size));
-  return static_cast<int>(size);
+// Within the block: says that `flag` is now `value`.
+CBAM_DEVICE void Publish(uint32_t* flag, uint32_t value) {
+  asm volatile("st.release.cta.u32 [%0], %1;" ::"l"(flag), "r"(value) : "memory");
 }
-// Also a barrier of the block; orders what was written to any block's shared memory.
-CBAM_DEVICE void ClusterBarrier() {
-  asm volatile("barrier.cluster.arrive.release.aligned;\n\tbarrier.cluster.wait.acquire.aligned;" ::
-                   : "memory");
+// Waits for a counter as WaitAcquire does, but gives up when `flag` is `value`: false.
+CBAM_DEVICE bool WaitUnless(const uint32_t* counter, uint32_t target, const uint32_t* flag,
+                            uint32_t value) {
+  for (;;) {
+    if (LoadAcquire(counter) >= target) return true;
+    uint32_t now;
+    asm volatile("ld.acquire.cta.u32 %0, [%1];" : "=r"(now) : "l"(flag) : "memory");
+    if (now == value) return false;
+    __nanosleep(32);
+  }
 }
-// The address in block `rank`'s shared memory that corresponds to `pointer` in one's own.
-template <typename P>
-CBAM_DEVICE P* MapToRank(P* pointer, int rank) {
-  uint64_t mapped;
-  asm volatile("mapa.u64 %0, %1, %2;"
-               : "=l"(mapped)
-               : "l"(reinterpret_cast<uint64_t>(pointer)), "r"(rank));
-  return reinterpret_cast<P*>(mapped);
-}
-// One arrival, which announces the bytes. To be followed by a barrier of the block.
-CBAM_DEVICE void InitCopyBarrier(uint64_t* barrier) {
-  asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(SharedAddress(barrier)) : "memory");
-  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-}
-CBAM_DEVICE void ExpectBytes(uint64_t* barrier, uint32_t bytes) {
-  asm volatile(
-      "mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(SharedAddress(barrier)),
-      "r"(bytes)
-      : "memory");
-}
-CBAM_DEVICE void BulkCopyToShared(void* destination, const void* source, uint32_t bytes,
-                                  uint64_t* barrier) {
-  asm volatile(
-      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::
-          "r"(SharedAddress(destination)),
-      "l"(__cvta_generic_to_global(source)), "r"(bytes), "r"(SharedAddress(barrier))
-      : "memory");
-}
-CBAM_DEVICE void WaitForCopies(uint64_t* barrier, int parity) {
-  asm volatile(
-      "{\n\t.reg .pred done;\n\t"
-      "again:\n\t"
-      "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n\t"
-      "@!done bra again;\n\t}" ::"r"(SharedAddress(barrier)),
-      "r"(parity)
-      : "memory");
-}
-#endif
 
 CBAM_DEVICE float Multiply(float a, float b) { return __fmul_rn(a, b); }
 CBAM_DEVICE double Multiply(double a, double b) { return __dmul_rn(a, b); }
@@ -194,24 +171,21 @@ CBAM_DEVICE void FromCompute(float value, BFloat16* result) {
 
 #else  // on a CPU
 
-#define CBAM_HAVE_CLUSTERS 1
-using cuda_on_cpu::AllowSuccessors;
-using cuda_on_cpu::Barrier;
-using cuda_on_cpu::BlockIndex;
-using cuda_on_cpu::BulkCopyToShared;
-using cuda_on_cpu::ClusterBarrier;
-using cuda_on_cpu::ClusterRank;
-using cuda_on_cpu::ClusterSize;
-using cuda_on_cpu::ExpectBytes;
-using cuda_on_cpu::InitCopyBarrier;
-using cuda_on_cpu::SharedMemory;
+using cuda_on_cpu::AddRelease;
+using cuda_on_cpu::Publish;
 using cuda_on_cpu::ShuffleXor;
+using cuda_on_cpu::TakeTicket;
 using cuda_on_cpu::ThreadIndex;
-using cuda_on_cpu::WaitForCopies;
-using cuda_on_cpu::WaitForPredecessors;
-template <typename P>
-P* MapToRank(P* pointer, int rank) {
-  return static_cast<P*>(cuda_on_cpu::MapToRank(pointer, rank));
+using cuda_on_cpu::WaitAcquire;
+using cuda_on_cpu::WaitUnless;
+inline unsigned char* BlockMemory() { return cuda_on_cpu::SharedMemory(); }
+inline void Barrier() { cuda_on_cpu::Barrier(kThreads); }
+inline void BlockBarrier() { cuda_on_cpu::Barrier(kBlock); }
+inline void ConvergeWarp() {}
+inline void ForgetShared() {
+  Barrier();
+  if (ThreadIndex() == 0) cuda_on_cpu::ForgetShared(kControlBytes);
+  Barrier();
 }
 
 inline float Multiply(float a, float b) { return a * b; }  // the build forbids contraction
@@ -241,13 +215,32 @@ struct alignas(sizeof(T) * V) Vec {
   T value[V];
 };
 
+// Plain loads and stores, never those for constant data: what one item reads another has written
+// in the same launch.
 template <typename T, int V>
 CBAM_DEVICE Vec<T, V> Load(const T* pointer) {
   return *reinterpret_cast<const Vec<T, V>*>(pointer);
 }
 
-// A store that will not be read again soon: marked to leave the cache first, so that what the next
-// pass re-reads stays.
+// For what is not read again: marked to leave the cache first, so that what the next phase reads
+// again stays.
+template <typename T, int V>
+CBAM_DEVICE Vec<T, V> LoadLast(const T* pointer) {
+#if defined(__CUDACC__)
+  if constexpr (sizeof(Vec<T, V>) == 16) {
+    const uint4 bits = __ldcs(reinterpret_cast<const uint4*>(pointer));
+    Vec<T, V> vec;
+    memcpy(&vec, &bits, sizeof(bits));
+    return vec;
+  } else if constexpr (sizeof(Vec<T, V>) == 8) {
+    const uint2 bits = __ldcs(reinterpret_cast<const uint2*>(pointer));
+    Vec<T, V> vec;
+    memcpy(&vec, &bits, sizeof(bits));
+    return vec;
+  }
+#endif
+  return Load<T, V>(pointer);
+}
 template <typename T, int V>
 CBAM_DEVICE void StoreStreaming(T* pointer, const Vec<T, V>& vec) {
 #if defined(__CUDACC__)
@@ -255,6 +248,11 @@ CBAM_DEVICE void StoreStreaming(T* pointer, const Vec<T, V>& vec) {
     uint4 bits;
     memcpy(&bits, &vec, sizeof(bits));
     __stcs(reinterpret_cast<uint4*>(pointer), bits);
+    return;
+  } else if constexpr (sizeof(vec) == 8) {
+    uint2 bits;
+    memcpy(&bits, &vec, sizeof(bits));
+    __stcs(reinterpret_cast<uint2*>(pointer), bits);
     return;
   }
 #endif
@@ -300,7 +298,13 @@ CBAM_DEVICE A MaximumOverLanes(A value, int width) {
   return value;
 }
 
-// Of numbers below 2^31 (block indices, positions and channels of a sample): a 64-bit division is a
+// Where an item keeps what its threads share: kItemBytes.
+template <typename A>
+CBAM_DEVICE A* Shared() {
+  return reinterpret_cast<A*>(BlockMemory() + kControlBytes);
+}
+
+// Of numbers below 2^31 (item indices, positions and channels of a sample): a 64-bit division is a
 // call of 100 instructions.
 CBAM_DEVICE int64_t Quotient(int64_t a, int64_t b) {
   return static_cast<uint32_t>(a) / static_cast<uint32_t>(b);

@@ -1,8 +1,4 @@
 // Entry points: checks, the choice by map type, and questions about the device.
-#include <atomic>
-#include <cstdlib>
-#include <cstring>
-
 #include "core/cuda/explain.h"
 #include "core/cuda/kernels.h"
 #include "core/cuda/plan.h"
@@ -48,23 +44,6 @@ Status CheckSizes(const Problem& problem) {
   return {};
 }
 
-std::atomic<int32_t>& ChosenPath() {
-  static std::atomic<int32_t> path([] {
-    const char* const name = std::getenv("CBAM_OPS_CUDA_PATH");
-    if (name != nullptr && std::strcmp(name, "portable") == 0)
-      return static_cast<int32_t>(Path::kPortable);
-    if (name != nullptr && std::strcmp(name, "cluster") == 0)
-      return static_cast<int32_t>(Path::kCluster);
-    return static_cast<int32_t>(Path::kAuto);
-  }());
-  return path;
-}
-
-#if defined(__CUDACC__)
-// Asked for its attributes only: whether this build has code for the device.
-__global__ void ProbeKernel() {}
-#endif
-
 }  // namespace
 
 template <typename Args>
@@ -80,27 +59,36 @@ Status Run(const Problem& problem, const Args& args, void* workspace, void* stre
   DeviceInfo device;
   const Status queried = QueryDevice(&device);
   if (!queried.ok()) return queried;
-  return TableFor(problem.dtype)
-      .For(args)
-      .run(problem, args, workspace, Launcher(device, stream), ActivePath());
+  return TableFor(problem.dtype).For(args).run(problem, args, workspace, Launcher(device, stream));
 }
 
-#define CBAM_OPS_INSTANTIATE(Args)                      \
-  template size_t WorkspaceBytes<Args>(const Problem&); \
-  template Status Run(const Problem&, const Args&, void*, void*);
+Status LoadKernels(DataType dtype) { return TableFor(dtype).load(); }
+
+template <typename Args>
+Schedule Order(const Problem& problem, int64_t blocks) {
+  return TableFor(problem.dtype).For(Args()).order(problem, blocks);
+}
+
+#define CBAM_OPS_INSTANTIATE(Args)                                \
+  template size_t WorkspaceBytes<Args>(const Problem&);           \
+  template Status Run(const Problem&, const Args&, void*, void*); \
+  template Schedule Order<Args>(const Problem&, int64_t);
 CBAM_OPS_FOR_EACH_ARGS(CBAM_OPS_INSTANTIATE)
 #undef CBAM_OPS_INSTANTIATE
 
-Status CheckDevice() {
-  DeviceInfo device;
-  const Status queried = QueryDevice(&device);
-  if (!queried.ok()) return queried;
+StreamDevice::StreamDevice([[maybe_unused]] void* stream) {
+#if CUDART_VERSION >= 12080
+  int wanted = 0, current = 0;
+  if (cudaStreamGetDevice(static_cast<cudaStream_t>(stream), &wanted) != cudaSuccess ||
+      cudaGetDevice(&current) != cudaSuccess || wanted == current) {
+    return;
+  }
+  if (cudaSetDevice(wanted) == cudaSuccess) before_ = current;
+#endif
+}
+StreamDevice::~StreamDevice() {
 #if defined(__CUDACC__)
-  cudaFuncAttributes attributes;
-  return FromCudaError(
-      cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(&ProbeKernel)), "probe");
-#else
-  return {};
+  if (before_ >= 0) cudaSetDevice(before_);
 #endif
 }
 
@@ -127,22 +115,6 @@ void WhyNot(int capability, char* text, size_t size) {
                  BuiltArchitectures(), text, size);
 }
 const char* BuiltArchitectures() { return CBAM_OPS_CUDA_ARCHITECTURES; }
-
-void SetPath(Path path) { ChosenPath().store(static_cast<int32_t>(path)); }
-Path ActivePath() { return static_cast<Path>(ChosenPath().load()); }
-
-namespace {
-Path PathOf(const Problem& problem, bool backward) {
-  DeviceInfo device;
-  if (!CheckProblem(problem).ok() || !QueryDevice(&device).ok()) return Path::kPortable;
-  const bool cluster =
-      TableFor(problem.dtype).uses_cluster(problem, backward, device, ActivePath());
-  return cluster ? Path::kCluster : Path::kPortable;
-}
-}  // namespace
-
-Path ForwardPath(const Problem& problem) { return PathOf(problem, false); }
-Path BackwardPath(const Problem& problem) { return PathOf(problem, true); }
 
 }  // namespace cuda
 }  // namespace cbam_ops

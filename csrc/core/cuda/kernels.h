@@ -27,10 +27,28 @@ template <typename Args>
 __attribute__((visibility("default"))) Status Run(const Problem& problem, const Args& args,
                                                   void* workspace, void* stream);
 
-// Whether this build can run on the current device: ok, or kUnsupported, or kDeviceError. Makes the
-// device's context and loads the code, which not every moment of a stream's life allows: meant for
-// a first use.
-Status CheckDevice();
+// The items of such a call in their order (schedule.h), as they would be for so many blocks: for
+// tests.
+struct Schedule;
+template <typename Args>
+Schedule Order(const Problem& problem, int64_t blocks);
+
+// Loads the kernels for maps of a type onto the current device and says whether this build can run
+// there: ok, or kUnsupported, or kDeviceError. Makes the device's context, which not every moment of
+// a stream's life allows: meant for a first use.
+Status LoadKernels(DataType dtype);
+// Makes a stream's device the current one for as long as it lives: for callers that others call
+// with a stream and nothing else.
+class StreamDevice {
+ public:
+  explicit StreamDevice(void* stream);
+  ~StreamDevice();
+  StreamDevice(const StreamDevice&) = delete;
+  StreamDevice& operator=(const StreamDevice&) = delete;
+
+ private:
+  int before_ = -1;  // none: nothing was changed
+};
 // Why this build cannot run on a device of the given compute capability (10 * major + minor; 0: on
 // the current device): no driver, one older than the CUDA of the build, no device, or an
 // architecture that was not built, as one sentence with the versions. Empty where it can. Asks the
@@ -46,18 +64,6 @@ int BuildVersion();
 int DeviceCapability();
 // The architectures in this build, like "75 80 90 121-virtual"; empty where the build did not say.
 const char* BuiltArchitectures();
-
-// Which kernels run. kAuto: the cluster kernels where the device has clusters and a sample fits its
-// shared memory, else the portable ones. The environment variable CBAM_OPS_CUDA_PATH (auto,
-// portable or cluster), read once, is the initial choice. With kCluster a problem that does not fit
-// is kUnsupported: for tests and measurements.
-enum class Path : int32_t { kAuto = 0, kPortable = 1, kCluster = 2 };
-void SetPath(Path path);
-Path ActivePath();
-// The path that Run would take for a problem on the current device, with pointers aligned to 16
-// bytes.
-Path ForwardPath(const Problem& problem);
-Path BackwardPath(const Problem& problem);
 
 }  // namespace cuda
 }  // namespace cbam_ops

@@ -3,8 +3,10 @@
 #ifndef CBAM_OPS_CORE_CUDA_LAUNCH_H_
 #define CBAM_OPS_CORE_CUDA_LAUNCH_H_
 
+#include <atomic>
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
 
 #include "core/contract.h"
 #include "core/cuda/device.cuh"
@@ -18,9 +20,7 @@ namespace cuda {
 
 struct DeviceInfo {
   int capability = 0;  // 10 * major + minor
-  int multiprocessors = 1;
-  int64_t l2_bytes = 0;
-  int64_t shared_bytes = 0;  // per block, at most
+  int64_t multiprocessors = 1;
 };
 
 // A CUDA error as a status. `kernel` names what was launched.
@@ -43,91 +43,100 @@ inline Status FromCudaError(cudaError_t error, const char* kernel) {
 }
 #endif
 
-// The current device; not ok where there is none.
+// The current device; not ok where there is none. Asked once for each.
 inline Status QueryDevice(DeviceInfo* info) {
 #if defined(__CUDACC__)
-  int device = 0, major = 0, minor = 0, l2 = 0, shared = 0;
+  int device = 0;
   cudaError_t error = cudaGetDevice(&device);
-  const auto get = [&](int* value, cudaDeviceAttr attribute) {
-    if (error == cudaSuccess) error = cudaDeviceGetAttribute(value, attribute, device);
-  };
-  get(&major, cudaDevAttrComputeCapabilityMajor);
-  get(&minor, cudaDevAttrComputeCapabilityMinor);
-  get(&l2, cudaDevAttrL2CacheSize);
-  get(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin);
-  get(&info->multiprocessors, cudaDevAttrMultiProcessorCount);
-  info->capability = 10 * major + minor;
-  info->l2_bytes = l2;
-  info->shared_bytes = shared;
-  return FromCudaError(error, "device query");
+  if (error != cudaSuccess) return FromCudaError(error, "device query");
+  // Both numbers in one, so that no thread sees half of an answer; 0 is none yet.
+  static std::atomic<uint32_t> answers[64];
+  std::atomic<uint32_t>* const known = device < 64 ? &answers[device] : nullptr;
+  uint32_t answer = known != nullptr ? known->load() : 0;
+  if (answer == 0) {
+    int major = 0, minor = 0, multiprocessors = 0;
+    const auto get = [&](int* value, cudaDeviceAttr attribute) {
+      if (error == cudaSuccess) error = cudaDeviceGetAttribute(value, attribute, device);
+    };
+    get(&major, cudaDevAttrComputeCapabilityMajor);
+    get(&minor, cudaDevAttrComputeCapabilityMinor);
+    get(&multiprocessors, cudaDevAttrMultiProcessorCount);
+    if (error != cudaSuccess) return FromCudaError(error, "device query");
+    answer =
+        static_cast<uint32_t>(10 * major + minor) << 16 | static_cast<uint32_t>(multiprocessors);
+    if (known != nullptr) known->store(answer);
+  }
+  info->capability = static_cast<int>(answer >> 16);
+  info->multiprocessors = answer & 0xffff;
 #else
   const cuda_on_cpu::Device& device = cuda_on_cpu::PretendedDevice();
   info->capability = device.capability;
   info->multiprocessors = device.multiprocessors;
-  info->l2_bytes = device.l2_bytes;
-  info->shared_bytes = device.shared_bytes;
-  return {};
 #endif
+  return {};
 }
 
-// Starts kernels on a stream, one after the other, until one fails.
+// Enqueues on a stream: a kernel with counters set to 0 before it, or zeros.
 class Launcher {
  public:
   Launcher(const DeviceInfo& device, void* stream) : device_(device), stream_(stream) {}
 
   const DeviceInfo& device() const { return device_; }
-  const Status& status() const { return status_; }
 
-  // An empty grid is no launch.
-  template <typename Params>
-  void Run(const char* name, void (*kernel)(Params), int64_t blocks, size_t shared_bytes,
-           const Params& params, int threads = kThreads, int cluster = 1) {
-    if (!status_.ok() || blocks == 0) return;
-    if (blocks > 0x7fffffff) {
-      status_ = {StatusCode::kInvalidProblem, "more blocks than a grid can have", name};
-      return;
-    }
+  // `call` begins its counters at next_ticket.
+  template <typename Call>
+  Status Run(void (*kernel)(Call), int64_t blocks, const Call& call, int64_t counter_bytes) const {
+    if (call.schedule.tickets == 0) return {};
+    if (static_cast<uint64_t>(blocks) > call.schedule.tickets)
+      blocks = static_cast<int64_t>(call.schedule.tickets);
+    const Status zeroed = ZeroBytes(call.next_ticket, counter_bytes);
+    if (!zeroed.ok()) return zeroed;
 #if defined(__CUDACC__)
-    const void* const function = reinterpret_cast<const void*>(kernel);
-    cudaError_t error = cudaSuccess;
-    if (shared_bytes > 48 * 1024) {
-      error = cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                   static_cast<int>(shared_bytes));
-    }
-    if (error == cudaSuccess && cluster > 8)
-      error = cudaFuncSetAttribute(function, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
-    if (error == cudaSuccess) {
-      cudaLaunchConfig_t config = {};
-      config.gridDim = dim3(static_cast<unsigned>(blocks));
-      config.blockDim = dim3(static_cast<unsigned>(threads));
-      config.dynamicSmemBytes = shared_bytes;
-      config.stream = static_cast<cudaStream_t>(stream_);
-      cudaLaunchAttribute attributes[2];
-      config.attrs = attributes;
-      if (device_.capability >= 90) {
-        // Every kernel waits for its predecessors itself (WaitForPredecessors).
-        attributes[config.numAttrs].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-        attributes[config.numAttrs++].val.programmaticStreamSerializationAllowed = 1;
-      }
-      if (cluster > 1) {
-        attributes[config.numAttrs].id = cudaLaunchAttributeClusterDimension;
-        attributes[config.numAttrs].val.clusterDim.x = static_cast<unsigned>(cluster);
-        attributes[config.numAttrs].val.clusterDim.y = 1;
-        attributes[config.numAttrs++].val.clusterDim.z = 1;
-      }
-      void* arguments[] = {const_cast<Params*>(&params)};
-      error = cudaLaunchKernelExC(&config, function, arguments);
-    }
-    status_ = FromCudaError(error, name);
+    void* arguments[] = {const_cast<Call*>(&call)};
+    return FromCudaError(
+        cudaLaunchKernel(reinterpret_cast<const void*>(kernel), dim3(static_cast<unsigned>(blocks)),
+                         dim3(kBlock), arguments, kSharedBytes, static_cast<cudaStream_t>(stream_)),
+        "launch");
 #else
-    cuda_on_cpu::Launch({name, blocks, threads, cluster, shared_bytes}, kernel, params);
+    cuda_on_cpu::Launch({"Kernel", blocks, kBlock, kSharedBytes}, kernel, call);
+    return {};
+#endif
+  }
+
+  // `values` zeros of the compute type of a map type.
+  Status Zero(DataType map, void* data, int64_t values) const {
+    const size_t bytes =
+        cbam_ops::ComputeType(map) == DataType::kFloat64 ? sizeof(double) : sizeof(float);
+    return ZeroBytes(data, values * static_cast<int64_t>(bytes));
+  }
+
+  // Loads a kernel onto the current device, which the first launch would do otherwise.
+  template <typename Call>
+  static Status Load([[maybe_unused]] void (*kernel)(Call)) {
+#if defined(__CUDACC__)
+    cudaFuncAttributes attributes;
+    return FromCudaError(cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(kernel)),
+                         "load");
+#else
+    return {};
 #endif
   }
 
  private:
+  Status ZeroBytes(void* data, int64_t bytes) const {
+    if (data == nullptr || bytes == 0) return {};
+#if defined(__CUDACC__)
+    return FromCudaError(
+        cudaMemsetAsync(data, 0, static_cast<size_t>(bytes), static_cast<cudaStream_t>(stream_)),
+        "memset");
+#else
+    std::memset(data, 0, static_cast<size_t>(bytes));
+    return {};
+#endif
+  }
+
   DeviceInfo device_;
   void* stream_;
-  Status status_;
 };
 
 }  // namespace cuda

@@ -6,8 +6,8 @@
 #include <cstddef>
 
 #include "core/contract.h"
-#include "core/cuda/kernels.h"
 #include "core/cuda/launch.h"
+#include "core/cuda/schedule.h"
 
 namespace cbam_ops {
 namespace cuda {
@@ -15,7 +15,9 @@ namespace cuda {
 template <typename Args>
 struct EntryPoints {
   size_t (*workspace_bytes)(const Problem&);
-  Status (*run)(const Problem&, const Args&, void* workspace, Launcher, Path);
+  Status (*run)(const Problem&, const Args&, void* workspace, const Launcher&);
+  // The order of the items of a call with maps in vectors, for tests.
+  Schedule (*order)(const Problem&, int64_t blocks);
 };
 
 struct Table {
@@ -24,8 +26,8 @@ struct Table {
   const EntryPoints<Args>& For(const Args&) const { return for_##Args; }
   CBAM_OPS_FOR_EACH_ARGS(CBAM_OPS_ENTRY_POINTS)
 #undef CBAM_OPS_ENTRY_POINTS
-  // Whether the cluster path would be taken.
-  bool (*uses_cluster)(const Problem&, bool backward, const DeviceInfo&, Path);
+  // Loads all kernels of the type onto the current device.
+  Status (*load)();
 };
 
 extern const Table kFloat32Table;

@@ -14,11 +14,15 @@ namespace cbam_ops {
 namespace tf {
 namespace {
 
-// Before anything is enqueued or recorded: says what a launch would say later, and loads the code,
-// which a stream that is being recorded might not allow.
+// Before anything is enqueued or recorded: says what a launch would say later, and loads the type's
+// kernels, which a stream that is being recorded might not allow.
 template <const auto& kSignature>
-ffi::Error Initialize(ffi::RemainingArgs, ffi::RemainingRets, ffi::Dictionary) {
-  return ToFfiError(gpu::ToAbslStatus(kSignature.op, cuda::CheckDevice()));
+ffi::Error Initialize(ffi::RemainingArgs, ffi::RemainingRets, ffi::Dictionary dictionary) {
+  AttributeReader attributes(kSignature.op, dictionary);
+  ops::Options options;
+  const absl::Status status = ReadAttributes(kSignature, &attributes, &options);
+  if (!status.ok()) return ToFfiError(status);
+  return ToFfiError(gpu::ToAbslStatus(kSignature.op, cuda::LoadKernels(options.problem.dtype)));
 }
 
 template <const auto& kSignature>
@@ -31,6 +35,7 @@ absl::Status Run(void* stream, const ffi::RemainingArgs& operands,
   if (!status.ok()) return status;
   status = attributes.CheckAllRead();
   if (!status.ok()) return status;
+  const cuda::StreamDevice device(stream);
   void* workspace = nullptr;
   status = call.Workspace(cuda::WorkspaceBytes<Args>(call.problem), kCudaAlignment, &workspace);
   if (!status.ok()) return status;

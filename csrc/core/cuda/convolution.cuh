@@ -1,0 +1,465 @@
+// The spatial gate: the k x k convolution of the two spatial descriptors, its sigmoid, and back.
+//
+//   Convolution    g_s = sigmoid(conv(descriptors) + bias); with batch norm z = conv(descriptors)
+//                  and each patch's sum and squares about its mean
+//   Statistics     with batch norm: mean and variance of z over the batch
+//   Normalise      with batch norm: g_s
+//   NormGrad       backward with batch norm: dz, normalised z, and each patch's sums of dz and dz *
+//                  normalised z
+//   Totals         of those sums, over the batch
+//   PositionSides  dz -> the transposed convolution, which is what passes B and C need of positions;
+//                  and each patch's part of dK and dbias
+//   Taps           dK and dbias
+//
+// A patch is a rectangle of positions. Its window, the patch with a halo of k/2 on each side and
+// zeros beyond the border, lies in shared memory beside the kernel: for 4 rows of 56 and k = 7 it is
+// 10 x 62 values for each descriptor. A kernel so large that this does not fit reads the descriptors
+// where they are.
+#ifndef CBAM_OPS_CORE_CUDA_CONVOLUTION_CUH_
+#define CBAM_OPS_CORE_CUDA_CONVOLUTION_CUH_
+
+#include "core/cuda/plan.h"
+#include "core/cuda/sides.cuh"
+
+namespace cbam_ops {
+namespace cuda {
+
+struct Patch {
+  int64_t row;
+  int64_t column;
+  int rows;
+  int columns;
+
+  CBAM_DEVICE int size() const { return rows * columns; }
+};
+
+template <typename A>
+CBAM_DEVICE Patch PatchAt(const Call<A>& call, int64_t index) {
+  const int64_t down = Quotient(index, call.patches.across);
+  Patch patch;
+  patch.row = down * call.patches.rows;
+  patch.column = (index - down * call.patches.across) * call.patches.columns;
+  patch.rows = static_cast<int>(Smaller(call.patches.rows, call.height - patch.row));
+  patch.columns = static_cast<int>(Smaller(call.patches.columns, call.width - patch.column));
+  return patch;
+}
+
+// Where things lie in shared memory.
+template <typename A>
+struct Windows {
+  int stride;  // values of a row of a window
+  A* mean;     // windows
+  A* maximum;
+  A* gradient;
+  const A* kernel;  // here or where it was
+  A* sums;          // a warp's worth
+  int* corners;     // of the windows of the patch's positions
+
+  CBAM_DEVICE Windows(const Call<A>& call, const Patch& patch) {
+    const int k = call.kernel_size, values = PatchValues(call.patches, k);
+    stride = patch.columns + k - 1;
+    sums = Shared<A>();
+    mean = sums + kThreads / kWarp;
+    maximum = mean + values;
+    gradient = maximum + values;
+    A* const weights = gradient + values;
+    corners = reinterpret_cast<int*>(weights + 2 * k * k);
+    kernel = call.kernel;
+    if (!call.patches.staged) return;
+    kernel = weights;
+    for (int i = ThreadIndex(); i < 2 * k * k; i += kThreads) weights[i] = call.kernel[i];
+  }
+};
+
+template <typename A>
+CBAM_DEVICE bool Inside(const Call<A>& call, int64_t row, int64_t column) {
+  return row >= 0 && row < call.height && column >= 0 && column < call.width;
+}
+
+// Calls store(index in the window, inside, position) for the whole window of a patch: a warp takes
+// a row.
+template <typename A, typename Store>
+CBAM_DEVICE void OverWindow(const Call<A>& call, const Patch& patch, Store store) {
+  const int halo = call.kernel_size - 1;
+  for (int r = ThreadIndex() / kWarp; r < patch.rows + halo; r += kThreads / kWarp) {
+    const int64_t row = patch.row + r - halo / 2;
+    CBAM_NO_UNROLL
+    for (int c = ThreadIndex() % kWarp; c < patch.columns + halo; c += kWarp) {
+      const int64_t column = patch.column + c - halo / 2;
+      store(r * (patch.columns + halo) + c, Inside(call, row, column), row * call.width + column);
+    }
+  }
+}
+
+template <typename A>
+CBAM_DEVICE void FillDescriptors(const Call<A>& call, int64_t n, const Patch& patch,
+                                 const Windows<A>& windows) {
+  OverWindow(call, patch, [&](int i, bool inside, int64_t p) {
+    A mean = A(0), maximum = A(0);
+    if (inside) Fold<true>(call.spatial_source, n, p, &mean, &maximum);
+    windows.mean[i] = mean;
+    windows.maximum[i] = maximum;
+  });
+}
+
+// conv(descriptors) at a position of the patch: its row and column there.
+template <typename A>
+CBAM_DEVICE A Convolve(const Call<A>& call, int64_t n, const Patch& patch,
+                       const Windows<A>& windows, int row, int column) {
+  const int k = call.kernel_size;
+  A sum = A(0);
+  CBAM_NO_UNROLL
+  for (int i = 0; i < k; ++i) {
+    const A* const weights = windows.kernel + static_cast<int64_t>(i) * k * 2;
+    if (call.patches.staged) {
+      const int at = (row + i) * windows.stride + column;
+      CBAM_NO_UNROLL
+      for (int j = 0; j < k; ++j) {
+        sum += windows.mean[at + j] * weights[2 * j];
+        sum += windows.maximum[at + j] * weights[2 * j + 1];
+      }
+      continue;
+    }
+    CBAM_NO_UNROLL
+    for (int j = 0; j < k; ++j) {
+      const int64_t r = patch.row + row + i - k / 2, c = patch.column + column + j - k / 2;
+      if (!Inside(call, r, c)) continue;
+      A mean, maximum;
+      Fold<true>(call.spatial_source, n, r * call.width + c, &mean, &maximum);
+      sum += mean * weights[2 * j];
+      sum += maximum * weights[2 * j + 1];
+    }
+  }
+  return sum;
+}
+
+template <typename A>
+CBAM_DEVICE A Bias(const Call<A>& call) {
+  return call.bias != nullptr ? call.bias[0] : A(0);
+}
+
+// An item is a patch, as in all that follow.
+template <typename A>
+CBAM_DEVICE void Convolution(const Call<A>& call, int64_t n, int64_t index) {
+  const Patch patch = PatchAt(call, index);
+  const Windows<A> windows(call, patch);
+  if (call.patches.staged) FillDescriptors(call, n, patch, windows);
+  Barrier();
+  A* const descriptors = call.spatial_descriptors + n * 2 * call.positions;
+  A sum = A(0);
+  CBAM_NO_UNROLL
+  for (int q = ThreadIndex(); q < patch.size(); q += kThreads) {
+    const int row = q / patch.columns, column = q - row * patch.columns;
+    const int64_t p = (patch.row + row) * call.width + patch.column + column;
+    if (call.patches.staged) {
+      const int centre =
+          (row + call.kernel_size / 2) * windows.stride + column + call.kernel_size / 2;
+      descriptors[p] = windows.mean[centre];
+      descriptors[call.positions + p] = windows.maximum[centre];
+    } else {
+      Fold<true>(call.spatial_source, n, p, descriptors + p, descriptors + call.positions + p);
+    }
+    const A z = Convolve(call, n, patch, windows, row, column);
+    if (call.batch_norm) {
+      call.z[n * call.positions + p] = z;
+      sum += z;
+    } else {
+      call.spatial_gate[n * call.positions + p] = Sigmoid(z + Bias(call));
+    }
+  }
+  if (!call.batch_norm) return;
+  sum = BlockSum(sum, windows.sums);
+  const A mean = sum / static_cast<A>(patch.size());
+  A squares = A(0);
+  CBAM_NO_UNROLL
+  for (int q = ThreadIndex(); q < patch.size(); q += kThreads) {
+    const int row = q / patch.columns, column = q - row * patch.columns;
+    const int64_t p = (patch.row + row) * call.width + patch.column + column;
+    const A distance = call.z[n * call.positions + p] - mean;  // this thread's own value
+    squares += distance * distance;
+  }
+  squares = BlockSum(squares, windows.sums);
+  if (ThreadIndex() == 0) {
+    const int64_t at = n * call.patches.count() + index;
+    call.patch_sums[at] = sum;
+    call.patch_sums[call.batch * call.patches.count() + at] = squares;
+  }
+}
+
+// One item. In double: the patches' means differ by little.
+template <typename A>
+CBAM_DEVICE void Statistics(const Call<A>& call) {
+  double* const shared = Shared<double>();
+  const int64_t patches = call.patches.count(), count = call.batch * patches;
+  const auto positions = static_cast<double>(call.batch * call.positions);
+  double sum = 0;
+  CBAM_NO_UNROLL
+  for (int64_t i = ThreadIndex(); i < count; i += kThreads) sum += call.patch_sums[i];
+  const double mean = BlockSum(sum, shared) / positions;
+  double squares = 0;
+  CBAM_NO_UNROLL
+  for (int64_t i = ThreadIndex(); i < count; i += kThreads) {
+    const double size = PatchAt(call, i % patches).size();
+    const double distance = call.patch_sums[i] / size - mean;
+    squares += call.patch_sums[count + i] + size * distance * distance;
+  }
+  squares = BlockSum(squares, shared);
+  if (ThreadIndex() == 0) {
+    call.batch_statistics[0] = static_cast<A>(mean);
+    call.batch_statistics[1] = static_cast<A>(squares / positions);
+  }
+}
+
+template <typename A>
+CBAM_DEVICE A Deviation(const Call<A>& call) {
+  return SquareRoot(call.batch_statistics[1] + call.epsilon);
+}
+
+// An item is kChunk positions of a sample.
+template <typename A>
+CBAM_DEVICE void Normalise(const Call<A>& call, int64_t n, int64_t index) {
+  const int64_t end = Smaller((index + 1) * kChunk, call.positions);
+  for (int64_t p = index * kChunk + ThreadIndex(); p < end; p += kThreads) {
+    const int64_t at = n * call.positions + p;
+    const A z = (call.z[at] - call.batch_statistics[0]) / Deviation(call) * call.gamma[0];
+    call.spatial_gate[at] = Sigmoid(z + Bias(call));
+  }
+}
+
+// The gradient with respect to the argument of the sigmoid.
+template <typename A>
+CBAM_DEVICE A LogitGradient(const Call<A>& call, int64_t n, int64_t p, A t) {
+  const int64_t at = n * call.positions + p;
+  const A gate = call.spatial_gate[at];
+  if (call.d_spatial_gate != nullptr) t += call.d_spatial_gate[at];
+  return t * gate * (A(1) - gate);
+}
+
+template <typename A>
+CBAM_DEVICE void NormGrad(const Call<A>& call, int64_t n, int64_t index) {
+  const Patch patch = PatchAt(call, index);
+  const Windows<A> windows(call, patch);
+  if (call.patches.staged) FillDescriptors(call, n, patch, windows);
+  Barrier();
+  A sum = A(0), product = A(0);
+  CBAM_NO_UNROLL
+  for (int q = ThreadIndex(); q < patch.size(); q += kThreads) {
+    const int row = q / patch.columns, column = q - row * patch.columns;
+    const int64_t p = (patch.row + row) * call.width + patch.column + column;
+    const A z = Convolve(call, n, patch, windows, row, column);
+    const A normalised = (z - call.batch_statistics[0]) / Deviation(call);
+    A t, count;
+    Fold<false>(call.spatial_pass, n, p, &t, &count);
+    const A dz = LogitGradient(call, n, p, t);
+    call.dz[n * call.positions + p] = dz;
+    call.z[n * call.positions + p] = normalised;
+    sum += dz;
+    product += dz * normalised;
+  }
+  sum = BlockSum(sum, windows.sums);
+  product = BlockSum(product, windows.sums);
+  if (ThreadIndex() == 0) {
+    const int64_t at = n * call.patches.count() + index;
+    call.patch_sums[at] = sum;
+    call.patch_sums[call.batch * call.patches.count() + at] = product;
+  }
+}
+
+// One item.
+template <typename A>
+CBAM_DEVICE void Totals(const Call<A>& call) {
+  A* const shared = Shared<A>();
+  const int64_t count = call.batch * call.patches.count();
+  A sums[2] = {A(0), A(0)};
+  for (int k = 0; k < 2; ++k) {
+    for (int64_t i = ThreadIndex(); i < count; i += kThreads)
+      sums[k] += call.patch_sums[k * count + i];
+    sums[k] = BlockSum(sums[k], shared);
+  }
+  if (ThreadIndex() != 0) return;
+  call.totals[0] = sums[0];
+  call.totals[1] = sums[1];
+  if (call.dbias != nullptr) call.dbias[0] = sums[0];
+  call.dgamma[0] = sums[1];
+}
+
+// The gradient with respect to the convolution's result at a position.
+template <typename A>
+CBAM_DEVICE A ConvolutionGradient(const Call<A>& call, int64_t n, int64_t p) {
+  if (call.batch_norm) {
+    const int64_t at = n * call.positions + p;
+    const A count = static_cast<A>(call.batch * call.positions);
+    const A centred = call.dz[at] - call.totals[0] / count - call.z[at] * (call.totals[1] / count);
+    return centred * call.gamma[0] / Deviation(call);
+  }
+  A t, count;
+  Fold<false>(call.spatial_pass, n, p, &t, &count);
+  return LogitGradient(call, n, p, t);
+}
+
+// The transposed convolution at a position of the patch.
+template <typename A>
+CBAM_DEVICE void ConvolveTransposed(const Call<A>& call, int64_t n, const Patch& patch,
+                                    const Windows<A>& windows, int row, int column, A* d_mean,
+                                    A* d_max) {
+  const int k = call.kernel_size;
+  *d_mean = *d_max = A(0);
+  CBAM_NO_UNROLL
+  for (int i = 0; i < k; ++i) {
+    const A* const weights = windows.kernel + static_cast<int64_t>(i) * k * 2;
+    if (call.patches.staged) {
+      const A* const last = windows.gradient + (row + k - 1 - i) * windows.stride + column + k - 1;
+      CBAM_NO_UNROLL
+      for (int j = 0; j < k; ++j) {
+        const A value = last[-j];
+        *d_mean += value * weights[2 * j];
+        *d_max += value * weights[2 * j + 1];
+      }
+      continue;
+    }
+    CBAM_NO_UNROLL
+    for (int j = 0; j < k; ++j) {
+      const int64_t r = patch.row + row - i + k / 2, c = patch.column + column - j + k / 2;
+      if (!Inside(call, r, c)) continue;
+      const A value = ConvolutionGradient(call, n, r * call.width + c);
+      *d_mean += value * weights[2 * j];
+      *d_max += value * weights[2 * j + 1];
+    }
+  }
+}
+
+// The patch's part of dK, and of dbias as the last tap: a warp per tap.
+template <typename A>
+CBAM_DEVICE void SumTaps(const Call<A>& call, int64_t n, const Patch& patch,
+                         const Windows<A>& windows, int64_t block) {
+  const int k = call.kernel_size, lane = ThreadIndex() % kWarp;
+  const int64_t taps = static_cast<int64_t>(k) * k * 2;
+  const int64_t blocks = call.batch * call.patches.count();
+  const A* const centre = windows.gradient + k / 2 * windows.stride + k / 2;
+  CBAM_NO_UNROLL
+  for (int64_t tap = ThreadIndex() / kWarp; tap <= taps; tap += kThreads / kWarp) {
+    const int i = static_cast<int>(Quotient(tap / 2, k)), j = static_cast<int>(tap / 2 - i * k);
+    A sum = A(0);
+    if (call.patches.staged) {
+      const A* const other =
+          (tap % 2 == 0 ? windows.mean : windows.maximum) + i * windows.stride + j;
+      CBAM_NO_UNROLL
+      for (int q = lane; q < patch.size(); q += kWarp) {
+        const A value = centre[windows.corners[q]];
+        sum += tap < taps ? value * other[windows.corners[q]] : value;
+      }
+    } else {
+      CBAM_NO_UNROLL
+      for (int q = lane; q < patch.size(); q += kWarp) {
+        const int row = q / patch.columns, column = q - row * patch.columns;
+        const int64_t r = patch.row + row, c = patch.column + column;
+        const A value = ConvolutionGradient(call, n, r * call.width + c);
+        const int64_t to_r = r + i - k / 2, to_c = c + j - k / 2;
+        if (tap == taps) {
+          sum += value;
+        } else if (Inside(call, to_r, to_c)) {
+          A mean, maximum;
+          Fold<true>(call.spatial_source, n, to_r * call.width + to_c, &mean, &maximum);
+          sum += value * (tap % 2 == 0 ? mean : maximum);
+        }
+      }
+    }
+    sum = SumOverLanes(sum, kWarp);
+    if (lane == 0) call.taps[tap * blocks + block] = sum;
+  }
+}
+
+template <typename A>
+CBAM_DEVICE void PositionSides(const Call<A>& call, int64_t n, int64_t index) {
+  const Patch patch = PatchAt(call, index);
+  const Windows<A> windows(call, patch);
+  if (call.patches.staged) {
+    FillDescriptors(call, n, patch, windows);
+    OverWindow(call, patch, [&](int i, bool inside, int64_t p) {
+      windows.gradient[i] = inside ? ConvolutionGradient(call, n, p) : A(0);
+    });
+  }
+  Barrier();
+  CBAM_NO_UNROLL
+  for (int q = ThreadIndex(); q < patch.size(); q += kThreads) {
+    const int row = q / patch.columns, column = q - row * patch.columns;
+    const int64_t p = (patch.row + row) * call.width + patch.column + column;
+    if (call.patches.staged) windows.corners[q] = row * windows.stride + column;
+    A d_mean, d_max, t, count;
+    ConvolveTransposed(call, n, patch, windows, row, column, &d_mean, &d_max);
+    Fold<false>(call.spatial_pass, n, p, &t, &count);
+    StoreSide(
+        call.position_sides, n, p,
+        MakeSide(call.spatial_gate[n * call.positions + p], d_mean, static_cast<A>(call.channels),
+                 true, d_max, count, call.position_maximum[n * call.position_stride + p]));
+  }
+  Barrier();
+  SumTaps(call, n, patch, windows, n * call.patches.count() + index);
+}
+
+// An item is a warp's worth of taps each.
+template <typename A>
+CBAM_DEVICE void Taps(const Call<A>& call, int index) {
+  const int64_t taps = 2 * static_cast<int64_t>(call.kernel_size) * call.kernel_size;
+  const int64_t blocks = call.batch * call.patches.count();
+  const int64_t tap = static_cast<int64_t>(index) * kTapsAtOnce + ThreadIndex() / kWarp;
+  if (tap > taps || (tap == taps && call.batch_norm)) return;
+  A sum = A(0);
+  CBAM_NO_UNROLL
+  for (int64_t i = ThreadIndex() % kWarp; i < blocks; i += kWarp)
+    sum += call.taps[tap * blocks + i];
+  sum = SumOverLanes(sum, kWarp);
+  A* const to = tap < taps ? call.dkernel + tap : call.dbias;
+  if (ThreadIndex() % kWarp == 0 && to != nullptr) *to = sum;
+}
+
+// ---- the pools on their own ---------------------------------------------------------------------
+
+// Calls body(i, index in the results) for a chunk of a sample's results.
+template <typename A, typename Body>
+CBAM_DEVICE void OverResults(const Call<A>& call, int64_t n, int64_t index, Body body) {
+  const int64_t results = call.pool_over_channels ? call.positions : call.channels;
+  const int64_t end = Smaller((index + 1) * kChunk, results);
+  for (int64_t i = index * kChunk + ThreadIndex(); i < end; i += kThreads)
+    body(i, n * call.pool_stride + i * call.pool_step, n * results + i);
+}
+
+template <typename T>
+CBAM_DEVICE void StorePool(const Call<Compute<T>>& call, int64_t n, int64_t index) {
+  using A = Compute<T>;
+  OverResults(call, n, index, [&](int64_t i, int64_t at, int64_t) {
+    A mean, maximum;
+    Fold<true>(call.pool_over_channels ? call.spatial_pass : call.channel_pass, n, i, &mean,
+               &maximum);
+    FromCompute(mean, static_cast<T*>(call.pool_first) + at);
+    FromCompute(maximum, static_cast<T*>(call.pool_second) + at);
+  });
+}
+
+// The maxima in the compute type.
+template <typename T>
+CBAM_DEVICE void PoolMaxima(const Call<Compute<T>>& call, int64_t n, int64_t index) {
+  OverResults(call, n, index, [&](int64_t, int64_t at, int64_t to) {
+    call.pool_maxima[to] = ToCompute(static_cast<const T*>(call.pool_maximum)[at]);
+  });
+}
+
+template <typename T>
+CBAM_DEVICE void PoolSides(const Call<Compute<T>>& call, int64_t n, int64_t index) {
+  using A = Compute<T>;
+  const bool over_channels = call.pool_over_channels;
+  OverResults(call, n, index, [&](int64_t i, int64_t at, int64_t to) {
+    A sum, count;
+    Fold<false>(over_channels ? call.spatial_pass : call.channel_pass, n, i, &sum, &count);
+    StoreSide(over_channels ? call.position_sides : call.channel_sides, n, i,
+              MakeSide(A(1), ToCompute(static_cast<const T*>(call.d_pool_first)[at]),
+                       static_cast<A>(over_channels ? call.channels : call.positions), true,
+                       ToCompute(static_cast<const T*>(call.d_pool_second)[at]), count,
+                       call.pool_maxima[to]));
+  });
+}
+
+}  // namespace cuda
+}  // namespace cbam_ops
+
+#endif  // CBAM_OPS_CORE_CUDA_CONVOLUTION_CUH_

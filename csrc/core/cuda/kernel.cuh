@@ -1,0 +1,186 @@
+// The kernels: one for forward and one for backward, each over all items of a call.
+//
+// Of a block's threads, kThreads work on an item. One thread of the warp beside them takes the next
+// ticket meanwhile and waits for what its item depends on, and counts the last item as done: what
+// these cost, latencies of memory and of a fence, passes while the others work.
+#ifndef CBAM_OPS_CORE_CUDA_KERNEL_CUH_
+#define CBAM_OPS_CORE_CUDA_KERNEL_CUH_
+
+#include "core/cuda/convolution.cuh"
+#include "core/cuda/maps.cuh"
+#include "core/cuda/mlp.cuh"
+
+namespace cbam_ops {
+namespace cuda {
+
+// The start of a block's shared memory.
+struct Control {
+  Item items[2];      // in turn: the one that is worked on, the next
+  uint32_t finished;  // items that the block has worked on
+};
+static_assert(sizeof(Control) <= kControlBytes, "more than is set aside");
+
+template <typename A>
+CBAM_DEVICE void CountAsDone(const Call<A>& call, const Item& item) {
+  AddRelease(call.counters + call.schedule.TotalOf(item.stage));
+  AddRelease(call.counters + call.schedule.CounterOf(item.stage, item.group));
+}
+
+// Puts the next item where the block finds it, when all is done that it depends on. That may be the
+// last item, `fetched` before it: when the block has finished that, it must be counted before more
+// is waited for. Returns whether it was.
+template <typename A>
+CBAM_DEVICE bool Fetch(const Call<A>& call, Control* control, const Item& last, uint32_t fetched) {
+  const Schedule& schedule = call.schedule;
+  const Item next = schedule.At(TakeTicket(call.next_ticket));
+  bool counted = last.stage < 0;
+  const auto wait = [&](int64_t counter, int64_t target) {
+    const uint32_t* const address = call.counters + counter;
+    const auto wanted = static_cast<uint32_t>(target);
+    if (!counted) {
+      if (WaitUnless(address, wanted, &control->finished, fetched)) return;
+      CountAsDone(call, last);
+      counted = true;
+    }
+    WaitAcquire(address, wanted);
+  };
+  for (int s = 0; s < next.stage; ++s) {
+    const Stage& stage = schedule.stages[next.stage];
+    const Stage& other = schedule.stages[s];
+    if (stage.after >> s & 1) wait(schedule.CounterOf(s, next.group), other.items);
+    if (stage.after_all >> s & 1) wait(schedule.TotalOf(s), other.items * other.groups);
+  }
+  control->items[fetched & 1] = next;
+  return counted;
+}
+
+// Runs work(item) for every item that the block gets.
+template <typename A, typename Work>
+CBAM_DEVICE void RunItems(const Call<A>& call, Work work) {
+  Control* const control = reinterpret_cast<Control*>(BlockMemory());
+  if (ThreadIndex() == 0) control->finished = 0;
+  BlockBarrier();
+  if (ThreadIndex() < kThreads) {
+    for (uint32_t fetched = 0;; ++fetched) {
+      BlockBarrier();  // the last item is finished, the next one known
+      const Item item = control->items[fetched & 1];
+      if (item.stage < 0) return;
+      ForgetShared();
+      work(item);
+      Barrier();
+      if (ThreadIndex() == 0) Publish(&control->finished, fetched + 1);
+    }
+  }
+  Item last = {-1, 0, 0};
+  for (uint32_t fetched = 0;; ++fetched) {
+    const bool counted = ThreadIndex() != kThreads || Fetch(call, control, last, fetched);
+    ConvergeWarp();
+    BlockBarrier();
+    if (!counted) CountAsDone(call, last);
+    last = control->items[fetched & 1];
+    if (last.stage < 0) return;
+  }
+}
+
+// The sample of an item of a stage that goes by samples, and the index within it. False: the last
+// group has no such sample.
+template <typename A>
+CBAM_DEVICE bool FindSample(const Call<A>& call, const Item& item, int64_t* n, int64_t* index) {
+  const int64_t samples = call.schedule.group_samples;
+  const int64_t items = Quotient(call.schedule.stages[item.stage].items, samples);
+  const int64_t sample = Quotient(item.index, items);
+  *n = item.group * samples + sample;
+  *index = item.index - sample * items;
+  return *n < call.batch;
+}
+
+template <typename M>
+CBAM_KERNEL(kBlocksAtOnce)
+ForwardKernel(CBAM_PARAMETER Call<typename M::A> call) {
+  using T = typename M::T;
+  constexpr Gradient kNone = Gradient::kNone;
+  RunItems(call, [&](const Item& item) {
+    const Task task = call.schedule.stages[item.stage].task;
+    if (task == Task::kHidden) return Hidden(call, item.group, item.index);
+    if (task == Task::kGate) return Gate(call, item.group, item.index, false);
+    if (task == Task::kStatistics) return Statistics(call);
+    int64_t n, index;
+    if (!FindSample(call, item, &n, &index)) return;
+    switch (task) {
+      case Task::kChannelPool:
+        return Reduce<M, Pass::kChannelPool, kNone, false>(call, n, index);
+      case Task::kSpatialPool:
+        return Reduce<M, Pass::kSpatialPool, kNone, false>(call, n, index);
+      case Task::kConvolution:
+        return Convolution(call, n, index);
+      case Task::kNormalise:
+        return Normalise(call, n, index);
+      case Task::kApply:
+        return call.residual != nullptr ? Apply<M, true>(call, n, index)
+                                        : Apply<M, false>(call, n, index);
+      default:
+        return StorePool<T>(call, n, index);
+    }
+  });
+}
+
+template <typename M>
+CBAM_KERNEL(kBlocksAtOnce)
+BackwardKernel(CBAM_PARAMETER Call<typename M::A> call) {
+  using T = typename M::T;
+  constexpr Gradient kNone = Gradient::kNone, kPlain = Gradient::kPlain,
+                     kMasked = Gradient::kMasked;
+  RunItems(call, [&](const Item& item) {
+    const Task task = call.schedule.stages[item.stage].task;
+    switch (task) {
+      case Task::kHidden:
+        return Hidden(call, item.group, item.index);
+      case Task::kLogits:
+        return Gate(call, item.group, item.index, true);
+      case Task::kHiddenGrad:
+        return HiddenGrad(call, item.group, item.index);
+      case Task::kChannelSides:
+        return ChannelSides(call, item.group, item.index);
+      case Task::kWeights0:
+      case Task::kWeights1:
+        return WeightGradient(call, item.index, task == Task::kWeights0);
+      case Task::kTotals:
+        return Totals(call);
+      case Task::kTaps:
+        return Taps(call, item.index);
+      default:
+        break;
+    }
+    int64_t n, index;
+    if (!FindSample(call, item, &n, &index)) return;
+    const bool masked = call.mask != nullptr;
+    switch (task) {
+      case Task::kSpatialGrad:
+        return masked ? Reduce<M, Pass::kSpatialGrad, kMasked, false>(call, n, index)
+                      : Reduce<M, Pass::kSpatialGrad, kPlain, false>(call, n, index);
+      case Task::kChannelGrad:
+        if (call.serial) {
+          return masked ? Reduce<M, Pass::kChannelGrad, kMasked, true>(call, n, index)
+                        : Reduce<M, Pass::kChannelGrad, kPlain, true>(call, n, index);
+        }
+        return masked ? Reduce<M, Pass::kChannelGrad, kMasked, false>(call, n, index)
+                      : Reduce<M, Pass::kChannelGrad, kPlain, false>(call, n, index);
+      case Task::kMapGrad:
+        if (call.pool_maxima != nullptr) return MapGrad<M, kNone>(call, n, index);
+        return masked ? MapGrad<M, kMasked>(call, n, index) : MapGrad<M, kPlain>(call, n, index);
+      case Task::kNormGrad:
+        return NormGrad(call, n, index);
+      case Task::kPositionSides:
+        return PositionSides(call, n, index);
+      case Task::kPoolMaxima:
+        return PoolMaxima<T>(call, n, index);
+      default:
+        return PoolSides<T>(call, n, index);
+    }
+  });
+}
+
+}  // namespace cuda
+}  // namespace cbam_ops
+
+#endif  // CBAM_OPS_CORE_CUDA_KERNEL_CUH_

@@ -1,0 +1,87 @@
+// Small things that the items share: what a gradient gives to a row or a column, folds of reductions,
+// sums over a block.
+#ifndef CBAM_OPS_CORE_CUDA_SIDES_CUH_
+#define CBAM_OPS_CORE_CUDA_SIDES_CUH_
+
+#include "core/cuda/call.h"
+#include "core/cuda/device.cuh"
+
+namespace cbam_ops {
+namespace cuda {
+
+// What the gradient needs to know of a position or a channel: its gate, what every element gets,
+// what each of the elements that equal the maximum gets besides, and that maximum.
+template <typename A>
+struct alignas(4 * sizeof(A)) Side {
+  A gate;
+  A mean_share;
+  A max_share;
+  A maximum;
+};
+
+// The neutral side: gate 1, no shares, equal to nothing.
+template <typename A>
+CBAM_DEVICE Side<A> NeutralSide() {
+  return {A(1), A(0), A(0), NotANumber<A>()};
+}
+
+// The share of each of `count` equal maxima. Without any (the maximum is NaN) everything becomes
+// NaN, as in TensorFlow: by way of the mean's share, which every element gets.
+template <typename A>
+CBAM_DEVICE Side<A> MakeSide(A gate, A d_mean, A size, bool has_max, A d_max, A count, A maximum) {
+  Side<A> side = {gate, d_mean / size, A(0), NotANumber<A>()};
+  if (has_max) {
+    side.maximum = maximum;
+    side.max_share = d_max / count;
+    if (!(count > A(0))) side.mean_share = NotANumber<A>();
+  }
+  return side;
+}
+
+// Rows are read one at a time, columns in vectors: maps.cuh.
+template <typename A>
+CBAM_DEVICE void StoreSide(const Sides<A>& sides, int64_t n, int64_t i, const Side<A>& side) {
+  if (sides.together) {
+    reinterpret_cast<Side<A>*>(sides.data)[n * sides.size + i] = side;
+  } else {
+    A* const data = sides.data + n * 4 * sides.size + i;
+    data[0] = side.gate;
+    data[sides.size] = side.mean_share;
+    data[2 * sides.size] = side.max_share;
+    data[3 * sides.size] = side.maximum;
+  }
+}
+
+// A result from its slices, in order; kMaximum: of a pool.
+template <bool kMaximum, typename A>
+CBAM_DEVICE void Fold(const Reduced<A>& reduced, int64_t n, int64_t i, A* first, A* second) {
+  int64_t at = n * reduced.sample_stride + i;
+  A sum = reduced.first[at], other = reduced.second[at];
+  CBAM_UNROLL_4
+  for (int slice = 1; slice < reduced.slices; ++slice) {
+    at += reduced.results;
+    sum += reduced.first[at];
+    const A value = reduced.second[at];
+    other = kMaximum ? Maximum(other, value) : other + value;
+  }
+  *first = sum / reduced.divisor;
+  *second = other;
+}
+
+// What the threads of an item sum up; every one gets the result. `shared` holds kThreads / kWarp
+// values.
+template <typename A>
+CBAM_DEVICE A BlockSum(A value, A* shared) {
+  value = SumOverLanes(value, kWarp);
+  Barrier();  // the last call's readers are done
+  if (ThreadIndex() % kWarp == 0) shared[ThreadIndex() / kWarp] = value;
+  Barrier();
+  A sum = A(0);
+  for (int w = 0; w < kThreads / kWarp; ++w) sum += shared[w];
+  return sum;
+}
+
+}  // namespace cuda
+}  // namespace cbam_ops
+
+#endif  // CBAM_OPS_CORE_CUDA_SIDES_CUH_
