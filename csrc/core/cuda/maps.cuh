@@ -21,7 +21,7 @@
 //   dx = du g_c + da / P + (x == max x) dm / count        (not serial: du g_c + the spatial terms +
 //                                                          the channel terms)
 //
-// An item is a tile of about 32 KB of the maps it reads. What goes with its columns a thread holds
+// An item is a tile of about 24 KB of the maps it reads. What goes with its columns a thread holds
 // in registers as vectors, what goes with a row is one load for all of the row that it has; options
 // are template arguments or values, never branches in the inner loop.
 //

@@ -115,13 +115,13 @@ class Plan {
     call.floor = problem.activation == Activation::kRelu ? A(0) : -static_cast<A>(INFINITY);
     call.epsilon = static_cast<A>(problem.epsilon);
     if (HasSpatialGate(problem)) call.patches = MakePatches(problem, sizeof(A));
-    // Where reading the weights for each sample would cost more than an eighth of reading its map.
+    // Where reading the weights for each sample would cost more than a quarter of reading its map.
     if (HasChannelGate(problem)) {
       const double weights =
           2.0 * static_cast<double>(problem.channels * problem.hidden) * sizeof(A);
       const double map = static_cast<double>(call.positions * problem.channels) * sizeof(T);
       group_samples_ =
-          static_cast<int64_t>(std::fmin(kSamples, std::ceil(8 * weights / (map + 1))));
+          static_cast<int64_t>(std::fmin(kSamples, std::ceil(4 * weights / (map + 1))));
     }
     group_samples_ = AtLeast(1, AtMost(group_samples_, problem.batch));
     const int64_t groups = CeilDiv(problem.batch, group_samples_);

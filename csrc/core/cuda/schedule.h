@@ -147,9 +147,10 @@ class ScheduleBuilder {
     }
     for (int s = 0; s < schedule_.stage_count; ++s) {
       Stage& stage = schedule_.stages[s];
-      // What was taken `blocks` tickets ago is about done.
+      // What was taken `blocks` tickets ago is about done. A little less makes a few wait for a moment; a
+      // whole step more may be more than L2 holds.
       const int64_t items = step_items[part[s]] > 0 ? step_items[part[s]] : 1;
-      const int64_t lag = (blocks + items - 1) / items;
+      const int64_t lag = (blocks - blocks / 7 + items - 1) / items;
       for (int d = 0; d < s; ++d) {
         const Stage& other = schedule_.stages[d];
         int64_t least = 0;
