@@ -12,7 +12,6 @@ namespace cbam_ops {
 namespace ptx {
 namespace {
 
-constexpr int kWarp = kLanes;
 // A warp that polls in vain so often, while all others do the same, waits forever.
 constexpr int kVainPolls = 64;
 constexpr int64_t kMostSteps = 2'000'000'000;
@@ -150,13 +149,13 @@ class Grid {
     block->shared =
         std::make_unique<Buffer>("shared memory", block->shared_data.data(), shared_bytes_, false,
                                  true, machine_.configuration.races);
-    block->live_warps = (threads_ + kWarp - 1) / kWarp;
+    block->live_warps = (threads_ + kLanes - 1) / kLanes;
     for (int w = 0; w < block->live_warps; ++w) {
       Warp& warp = block->warps.emplace_back();
       warp.block = block.get();
       warp.index = w;
-      const int lanes = std::min(kWarp, threads_ - w * kWarp);
-      warp.live = lanes == kWarp ? kAllLanes : (1u << lanes) - 1;
+      const int lanes = std::min(kLanes, threads_ - w * kLanes);
+      warp.live = lanes == kLanes ? kAllLanes : (1u << lanes) - 1;
       warp.stack.push_back({0, -1, warp.live});
       const auto bytes = static_cast<size_t>(kernel_.register_bytes);
       warp.storage = std::make_unique<char[]>(bytes + 64);
@@ -180,8 +179,8 @@ class Grid {
       std::memcpy(at, &mask, sizeof(mask));
       return;
     }
-    for (int lane = 0; lane < kWarp; ++lane) {
-      const auto thread = static_cast<uint32_t>(warp.index * kWarp + lane);
+    for (int lane = 0; lane < kLanes; ++lane) {
+      const auto thread = static_cast<uint32_t>(warp.index * kLanes + lane);
       const uint64_t value = preset.special.empty()
                                  ? preset.value
                                  : Special(preset.special, warp.block->index, thread);
@@ -203,8 +202,8 @@ class Grid {
     if (base == "%ctaid") return of(grid_, block);
     if (base == "%ntid") return size_of(block_);
     if (base == "%nctaid") return size_of(grid_);
-    if (name == "%laneid") return thread % kWarp;
-    if (name == "%warpid") return thread / kWarp;
+    if (name == "%laneid") return thread % kLanes;
+    if (name == "%warpid") return thread / kLanes;
     throw Error(kernel_.name + ": unknown PTX: " + name);
   }
 
@@ -389,7 +388,7 @@ class Grid {
   }
   void CompleteBarriers(Block* block) {
     for (auto& [number, barrier] : block->barriers) {
-      const int expected = barrier.threads > 0 ? barrier.threads / kWarp : block->live_warps;
+      const int expected = barrier.threads > 0 ? barrier.threads / kLanes : block->live_warps;
       if (barrier.waiting == 0 || barrier.waiting < expected) continue;
       barrier.waiting = 0;
       ++kernel_.barriers;
@@ -453,7 +452,7 @@ class Grid {
     }
     if (step.kind == Kind::kReduce) return Reduce(*warp, step, mask);
     uint32_t valid = 0;
-    uint64_t results[kWarp];
+    uint64_t results[kLanes];
     EachActive(mask, [&](int lane) {
       const auto by = static_cast<int>(LoadLane(registers + step.values[1], 4, lane) & 31);
       const auto control = static_cast<int>(LoadLane(registers + step.values[2], 4, lane));
@@ -603,8 +602,8 @@ class Grid {
   }
 
   std::string Whose(const Moment& moment) const {
-    const auto warps = static_cast<uint32_t>((threads_ + kWarp - 1) / kWarp);
-    const uint32_t first = moment.warp % warps * kWarp;
+    const auto warps = static_cast<uint32_t>((threads_ + kLanes - 1) / kLanes);
+    const uint32_t first = moment.warp % warps * kLanes;
     return "an access by " +
            (moment.lane == kManyLanes ? "several threads from " + std::to_string(first) + " on"
                                       : "thread " + std::to_string(first + moment.lane)) +
@@ -632,7 +631,7 @@ class Grid {
       LoadParameter(*warp, *step, mask);
       return true;
     }
-    uint64_t addresses[kWarp];
+    uint64_t addresses[kLanes];
     uint64_t found = 0;  // what a poll finds, mixed
     bool changed = false;
     Buffer* touched = nullptr;
@@ -723,7 +722,7 @@ class Grid {
 
   void CountSectors(const Warp& warp, Step* step, uint32_t mask, const uint64_t* addresses) {
     // Lanes' neighbours mostly follow each other.
-    uint64_t sectors[kWarp * 2];
+    uint64_t sectors[kLanes * 2];
     int count = 0;
     const auto bytes = static_cast<uint64_t>(step->bytes) *
                        (step->kind == Kind::kAtomic ? 1 : step->values.size());
@@ -754,10 +753,10 @@ class Grid {
   static void CountWavefronts(Step* step, uint32_t mask, const uint64_t* addresses) {
     const auto bytes = static_cast<uint64_t>(step->bytes) *
                        (step->kind == Kind::kAtomic ? 1 : step->values.size());
-    const int words = std::max(1, static_cast<int>(bytes / 4)), at_once = kWarp / words;
-    for (int first = 0; first < kWarp; first += at_once) {
+    const int words = std::max(1, static_cast<int>(bytes / 4)), at_once = kLanes / words;
+    for (int first = 0; first < kLanes; first += at_once) {
       std::vector<uint64_t> wanted;
-      EachActive(at_once == kWarp ? mask : mask & (((1u << at_once) - 1) << first), [&](int lane) {
+      EachActive(at_once == kLanes ? mask : mask & (((1u << at_once) - 1) << first), [&](int lane) {
         for (int w = 0; w < words; ++w)
           wanted.push_back(addresses[lane] / 4 + static_cast<uint64_t>(w));
       });
@@ -774,7 +773,7 @@ class Grid {
   // ---- order between blocks ---------------------------------------------------------------------
 
   uint32_t GridWarp(const Warp& warp) const {
-    return warp.block->index * static_cast<uint32_t>((threads_ + kWarp - 1) / kWarp) +
+    return warp.block->index * static_cast<uint32_t>((threads_ + kLanes - 1) / kLanes) +
            static_cast<uint32_t>(warp.index);
   }
   static Learnt& LearntBy(const Warp& warp, int lane) {
@@ -819,7 +818,7 @@ class Grid {
 
   std::string Where(const Warp& warp, int lane, const Step& step) const {
     std::string text = Demangle(kernel_.name) + ", block " + std::to_string(warp.block->index) +
-                       ", thread " + std::to_string(warp.index * kWarp + lane);
+                       ", thread " + std::to_string(warp.index * kLanes + lane);
     const std::vector<Location>& locations = kernel_.program->locations;
     const char* join = ", ";
     for (int at = step.source->location; at >= 0; at = locations[static_cast<size_t>(at)].parent) {

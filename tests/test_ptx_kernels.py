@@ -1,0 +1,219 @@
+"""The kernels as nvcc translates them, executed without a GPU and held against the definition.
+
+tests/ptx_machine.py runs the PTX of the build's own host code. What the emulation of the sources
+(test_cuda_source.py) cannot see is seen here: inline assembly, what nvcc makes of the sources, and,
+in the machine's terms, every access outside of an argument, every read of what was never written
+and every two accesses that nothing orders. Needs nvcc; no GPU.
+"""
+
+from __future__ import annotations
+
+import itertools
+import shutil
+from pathlib import Path
+
+import ptx_counts
+import pytest
+from cuda_on_cpu import COMPILER, CSRC, KernelError, Kernels
+from kernel_calls import Problem, check
+from ptx_counts import KEYS
+from ptx_machine import PtxKernels, nvcc
+
+from cbam_ops import testing
+from cbam_ops.testing import Case, assert_same_bits
+
+pytestmark = [
+    pytest.mark.long,  # nvcc takes most of a minute
+    pytest.mark.skipif(not COMPILER or nvcc() is None, reason="no C++ compiler, or no nvcc"),
+]
+
+DTYPES = ("float32", "float16", "bfloat16", "float64")
+LAYOUTS = ("NHWC", "NCHW")
+MODULES = {
+    "cbam": Case(),
+    "parallel": Case(options=testing.options(order="parallel")),
+    "batch_norm": Case("cbam_with_batch_norm"),
+    "channel_only": Case("channel_attention"),
+    "spatial_only": Case("spatial_attention"),
+    "channel_pool": Case("channel_pool"),
+    "spatial_pool": Case("spatial_pool"),
+}
+
+
+def planted(folder: Path, file: str, text: str, replacement: str) -> PtxKernels:
+    """The kernels with a fault."""
+    shutil.copytree(CSRC, folder / "csrc")
+    target = folder / "csrc" / "core" / "cuda" / file
+    source = target.read_text()
+    assert text in source, "the fault no longer applies: update it"
+    target.write_text(source.replace(text, replacement))
+    return PtxKernels(folder / "csrc", only_float32=True)
+
+
+@pytest.fixture(scope="session")
+def compiled() -> PtxKernels:
+    return PtxKernels()
+
+
+@pytest.fixture(params=[0, 1], ids=["one at a time", "interleaved"])
+def kernels(compiled: PtxKernels, request: pytest.FixtureRequest) -> PtxKernels:
+    compiled.configure(seed=request.param)
+    return compiled
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("module", MODULES)
+def test_every_module(kernels: PtxKernels, module: str, dtype: str, layout: str) -> None:
+    """Fails where nvcc's translation of a type, layout or order is another function."""
+    case = MODULES[module].replace(size=(3, 4, 6, 16), dtype=dtype, data_format=layout)
+    check(case.replace(fill="steps"), kernels)
+
+
+OPTIONS = (
+    {"pooling": "avg", "mlp_activation": "none", "activation": "relu"},
+    {"pooling": "max", "activation": "none"},
+    {"pooling": "avg+max", "activation": "relu", "mlp_activation": "relu"},
+)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("residual", [False, True])
+@pytest.mark.parametrize("options", OPTIONS, ids=lambda o: "-".join(o.values()))
+def test_options(
+    kernels: PtxKernels, options: dict[str, str], residual: bool, dtype: str, layout: str
+) -> None:
+    case = Case(
+        size=(3, 4, 6, 16), kernel_size=5, data_format=layout, fill="steps", dtype=dtype,
+        residual=residual, biases=residual, options=testing.options(**options),
+    )  # fmt: skip
+    check(case, kernels, gate_gradients=residual)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    "size",
+    [(1, 1, 1, 1), (3, 1, 9, 5), (2, 7, 7, 33), (9, 2, 3, 17), (1, 20, 9, 130), (1, 2, 2, 1500),
+     (1, 40, 40, 8), (1, 3, 600, 4), (5, 14, 14, 64)],
+    ids=str,
+)  # fmt: skip
+def test_sizes(
+    kernels: PtxKernels, size: tuple[int, int, int, int], dtype: str, layout: str
+) -> None:
+    """Odd sizes: tails of vectors and tiles, rows shorter than a warp and longer than a tile."""
+    check(Case(size=size, dtype=dtype, data_format=layout), kernels)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("kernel_size", [1, 3, 9, 41])
+def test_kernel_sizes(kernels: PtxKernels, kernel_size: int, layout: str) -> None:
+    check(Case(size=(2, 9, 10, 8), kernel_size=kernel_size, data_format=layout), kernels)
+
+
+@pytest.mark.parametrize("offset", [1, 2])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_misaligned_maps(kernels: PtxKernels, dtype: str, offset: int) -> None:
+    """Fails where vectors are read from maps that are not aligned to them."""
+    check(Case(size=(2, 4, 6, 16), dtype=dtype), kernels, misalign=offset)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_bits_repeat_whatever_the_schedule(compiled: PtxKernels, layout: str) -> None:
+    problem = Problem(Case(size=(5, 6, 7, 24), data_format=layout))
+    results = []
+    for seed, multiprocessors in ((0, 4), (1, 4), (2, 4), (3, 1)):
+        compiled.configure(seed=seed, multiprocessors=multiprocessors)
+        results.append(problem.both(compiled))
+    for other in results[1:]:
+        for name, value in results[0].items():
+            assert_same_bits(value, other[name], name)
+
+
+def test_bits_are_those_of_the_sources(compiled: PtxKernels) -> None:
+    """Sums and maxima of the map, and what follows from them without a product that nvcc contracts
+    or a function that is its own (exp), are the emulation's to the bit; the gates are not."""
+    compiled.configure(seed=0)
+    emulation = Kernels()
+    for layout in LAYOUTS:
+        for module in ("channel_pool", "spatial_pool", "channel_only", "spatial_only"):
+            case = MODULES[module].replace(size=(3, 6, 7, 24), data_format=layout)
+            problem = Problem(case)
+            theirs, ours = problem.forward(emulation), problem.forward(compiled)
+            exact = [name for name in ours if not name.endswith("gate") and name != "y"]
+            assert exact
+            for name in exact:
+                assert_same_bits(ours[name], theirs[name], f"{module} {layout} {name}")
+
+
+# ---- counts --------------------------------------------------------------------------------------
+
+MAPS = list(itertools.product(ptx_counts.STAGES, ptx_counts.DTYPES, ptx_counts.LAYOUTS))
+
+
+@pytest.mark.parametrize(("stage", "dtype", "layout"), MAPS)
+def test_no_more_to_do_than_the_table_says(
+    compiled: PtxKernels, stage: str, dtype: str, layout: str
+) -> None:
+    """Fails where a change makes a GPU issue more instructions, move more bytes or wait for more
+    banks: `python tests/ptx_counts.py --write` if that is meant."""
+    rows = ptx_counts.count(compiled, stage, dtype, layout)
+    assert not ptx_counts.differences(rows, ptx_counts.read_table())
+
+
+@pytest.mark.parametrize(("stage", "batch"), [("56x56x256", 4), ("7x7x2048", 16)])
+def test_counts_scale_with_the_batch(compiled: PtxKernels, stage: str, batch: int) -> None:
+    """Of twice the table's batch each element has no more to do, and what goes over maps has the
+    same: the table's counts are those of larger batches too, a little pessimistic."""
+    key = (stage, "float32", "NHWC")
+    table = [row for row in ptx_counts.read_table() if tuple(row[k] for k in KEYS[:3]) == key]
+    rows = ptx_counts.count(compiled, *key, batch)
+    assert not ptx_counts.differences([row for row in rows if row["phase"] == "all"], table)
+    of_maps = [[r for r in some if r["phase"] in ptx_counts.OVER_MAPS] for some in (rows, table)]
+    assert len(of_maps[0]) == 8
+    assert not ptx_counts.differences(of_maps[0], of_maps[1])
+    assert not ptx_counts.differences(of_maps[1], of_maps[0])
+
+
+def test_counts_notice_a_bank_conflict(tmp_path: Path) -> None:
+    """Rows of a staged tile without the element between them: as right, and slower."""
+    broken = planted(tmp_path, "mlp.cuh", "(kSize + 1)", "kSize")
+    rows = ptx_counts.count(broken, "14x14x1024", "float32", "NHWC")
+    found = ptx_counts.differences(rows, ptx_counts.read_table())
+    assert [text for text in found if "MLP: conflicts" in text], found
+
+
+# ---- planted faults ------------------------------------------------------------------------------
+
+# In what only nvcc sees, so that nothing else can notice: text of device.cuh, replacement, message.
+FAULTS = {
+    "inline assembly: counts without a release": (
+        "red.release.gpu.global.add.u32", "red.relaxed.gpu.global.add.u32",
+        "a race in the workspace",
+    ),
+    "inline assembly: waits without an acquire": (
+        "ld.acquire.gpu.global.u32 %0", "ld.relaxed.gpu.global.u32 %0", "a race in the workspace",
+    ),
+    "shuffle: the mask of half a warp": (
+        "__shfl_xor_sync(0xffffffffu", "__shfl_xor_sync(0x0000ffffu", "own lane is not in the mask",
+    ),
+    "barrier: missing": (
+        'asm volatile("bar.sync 1, %0;" ::"n"(kThreads) : "memory");', "",
+        "a race in shared memory|never written",
+    ),
+    "bound: one vector too far": (
+        "__ldcs(reinterpret_cast<const uint4*>(pointer))",
+        "__ldcs(reinterpret_cast<const uint4*>(pointer) + 1)",
+        "outside of all buffers: byte .* of ",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_planted_faults_are_caught(fault: str, tmp_path: Path) -> None:
+    text, replacement, message = FAULTS[fault]
+    broken = planted(tmp_path, "device.cuh", text, replacement)
+    broken.configure(seed=1)
+    with pytest.raises(KernelError, match=message):
+        Problem(Case(size=(3, 4, 6, 16))).both(broken)
