@@ -7,18 +7,34 @@ float64.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+import importlib
+import os
+import sys
+from collections.abc import Callable, Collection, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from cbam_ops import testing
+from cbam_ops import _core, testing
 from cbam_ops._bench import OURS, Case, Inputs, Prepared, Provider, cpus
+from cbam_ops._cli import gpu_kernels
 
 Arrays = dict[str, np.ndarray]
+# Where everything lies. On "cpu" it is the same code, over the kernels' sources as the tests run
+# them: to try all this where there is no GPU. Of the processes that are started too.
+DEVICE = os.environ.get("CBAM_OPS_BENCHMARK_DEVICE", "cuda")
 # What the forward pass keeps for the backward pass.
 _KEPT = ("channel_gate", "spatial_gate", "channel_descriptors", "spatial_descriptors",
          "batch_statistics")  # fmt: skip
+
+
+def kernels() -> Any:
+    """`_core.cuda`, or what has its functions on this device."""
+    if DEVICE == "cuda":
+        return _core.cuda
+    sys.path.append(str(Path(__file__).resolve().parents[1] / "tests"))
+    return importlib.import_module("cuda_on_cpu").module()
 
 
 class TorchMemory:
@@ -30,7 +46,7 @@ class TorchMemory:
         count = int(np.prod(shape))
         kind = getattr(torch, dtype)
         fill = 255 if dtype == "uint8" else float("nan")
-        return torch.full((count + offset,), fill, dtype=kind, device="cuda")[offset:].view(*shape)
+        return torch.full((count + offset,), fill, dtype=kind, device=DEVICE)[offset:].view(*shape)
 
     def place(self, array: np.ndarray, offset: int = 0) -> Any:
         import torch
@@ -52,7 +68,7 @@ class TorchMemory:
     def stream(self) -> int:
         import torch
 
-        return torch.cuda.current_stream().cuda_stream
+        return torch.cuda.current_stream().cuda_stream if DEVICE == "cuda" else 0
 
 
 class Call:
@@ -142,10 +158,34 @@ class Call:
         return {name: self._memory.host(tensor) for name, tensor in found.items()}
 
 
+class Apart(gpu_kernels.Kernels):
+    """Arguments in allocations of their own, only inputs written: for compute-sanitizer."""
+
+    def _run(
+        self,
+        op: str,
+        places: dict[str, slice],
+        inputs: Collection[str],
+        before: np.ndarray,
+        problem: dict[str, Any],
+    ) -> np.ndarray:
+        sizes = {name: place.stop - place.start for name, place in places.items()}
+        addresses = {name: self._cuda.allocate(max(size, 1)) for name, size in sizes.items()}
+        try:
+            for name in inputs:
+                self._cuda.copy_to_device(addresses[name], before[places[name]])
+            getattr(self._cuda, op)(**addresses, **problem)
+            after = before.copy()
+            for name in set(places) - set(inputs):
+                self._cuda.copy_to_host(after[places[name]], addresses[name])
+            return after
+        finally:
+            for address in addresses.values():
+                self._cuda.free(address)
+
+
 def on_the_cpu(case: testing.Case, arrays: Mapping[str, np.ndarray], dtype: str) -> Arrays:
     """What `_core` computes of a case on the CPU in another type: outputs and gradients."""
-    from cbam_ops import _core
-
     op = case.function.removesuffix("_with_batch_norm")
     given: dict[str, Any] = {name: array.astype(dtype) for name, array in arrays.items()}
     dy, residual = given.pop("dy"), given.pop("residual", None)
@@ -190,13 +230,11 @@ def _setup(case: Case, inputs: Inputs) -> Prepared:
     import torch
     from baselines import cuda_seconds
 
-    from cbam_ops import _core
-
     memory = TorchMemory()
     kind = np.dtype(case.dtype)
     calls = [
         Call(
-            case.problem, _core.cuda, _core.signatures(), memory,
+            case.problem, kernels(), _core.signatures(), memory,
             {**inputs.weights, **{name: array.astype(kind) for name, array in maps.items()}},
         )
         for maps in inputs.sets
@@ -219,7 +257,7 @@ def _setup(case: Case, inputs: Inputs) -> Prepared:
         results=results,
         copy=lambda i: copies[i % len(calls)].copy_(calls[i % len(calls)].inputs["x"]),
         framework="torch",
-        timer=cuda_seconds,
+        timer=cuda_seconds if DEVICE == "cuda" else None,
     )
 
 

@@ -1,6 +1,6 @@
 """Everything there is to check and time on a GPU, in one command, within eight minutes.
 
-    python benchmarks/gpu_check.py [--output DIR] [--quick] [--no-sanitizer] [--no-timing] [--plan]
+    python benchmarks/gpu_check.py [STEP ...] [--output DIR] [--quick] [--device cpu] [--plan]
 
 Needs PyTorch with CUDA and cbam_ops with its CUDA kernels. Where no such cbam_ops is installed, the
 part that needs no TensorFlow is built here for this machine's GPU, with nvcc, cmake and pybind11.
@@ -9,17 +9,20 @@ too. JAX is timed where it is. It has not run on a GPU yet.
 
 1. correctness   options, sizes, types and layouts of `cbam_ops.testing`, misaligned maps,
                  against `_core` on the CPU in float64
-2. stream order  a long operation ahead of ours on a stream of its own, 50 repeats, bitwise equal
-3. TensorFlow    `pytest -m gpu`: the ops against the CPU ops and the float64 reference, placement,
+2. streams       a long operation ahead of ours on a stream of its own, 50 repeats, bitwise equal
+3. tensorflow    `pytest -m gpu`: the ops against the CPU ops and the float64 reference, placement,
                  stream order, repeats
 4. timing        the suite's cases.gpu_cases(): ours, PyTorch, torch.compile, JAX, TensorFlow's
                  graph and XLA, beside a device copy; batch 256, 32, 1
 5. network       CBAM's share of a training step of ResNet-50, in PyTorch
-6. sanitizer     compute-sanitizer memcheck and racecheck over small shapes
+6. sanitizers    compute-sanitizer's memcheck, initcheck, synccheck and racecheck over small shapes,
+                 without PyTorch, each array in an allocation of its own
 
 Prints a short table and the targets last; writes checks.csv, timing.csv, network.csv and pictures,
 rows as they come. Each part runs in a process of its own, which may crash. Exit code 1 if anything
-is wrong. `--plan` prints how long each part may take, and needs nothing.
+is wrong. Each STEP can run alone, in under three minutes; without one all run. `--plan` prints how
+long each may take, and needs nothing. `--device cpu` runs the steps that are PyTorch's without a
+GPU: correctness, streams, timing, network.
 """
 
 from __future__ import annotations
@@ -47,13 +50,13 @@ ROOT = Path(__file__).resolve().parent.parent
 PLAN = {
     "build": 75,
     "correctness": 40,
-    "stream order": 15,
-    "TensorFlow: tests": 70,
-    "timing": 150,
+    "streams": 15,
+    "tensorflow": 70,
+    "timing": 140,
     "network": 35,
-    "memcheck": 45,
-    "racecheck": 45,
+    "sanitizers": 100,
 }
+SANITIZERS = ("memcheck", "initcheck", "synccheck", "racecheck")
 QUICK_PLAN = {**PLAN, "timing": 50, "network": 0}
 # JAX shares the GPU here, TensorFlow too.
 ENVIRONMENT = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", "TF_FORCE_GPU_ALLOW_GROWTH": "true"}
@@ -150,7 +153,7 @@ def run_check(check: Check, cuda: Any = None, memory: Any = None) -> dict[str, A
 
     from cbam_ops import _core
 
-    cuda, memory = cuda or _core.cuda, memory or device.TorchMemory()
+    cuda, memory = cuda or device.kernels(), memory or device.TorchMemory()
     arrays = arrays_of(check.case)
     call = device.Call(check.case, cuda, _core.signatures(), memory, arrays, check.offset)
     call.step()
@@ -192,17 +195,19 @@ def check_streams() -> bool:
     from cbam_ops import _core, testing
 
     good = True
-    case = testing.Case(size=(8, 28, 28, 512), hidden=32, kernel_size=7)
+    size = (8, 28, 28, 512) if device.DEVICE == "cuda" else (2, 5, 6, 32)
+    case = testing.Case(size=size, hidden=32, kernel_size=7)
     memory = device.TorchMemory()
-    call = device.Call(case, _core.cuda, _core.signatures(), memory, arrays_of(case))
+    call = device.Call(case, device.kernels(), _core.signatures(), memory, arrays_of(case))
     call.step()
     expected = call.results()
     sources = {name: call.inputs[name].clone() for name in ("x", "dy")}
-    stream = torch.cuda.Stream()
-    long = torch.randn(2**26, device="cuda")
-    torch.cuda.synchronize()
-    for _ in range(50):
-        with torch.cuda.stream(stream):
+    backend = getattr(torch, device.DEVICE)
+    stream = backend.Stream()
+    long = torch.randn(2**26 if device.DEVICE == "cuda" else 2**10, device=device.DEVICE)
+    backend.synchronize()
+    for _ in range(50 if device.DEVICE == "cuda" else 2):
+        with backend.stream(stream):
             for name in sources:
                 call.inputs[name].fill_(float("nan"))
             for _ in range(8):  # a kernel on another stream would run first
@@ -210,17 +215,18 @@ def check_streams() -> bool:
             for name, source in sources.items():
                 call.inputs[name].copy_(source)
             call.step()
-        stream.synchronize()
+        backend.synchronize()
         found = call.results()
         good &= all(found[n].tobytes() == expected[n].tobytes() for n in expected)
     return good
 
 
 def sanitize(folder: Path) -> dict[str, str]:
-    """compute-sanitizer over a few small problems."""
+    """compute-sanitizer over a few small problems: what each of its tools says."""
     tool = shutil.which("compute-sanitizer")
+    limit = PLAN["sanitizers"] / len(SANITIZERS)
     result = {}
-    for name in ("memcheck", "racecheck"):
+    for name in SANITIZERS:
         if not tool:
             result[name] = "not run: compute-sanitizer not found"
             continue
@@ -228,22 +234,26 @@ def sanitize(folder: Path) -> dict[str, str]:
         try:
             done = subprocess.run(
                 [*command, "--small-shapes", str(folder)],
-                capture_output=True, text=True, check=False, timeout=PLAN[name],
+                capture_output=True, text=True, check=False, timeout=limit,
             )  # fmt: skip
             result[name] = "ok" if done.returncode == 0 else (done.stdout + done.stderr)[-1500:]
         except subprocess.TimeoutExpired:
-            result[name] = f"not run to the end within {PLAN[name]} seconds"
+            result[name] = f"not run to the end within {limit:.0f} seconds"
     return result
 
 
-def small_shapes() -> None:
+def small_shapes(cuda: Any = None) -> None:
     """What compute-sanitizer looks at."""
-    from cbam_ops import testing
+    import device
 
+    from cbam_ops import _core, testing
+    from cbam_ops._cli import gpu_kernels
+
+    kernels = device.Apart(cuda or _core.cuda)
     relu = testing.options(activation="relu")
     case = testing.Case(size=(5, 8, 8, 32), residual=True, options=relu)
     for layout, dtype in itertools.product(("NHWC", "NCHW"), ("float32", "bfloat16")):
-        run_check(Check("small", case.replace(data_format=layout, dtype=dtype)))
+        gpu_kernels.both_passes(kernels, case.replace(data_format=layout, dtype=dtype))
 
 
 # ---- TensorFlow, in a process of its own ---------------------------------------------------------
@@ -253,7 +263,7 @@ def tensorflow_tests() -> str:
     """`pytest -m gpu`: "ok", why it did not run, or what failed."""
     tests = ROOT / "tests"
     command = [sys.executable, "-m", "pytest", "-q", "-n", "0", "-m", "gpu", "test_gpu.py"]
-    limit = PLAN["TensorFlow: tests"]
+    limit = PLAN["tensorflow"]
     try:
         done = subprocess.run(
             command, capture_output=True, text=True, check=False, timeout=limit, cwd=tests
@@ -287,14 +297,15 @@ def launches() -> int | None:
 
     from cbam_ops import _core, testing
 
-    case = testing.Case(size=(1, 14, 14, 1024), hidden=64, kernel_size=7)
+    size = (1, 14, 14, 1024) if device.DEVICE == "cuda" else (1, 5, 6, 32)
+    case = testing.Case(size=size, hidden=64, kernel_size=7)
     memory = device.TorchMemory()
-    call = device.Call(case, _core.cuda, _core.signatures(), memory, arrays_of(case))
+    call = device.Call(case, device.kernels(), _core.signatures(), memory, arrays_of(case))
     call.forward()
-    activities = [torch.profiler.ProfilerActivity.CUDA]
+    activities = [getattr(torch.profiler.ProfilerActivity, device.DEVICE.upper())]
     with torch.profiler.profile(activities=activities) as profile:
         call.forward()
-        torch.cuda.synchronize()
+        getattr(torch, device.DEVICE).synchronize()
     return sum(e.count for e in profile.key_averages() if "cbam_ops" in e.key) or None
 
 
@@ -389,13 +400,28 @@ def work(case: Any, seconds: float, cache_bytes: int) -> Any:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=str(__doc__).split("\n", 1)[0])
+    steps = [name for name in PLAN if name != "build"]  # which happens where it must
+    parser.add_argument("steps", nargs="*", metavar="STEP", help=f"of {', '.join(steps)}")
     parser.add_argument("--output", type=Path, default=Path("gpu_check"))
     parser.add_argument("--quick", action="store_true", help="fewer checks and shapes, batch 256")
-    parser.add_argument("--no-sanitizer", action="store_true")
-    parser.add_argument("--no-timing", action="store_true")
+    parser.add_argument(
+        "--device",
+        choices=("cuda", "cpu"),
+        default="cuda",
+        help="cpu: the same code on a CPU and small maps, to try it without a GPU; no times of it",
+    )
     parser.add_argument("--plan", action="store_true", help="print how long each part may take")
     parser.add_argument("--small-shapes", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)
+    unknown = set(arguments.steps) - set(steps)
+    if unknown:
+        parser.error(f"there is no step {', '.join(unknown)}: the steps are {', '.join(steps)}")
+    arguments.steps = arguments.steps or steps
+    if arguments.small_shapes:
+        sys.modules["tensorflow"] = None  # type: ignore[assignment]
+        sys.path.insert(0, str(arguments.small_shapes))
+        small_shapes()
+        return 0
     plan = QUICK_PLAN if arguments.quick else PLAN
     if arguments.plan:
         for name, seconds in plan.items():
@@ -406,13 +432,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         import torch
     except ImportError:
         torch = None
-    if torch is None or not torch.cuda.is_available():
+    on_a_gpu = arguments.device == "cuda"
+    if torch is None or (on_a_gpu and not torch.cuda.is_available()):
         sys.exit("gpu_check needs PyTorch with CUDA and an NVIDIA GPU that it can use.")
-    if arguments.small_shapes:
-        sys.path.insert(0, str(arguments.small_shapes))
-        small_shapes()
-        return 0
-    os.environ |= ENVIRONMENT
+    os.environ |= {**ENVIRONMENT, "CBAM_OPS_BENCHMARK_DEVICE": arguments.device}
     with tempfile.TemporaryDirectory() as folder:
         return _everything(arguments, plan, Path(folder))
 
@@ -423,7 +446,8 @@ def _everything(arguments: argparse.Namespace, plan: dict[str, int], folder: Pat
     def say(text: str) -> None:
         print(f"[{time.perf_counter() - start:5.0f} s] {text}", flush=True)
 
-    if not has_kernels():
+    on_a_gpu = arguments.device == "cuda"
+    if on_a_gpu and not has_kernels():
         build(folder)
         sys.path.insert(0, str(folder))  # of the processes that are started too
         say("built")
@@ -452,19 +476,27 @@ def _everything(arguments: argparse.Namespace, plan: dict[str, int], folder: Pat
             say(f"{name}: {error}")
             return None
 
-    found = check_all(worker, arguments.quick, output / "checks.csv")
-    bad = [row for row in found if row["wrong"]]
-    say(f"correctness: {len(found)} checks, {len(bad)} wrong")
-    for row in bad[:20]:
-        print("   ", row)
-    streams = asked("stream order", check_streams)
-    say(f"stream order: {'ok' if streams else 'WRONG'}")
-    tests = tensorflow_tests()
-    say(f"TensorFlow: {tests}")
-    failed = bool(bad) or not streams or tests.startswith("FAILED")
-    if not arguments.no_timing:
-        launched = asked("stream order", launches)
+    failed = False
+    if "correctness" in arguments.steps:
+        found = check_all(worker, arguments.quick or not on_a_gpu, output / "checks.csv")
+        bad = [row for row in found if row["wrong"]]
+        say(f"correctness: {len(found)} checks, {len(bad)} wrong")
+        for row in bad[:20]:
+            print("   ", row)
+        failed |= bool(bad)
+    if "streams" in arguments.steps:
+        streams = asked("streams", check_streams)
+        say(f"streams: {'ok' if streams else 'WRONG'}")
+        failed |= not streams
+    if "tensorflow" in arguments.steps:
+        tests = tensorflow_tests()
+        say(f"tensorflow: {tests}")
+        failed |= tests.startswith("FAILED")
+    if "timing" in arguments.steps:
+        launched = asked("streams", launches)
         groups = timed_cases((256,) if arguments.quick else (256, 32, 1))
+        if not on_a_gpu:
+            groups = [[dataclasses.replace(g[0], n=2, h=4, w=5, c=32)] for g in groups]
         timing: list[dict[str, Any]] = []
 
         def keep(rows: list[dict[str, Any]]) -> None:
@@ -476,16 +508,17 @@ def _everything(arguments: argparse.Namespace, plan: dict[str, int], folder: Pat
             done = run.run_cases(chosen, minutes, on_rows=keep, begin=run.redirect, work=work)
             failed |= bool(done.report_problems())
         say("timed")
-        network = asked("network", _network, plan["network"]) if plan["network"] else []
-        write_rows(output / "network.csv", network or [])
         try:
             _report(timing, launched, output)
         except ImportError as error:
             say(f"no tables ({error}): benchmarks/report.py makes them of timing.csv")
-        print(network_table(network or []))
+    if "network" in arguments.steps and plan["network"]:
+        network = asked("network", _network, plan["network"]) or []
+        write_rows(output / "network.csv", network)
+        print(network_table(network))
     for old in workers:
         old.close()
-    if not arguments.no_sanitizer:
+    if "sanitizers" in arguments.steps:
         for tool, text in sanitize(folder).items():
             say(f"{tool}: {text}")
             failed |= text != "ok" and not text.startswith("not run")
@@ -505,8 +538,11 @@ def _report(rows: list[dict[str, Any]], launched: int | None, output: Path) -> N
 
 
 def _network(seconds: float) -> list[dict[str, Any]]:
+    import device
     import gpu_network
 
+    if device.DEVICE != "cuda":
+        return gpu_network.time_network(seconds, batch=2, side=32, repeats=1)
     return gpu_network.time_network(seconds)
 
 

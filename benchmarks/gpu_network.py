@@ -12,9 +12,10 @@ import statistics
 import time
 from typing import Any
 
-from baselines import torch_cbam
+import device
+from baselines import cuda_seconds, torch_cbam
 
-from cbam_ops._bench import WEIGHTS, Row
+from cbam_ops._bench import WEIGHTS, Row, host_seconds
 
 try:
     import torch
@@ -22,14 +23,14 @@ try:
 except ImportError:  # gpu_check says so
     torch = None
 
-BLOCKS = (3, 4, 6, 3)
+BLOCKS = (3, 4, 6, 3) if device.DEVICE == "cuda" else (1, 1, 1, 1)
 KINDS = ("plain", "ours", "torch-eager", "torch-compile")
 
 
 def modules() -> dict[str, Any]:
     """The classes, which cannot be defined before PyTorch is there: `Network` makes one network."""
 
-    from cbam_ops import _core
+    kernels, memory = device.kernels(), device.TorchMemory()
 
     def call(name: str, x: torch.Tensor, w0: torch.Tensor, **tensors: torch.Tensor) -> None:
         """Enqueues an op; x is channels last."""
@@ -39,11 +40,11 @@ def modules() -> dict[str, Any]:
             "hidden": w0.shape[1], "kernel_size": 7,
             **{key: tensor.data_ptr() for key, tensor in (tensors | {"x": x, "w0": w0}).items()},
         }  # fmt: skip
-        size = getattr(_core.cuda, f"{name}_workspace")(**arguments)
-        workspace = torch.empty((size + 256,), dtype=torch.uint8, device="cuda")
+        size = getattr(kernels, f"{name}_workspace")(**arguments)
+        workspace = torch.empty((size + 256,), dtype=torch.uint8, device=device.DEVICE)
         start = workspace.data_ptr()
         arguments["workspace"] = start + -start % 256
-        getattr(_core.cuda, name)(**arguments, stream=torch.cuda.current_stream().cuda_stream)
+        getattr(kernels, name)(**arguments, stream=memory.stream())
 
     class Fused(torch.autograd.Function):
         """The kernels under autograd; weights are float32."""
@@ -52,7 +53,7 @@ def modules() -> dict[str, Any]:
         def forward(ctx: Any, x: torch.Tensor, *weights: torch.Tensor) -> torch.Tensor:
             x = x.contiguous(memory_format=torch.channels_last)
             n, c, h, w = x.shape
-            made = functools.partial(torch.empty, dtype=torch.float32, device="cuda")
+            made = functools.partial(torch.empty, dtype=torch.float32, device=device.DEVICE)
             saved = {
                 "channel_descriptors": made((2, n, c)),
                 "channel_gate": made((n, c)),
@@ -135,40 +136,33 @@ def modules() -> dict[str, Any]:
     return {"Network": Network, "Cbam": Cbam}
 
 
-def time_network(seconds: float, batch: int = 32) -> list[Row]:
+def time_network(seconds: float, batch: int = 32, side: int = 224, repeats: int = 13) -> list[Row]:
     """Milliseconds of a training step, by type and kind of CBAM, until the time is up."""
     end = time.perf_counter() + seconds
     rows: list[Row] = []
     network = modules()["Network"]
-    images = torch.randn(batch, 3, 224, 224, device="cuda")
+    images = torch.randn(batch, 3, side, side, device=device.DEVICE)
     images = images.contiguous(memory_format=torch.channels_last)
-    labels = torch.randint(1000, (batch,), device="cuda")
+    labels = torch.randint(1000, (batch,), device=device.DEVICE)
     for dtype in ("float32", "bfloat16"):
-        for kind in KINDS:
+        for kind in KINDS if device.DEVICE == "cuda" else KINDS[:-1]:  # it compiles for minutes
             if time.perf_counter() > end:
                 return rows
             torch.manual_seed(0)
-            model = network(kind).cuda().to(memory_format=torch.channels_last)
+            model = network(kind).to(device.DEVICE, memory_format=torch.channels_last)
             optimizer = torch.optim.SGD(model.parameters(), 1e-3)
 
             def step(model: Any = model, optimizer: Any = optimizer, dtype: str = dtype) -> None:
                 optimizer.zero_grad()
                 half = dtype == "bfloat16"
-                with torch.autocast("cuda", torch.bfloat16, enabled=half):
+                with torch.autocast(device.DEVICE, torch.bfloat16, enabled=half):
                     loss = nn.functional.cross_entropy(model(images), labels)
                 loss.backward()
                 optimizer.step()
 
-            times = []
-            for repeat in range(13):
-                start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-                start.record()
-                step()
-                stop.record()
-                stop.synchronize()
-                if repeat >= 3:
-                    times.append(start.elapsed_time(stop))
-            ms = statistics.median(times)
+            timer = cuda_seconds if device.DEVICE == "cuda" else host_seconds
+            times = [timer(step) for _ in range(repeats)][repeats // 4 :]
+            ms = 1e3 * statistics.median(times)
             rows.append({"n": batch, "dtype": dtype, "provider": kind, "ms": ms})
             del model, optimizer, step
             torch.cuda.empty_cache()

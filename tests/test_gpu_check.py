@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +19,7 @@ import report
 import results
 
 from cbam_ops import _bench, testing
+from cbam_ops._cli import gpu_kernels
 from cbam_ops._cli.bench import write_rows
 from cbam_ops._console import CommandError
 
@@ -78,6 +81,61 @@ def test_without_a_gpu_it_stops_with_a_sentence(monkeypatch):
     monkeypatch.setitem(sys.modules, "torch", None)
     with pytest.raises(SystemExit, match="needs PyTorch with CUDA and an NVIDIA GPU"):
         gpu_check.main([])
+
+
+def test_on_a_cpu_the_steps_with_pytorch_run(tmp_path):
+    """The same code as on a GPU, but for the device: what is misspelt there fails here."""
+    pytest.importorskip("torch")
+    command = [sys.executable, gpu_check.__file__, "correctness", "streams", "--device", "cpu"]
+    command += ["--output", str(tmp_path)]
+    environment = {**os.environ, "PYTHONSAFEPATH": ""}  # as for a user: it imports its neighbours
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"correctness: \d{3} checks, 0 wrong", done.stdout), done.stdout
+    assert "streams: ok" in done.stdout
+
+
+def test_a_step_that_there_is_not_is_an_error(capsys):
+    with pytest.raises(SystemExit):
+        gpu_check.main(["timing", "racecheck"])
+    assert "there is no step racecheck: the steps are correctness" in capsys.readouterr().err
+
+
+class Memory:
+    """The kernels' sources, and what they were given memory for."""
+
+    def __init__(self) -> None:
+        self.sizes: dict[int, int] = {}
+        self.freed: list[int] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(cuda_on_cpu.module(), name)
+
+    def allocate(self, size: int) -> int:
+        address = cuda_on_cpu.module().allocate(size)
+        self.sizes[address] = size
+        return address
+
+    def free(self, address: int) -> None:
+        self.freed.append(address)
+        cuda_on_cpu.module().free(address)
+
+
+def test_the_sanitizers_see_every_array_s_bounds():
+    """Fails where arrays share an allocation: a read beyond one would be inside of it."""
+    case = testing.Case(residual=True, dtype="float16")
+    memory = Memory()
+    apart = device.Apart(memory)
+    map_bytes, one_byte = 2 * 910, 1  # where there is no array
+    expected = gpu_kernels.both_passes(gpu_kernels.Kernels(cuda_on_cpu.module()), case)
+    for name, value in gpu_kernels.both_passes(apart, case).items():
+        testing.assert_same_bits(value, expected[name], name)
+    assert {map_bytes, one_byte} <= set(memory.sizes.values())
+    assert set(memory.freed) == set(memory.sizes) - {apart._memory}
+
+
+def test_what_the_sanitizers_look_at_runs():
+    gpu_check.small_shapes(cuda_on_cpu.module())
 
 
 def test_the_checks_cover_every_function_type_and_layout():

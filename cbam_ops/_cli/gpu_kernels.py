@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import itertools
 import signal
+from collections.abc import Collection
 from typing import Any
 
 import numpy as np
@@ -81,6 +82,23 @@ class Kernels:
             self._memory = self._size = 0
             self._memory, self._size = self._cuda.allocate(size), size
 
+    def _run(
+        self,
+        op: str,
+        places: dict[str, slice],
+        inputs: Collection[str],
+        before: np.ndarray,
+        problem: dict[str, Any],
+    ) -> np.ndarray:
+        """What an op makes of the bytes `before`, which have the arguments at their places."""
+        self._reserve(before.size)
+        self._cuda.copy_to_device(self._memory, before)
+        addresses = {name: self._memory + place.start for name, place in places.items()}
+        getattr(self._cuda, op)(**addresses, **problem)
+        after = np.empty_like(before)
+        self._cuda.copy_to_host(after, self._memory)
+        return after
+
     def _call(self, op: str, **given: Any) -> Arrays:
         signature, nchw = self._signatures[op], given.get("data_format") == "NCHW"
 
@@ -126,17 +144,11 @@ class Kernels:
         }  # fmt: skip
         # How much does not depend on where things are.
         workspace = getattr(self._cuda, f"{op}_workspace")(**arguments, **problem)
-        arguments["workspace"] = place("workspace", workspace)
-        place("end", 0)
-        self._reserve(end)
-        before = np.full(end, 0xFF, np.uint8)
+        place("workspace", workspace)
+        before = np.full(end + self._ALIGNMENT, 0xFF, np.uint8)
         for name, array in inputs.items():
             before[places[name]] = array.reshape(-1).view(np.uint8)
-        self._cuda.copy_to_device(self._memory, before)
-        addresses = {name: self._memory + start for name, start in arguments.items()}
-        getattr(self._cuda, op)(**addresses, **problem)
-        after = np.empty_like(before)
-        self._cuda.copy_to_host(after, self._memory)
+        after = self._run(op, places, inputs, before, problem)
         for name, array in outputs.items():
             array.reshape(-1).view(np.uint8)[:] = after[places[name]]
         for name in (*outputs, "workspace"):
