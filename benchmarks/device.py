@@ -203,17 +203,7 @@ def on_the_cpu(case: testing.Case, arrays: Mapping[str, np.ndarray], dtype: str)
 def findings(case: testing.Case, call: Call, arrays: Arrays) -> list[testing.Finding]:
     """Every result of a call that ran against the CPU in float64, by the tests' policy."""
     truth, stock = (on_the_cpu(case, arrays, dtype) for dtype in ("float64", "float32"))
-    same = testing.FLOAT64 if case.dtype == "float64" else testing.FLOAT32
-    found = []
-    for name, value in call.results().items():
-        exact, ordinary = truth[name], stock[name].astype(np.float64)
-        if case.dtype == "float64":  # errs as one in float32 does, by as many roundings
-            ordinary = exact + (ordinary - exact) * 2.0**-29
-        scale = float(np.max(np.abs(exact), initial=0.0))
-        # The CPU adds in float64 in places: it errs less than the same operations in another order.
-        slack = same * scale
-        found.append(testing.compare(value, exact, ordinary, name, magnitude=scale, smallest=slack))
-    return found
+    return gpu_kernels.compare(case, call.results(), truth, stock)
 
 
 # --- as providers of the suite --------------------------------------------------------------------

@@ -189,10 +189,15 @@ def both_passes(kernels: Any, case: Case, dtype: str | None = None) -> Arrays:
     return outputs | getattr(kernels, f"{op}_grad")(**given, **options)
 
 
-def compare(case: Case, results: Arrays) -> list[Finding]:
-    """Every result of a case against the CPU kernels', by the tests' policy."""
-    core = _loader.load_core()
-    truth, stock = (both_passes(core, case, dtype) for dtype in ("float64", "float32"))
+def compare(case: Case, results: Arrays, truth: Arrays, stock: Arrays) -> list[Finding]:
+    """Every result of a case, by the tests' policy.
+
+    Args:
+      case: the case.
+      results: what the CUDA kernels computed.
+      truth: what the CPU kernels computed in float64.
+      stock: what they computed in float32.
+    """
     same = testing.FLOAT64 if case.dtype == "float64" else testing.FLOAT32
     found = []
     for name, value in results.items():
@@ -204,6 +209,13 @@ def compare(case: Case, results: Arrays) -> list[Finding]:
         slack = same * scale
         found.append(testing.compare(value, exact, ordinary, name, magnitude=scale, smallest=slack))
     return found
+
+
+def examine(case: Case, kernels: Any) -> list[Finding]:
+    """Runs a case and compares every result with the CPU kernels'."""
+    core = _loader.load_core()
+    truth, stock = (both_passes(core, case, dtype) for dtype in ("float64", "float32"))
+    return compare(case, both_passes(kernels, case), truth, stock)
 
 
 def run(device: int, quick: bool) -> int:
@@ -238,7 +250,7 @@ def run(device: int, quick: bool) -> int:
     for case, kernels in chosen:
         print(f"{case}{'' if kernels is aligned else '-misaligned'}:", end=" ", flush=True)
         try:
-            found = compare(case, both_passes(kernels, case))
+            found = examine(case, kernels)
         except MemoryError as error:
             raise CommandError("the GPU has too little free memory") from error
         except RuntimeError as error:
