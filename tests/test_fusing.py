@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -1046,7 +1047,9 @@ def test_command_imports_and_trusts(tmp_path, capsys, monkeypatch):
     model_of(squeeze_excite, kl.Lambda(lambda t: t + 1)).save("code.keras")
     code, _, err = fuse_file(capsys, "own.keras", "out.keras")
     assert code == 2 and "Half" in err and "--import" in err and err.count("\n") == 1
+    path = list(sys.path)
     assert fuse_file(capsys, "own.keras", "out.keras", "--import", "own_layers")[0] == 0
+    assert sys.path == path, "what is imported later would come from the current folder"
     code, _, err = fuse_file(capsys, "code.keras", "out.keras")
     assert code == 2 and "--trust" in err and err.count("\n") == 1
     assert fuse_file(capsys, "code.keras", "out.keras", "--trust")[0] == 0

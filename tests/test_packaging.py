@@ -107,7 +107,7 @@ def test_the_sdist_holds_the_sources_and_no_builds(sdist):
         *("CMakeLists.txt", "pyproject.toml", "README.md", "LICENSE", "CHANGELOG.md", ".ci/run"),
         *("build_backend/find_tensorflow.py", "cbam_ops/__init__.py", "cbam_ops/py.typed"),
         *("csrc/core/contract.h", "csrc/core/cpu/level.cc", "csrc/cmake/exports_none.map"),
-        *("csrc/core/cuda/kernels.cu", "csrc/core/cuda/portable.cuh", "csrc/tf/gpu_kernels.cc"),
+        *("csrc/core/cuda/kernels.cu", "csrc/core/cuda/kernel.cuh", "csrc/tf/gpu_kernels.cc"),
         *("csrc/python/bindings.cc", "build_backend/find_cuda.py", "tests/conftest.py"),
     ):
         assert name in names

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,16 +39,27 @@ def run(*, model: Path, output: Path, modules: Sequence[str], trust: bool) -> in
     return 0
 
 
+@contextlib.contextmanager
+def _current_folder_first() -> Iterator[None]:
+    """The user's modules lie where the command is run, as `python -m` has it."""
+    before = list(sys.path)
+    sys.path.insert(0, os.getcwd())
+    try:
+        yield
+    finally:
+        sys.path[:] = before
+
+
 def _load(path: Path, modules: Sequence[str], trust: bool) -> Any:
     import keras
 
     if not path.is_file():
         raise CommandError(f"there is no file {path}")
-    sys.path.insert(0, os.getcwd())
     names: dict[str, Any] = {}
     for module in modules:
         try:
-            names.update(vars(importlib.import_module(module)))
+            with _current_folder_first():
+                names.update(vars(importlib.import_module(module)))
         except Exception as error:  # whatever the user's code raises
             raise CommandError(f"cannot import {module}: {first_line(error)}") from error
     try:
