@@ -143,7 +143,7 @@ void TestSizes() {
           if (ops::IsPresent(input.argument, options))
             tensors.emplace(input.argument.name, Values(SizeOf(input.argument, dimensions), 1));
         }
-        Call(signature, options, 1, &tensors);
+        Call<CpuKernels>(signature, options, 1, &tensors);
       };
       call(ops::kCbam);
       call(ops::kCbamGrad);
