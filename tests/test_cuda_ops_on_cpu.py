@@ -72,7 +72,7 @@ SELECTED = {
 @pytest.mark.parametrize("tests", list(SELECTED))
 def test_the_tests_of_the_ops_pass(library, tests):
     """Fails where an argument, an attribute or a type reaches the CUDA kernels wrongly."""
-    assert passed(library, str(TESTS / tests), "-k", SELECTED[tests]) > 10
+    assert passed(library, str(TESTS / tests), "-k", SELECTED[tests]) >= 10
 
 
 def run_python(library: Path, code: str, **environment: str) -> str:
