@@ -27,16 +27,19 @@ __all__ = ["from_torch", "to_torch"]
 
 
 class _Layout(NamedTuple):
-    """Where an implementation keeps the weights; all names but the first four are in a block."""
+    """Where an implementation keeps the weights; what is left out is as in torchvision's ResNet.
+
+    All names but those of stem and classifier are in a block.
+    """
 
     dialect: str  # of its modules
-    stem: tuple[str, str]  # convolution and batch norm, as are all pairs
-    classifier: str
-    block: str
-    conv: tuple[str, str]
-    shortcut: tuple[str, str]
     mlp: tuple[str, str]  # first and second layer
-    spatial: tuple[str, str]
+    spatial: tuple[str, str]  # convolution and batch norm, as are the pairs below
+    stem: tuple[str, str] = ("conv1", "bn1")
+    classifier: str = "fc"
+    block: str = "layer{stage}.{block}"
+    conv: tuple[str, str] = ("conv{conv}", "bn{conv}")
+    shortcut: tuple[str, str] = ("downsample.0", "downsample.1")
     first_block: int = 0
     mlp_convolves: bool = False  # its layers are 1x1 convolutions
 
@@ -44,34 +47,24 @@ class _Layout(NamedTuple):
 _LAYOUTS = {
     "official": _Layout(
         dialect="official",
-        stem=("conv1", "bn1"),
-        classifier="fc",
-        block="layer{stage}.{block}",
-        conv=("conv{conv}", "bn{conv}"),
-        shortcut=("downsample.0", "downsample.1"),
         mlp=("cbam.ChannelGate.mlp.1", "cbam.ChannelGate.mlp.3"),
         spatial=("cbam.SpatialGate.spatial.conv", "cbam.SpatialGate.spatial.bn"),
     ),
     "timm": _Layout(
         dialect="timm",
-        stem=("conv1", "bn1"),
-        classifier="fc",
-        block="layer{stage}.{block}",
-        conv=("conv{conv}", "bn{conv}"),
-        shortcut=("downsample.0", "downsample.1"),
         mlp=("se.channel.fc1", "se.channel.fc2"),
         spatial=("se.spatial.conv.conv", "se.spatial.conv.bn"),
         mlp_convolves=True,
     ),
     "pytorchcv": _Layout(
         dialect="pytorchcv",
+        mlp=("cbam.ch_gate.mlp.fc1", "cbam.ch_gate.mlp.fc2"),
+        spatial=("cbam.sp_gate.conv.conv", "cbam.sp_gate.conv.bn"),
         stem=("features.init_block.conv.conv", "features.init_block.conv.bn"),
         classifier="output",
         block="features.stage{stage}.unit{block}",
         conv=("body.conv{conv}.conv", "body.conv{conv}.bn"),
         shortcut=("identity_conv.conv", "identity_conv.bn"),
-        mlp=("cbam.ch_gate.mlp.fc1", "cbam.ch_gate.mlp.fc2"),
-        spatial=("cbam.sp_gate.conv.conv", "cbam.sp_gate.conv.bn"),
         first_block=1,
     ),
 }
@@ -535,7 +528,7 @@ def _listed(what: str, names: Iterable[str], most: int = 20) -> str:
 
 
 def _to_torch(array: np.ndarray, place: _Place, layout: _Layout) -> np.ndarray:
-    """A variable's value in the layout: kernels `[out, in, height, width]`, the maximum's plane."""
+    """A variable's value in the layout: its order of a kernel's axes and of the descriptors."""
     if place.name == "spatial_kernel" and dialects[layout.dialect].maximum_first:
         array = array[:, :, ::-1]
     if array.ndim == 4:

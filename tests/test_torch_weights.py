@@ -24,7 +24,7 @@ import cbam_ops
 from cbam_ops import models, testing
 
 TINY = models.Architecture((2, 1), bottleneck=False, filters=(16, 32), stem=8)
-LAYOUTS = {"official": "official", "timm": "timm", "pytorchcv": "pytorchcv"}
+LAYOUTS = ("official", "timm", "pytorchcv")  # each has the dialect of its name
 
 
 @pytest.fixture(autouse=True)
@@ -60,7 +60,7 @@ def images_for(model: keras.Model, size: int = 32) -> np.ndarray:
 
 def checkpoint(folder: Path, layout: str = "official", **options) -> dict[str, np.ndarray]:
     """The arrays that `to_torch` writes of a tiny network."""
-    cbam_ops.to_torch(tiny(dialect=LAYOUTS[layout], **options), folder / "tiny.safetensors", layout)
+    cbam_ops.to_torch(tiny(dialect=layout, **options), folder / "tiny.safetensors", layout)
     return safetensors.numpy.load_file(folder / "tiny.safetensors")
 
 
@@ -77,7 +77,7 @@ def assert_same_arrays(actual: dict, expected: dict) -> None:
 def test_there_and_back(monkeypatch, tmp_path, layout):
     """Sizes, options and values follow from the file alone; the way back gives the same bits."""
     monkeypatch.setitem(sys.modules, "torch", None)
-    model = tiny(dialect=LAYOUTS[layout], kernel_size=3)
+    model = tiny(dialect=layout, kernel_size=3)
     cbam_ops.to_torch(model, tmp_path / "a.safetensors", layout)
     again = cbam_ops.from_torch(
         str(tmp_path / "a.safetensors"), input_shape=(32, 32, 2), classifier_activation=None
