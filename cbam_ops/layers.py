@@ -59,7 +59,7 @@ class _Weight(NamedTuple):
     name: str  # in saved files
     shape: tuple[str | int, ...]
     arguments: str | None  # `{arguments}_initializer` and so on describe it
-    condition: str | None = None  # the argument that says whether there is such a weight
+    condition: str | None = None  # the attribute that says whether there is such a weight
     initializer: str | None = None  # of a moving statistic, which no arguments describe
 
 
@@ -74,7 +74,7 @@ _SECOND_LAYER = _MLP[2:]
 _BATCH_NORM = "spatial_batch_norm"
 _SPATIAL = (
     _Weight("spatial_kernel", "spatial_kernel", ("k", "k", 2, 1), "spatial_kernel"),
-    _Weight("spatial_bias", "spatial_bias", (1,), "spatial_bias", "spatial_use_bias"),
+    _Weight("spatial_bias", "spatial_bias", (1,), "spatial_bias", "_has_spatial_bias"),
     _Weight("batch_norm_gamma", "batch_norm_gamma", (1,), "batch_norm_gamma", _BATCH_NORM),
     _Weight("batch_norm_beta", "batch_norm_beta", (1,), "batch_norm_beta", _BATCH_NORM),
     _Weight("moving_mean", "moving_mean", (1,), None, _BATCH_NORM, "zeros"),
@@ -93,7 +93,9 @@ class _Attention(keras.layers.Layer):
     _op_with_batch_norm: Callable[..., Any]  # of the batch's own statistics
     _gate_dimensions: tuple[str, ...]
 
-    spatial_batch_norm = False  # where it is no argument
+    # Where they are no arguments.
+    spatial_batch_norm = False
+    spatial_use_bias: bool | None = False
 
     def __init__(self, arguments: dict[str, Any]) -> None:
         """Keeps every argument of a constructor as an attribute."""
@@ -217,10 +219,12 @@ class _Attention(keras.layers.Layer):
     def _has(self, weight: _Weight) -> bool:
         if weight in _SECOND_LAYER and self.hidden == 0:
             return False
-        if weight.condition is None:
-            return True
-        wanted = getattr(self, weight.condition)
-        # `spatial_use_bias=None` is a bias exactly without batch norm.
+        return weight.condition is None or getattr(self, weight.condition)
+
+    @property
+    def _has_spatial_bias(self) -> bool:
+        """`spatial_use_bias=None` is a bias exactly without batch norm."""
+        wanted = self.spatial_use_bias
         return not self.spatial_batch_norm if wanted is None else wanted
 
     def _add(self, weight: _Weight, shape: tuple[int, ...]) -> Any:
@@ -482,7 +486,8 @@ class CBAM(_Attention):
         return_gates: Boolean, whether to return the gates too. Defaults to `False`.
 
     Not fused is a part, channel or spatial, with another `hidden_activation` than `"relu"`, another
-    `gate_activation` than `"sigmoid"` or `hidden=0`: there the layer is composed of the fused pools
+    `gate_activation` than `"sigmoid"` or `hidden=0`, and in the order `"parallel"` both parts if
+    one has these or `pooling` is not `"avg+max"`: there the layer is composed of the fused pools
     and stock TensorFlow. `ties="first"` is stock TensorFlow alone.
 
     A mask on `inputs` is passed on unchanged and not used.

@@ -6,8 +6,8 @@ Two families, which differ in more than their depth:
   repository Jongchan/attention-module): no biases in the convolutions, symmetric padding, stride on
   the 3x3 convolution, a projection shortcut with batch norm only where the shape changes, and a
   batch norm on the spatial attention's convolution. One thing differs: the spatial descriptors are
-  mean first here, maximum first there. Weights of the release, copied, need the two input planes of
-  every spatial kernel swapped.
+  mean first here, maximum first there. Weights of the release need the two input planes of every
+  spatial kernel swapped, as `cbam_ops.from_torch` does.
 - `SeedCBAMResNet50/101/152`: an older TensorFlow network that this project grew from: biases
   everywhere, TensorFlow's `same` padding, stride on the first 1x1 convolution, a projection
   shortcut without batch norm in every block, a ReLU after the second dense layer of the channel
@@ -252,7 +252,7 @@ def _stock_module(x: Any, shortcut: Any, name: str, out_name: str, options: dict
         1,
         cbam.kernel_size,
         padding="same",
-        use_bias=not cbam.spatial_batch_norm and cbam.spatial_use_bias is not False,
+        use_bias=cbam._has_spatial_bias,
         data_format=cbam.data_format,
         kernel_initializer=cbam.spatial_kernel_initializer,
         name=f"{name}_spatial_conv",
@@ -359,8 +359,7 @@ class Released(_Network):
     source = (
         "Woo et al., CBAM: Convolutional Block Attention Module, ECCV 2018, sections 3 and 4.1;\n"
         "    the authors' release, Jongchan/attention-module, `MODELS/model_resnet.py`, which\n"
-        "    stacks the spatial descriptors maximum first, where this package has the mean first:\n"
-        "    weights copied from it need the two input planes of every spatial kernel swapped."
+        "    stacks the spatial descriptors maximum first, where this package has the mean first."
     )
     classifier = "predictions"
     dialect = "official"
