@@ -47,7 +47,7 @@ WORDS: dict[str, tuple[str | None, ...]] = {
     "mlp_activation": (None, "relu"),
     "activation": (None, "relu"),
     "order": ("channel_first", "spatial_first", "parallel"),
-    # Those that the native ops do not know: see `_is_fused`.
+    # Those that the native ops do not know: see `is_fused`.
     "hidden_activation": ("relu", "swish", "gelu", "elu", "mish"),
     "gate_activation": ("sigmoid", "hard_sigmoid"),
     "ties": ("even", "first"),
@@ -57,7 +57,7 @@ WORDS: dict[str, tuple[str | None, ...]] = {
 class Arguments(SimpleNamespace):
     """The arguments of a call by name; as tensors, or None, where they are tensors.
 
-    With `native`, its pools read the map in a definition.
+    With `native`, the module of native ops, a definition takes its pools from there.
     """
 
     native: ModuleType | None = None
@@ -92,11 +92,11 @@ def call(function: str, values: dict[str, Any]) -> Any:
     native = options.native_ops(cause_of_the_place)
     args = Arguments(**values)
     _convert(function, args)
-    op = _op_of(function)
+    op = op_of(function)
     if native is None:
         _check_shapes(function, args)
         return _results(_definitions[op](args), args)
-    if not tf.executing_eagerly() or not _is_fused(op, args):
+    if not tf.executing_eagerly() or not is_fused(op, args):
         _check_shapes(function, args)
         return _results(_native(native, op, args), args)
     # The op checks the shapes itself. What it refuses is then explained in the function's words.
@@ -112,7 +112,7 @@ def reference_of(
     statement: Callable[P, R], definition: Callable[[Arguments], Outputs]
 ) -> Callable[P, R]:
     """The function that :mod:`cbam_ops.ops` states, always computed by its ``definition``."""
-    _definitions[_op_of(statement.__name__)] = definition
+    _definitions[op_of(statement.__name__)] = definition
 
     @not_converted
     @functools.wraps(statement)
@@ -129,7 +129,7 @@ def definition_of(op: str) -> Callable[[Arguments], Outputs]:
     return _definitions[op]
 
 
-def _op_of(function: str) -> str:
+def op_of(function: str) -> str:
     """The native op that computes a function: "CbamOps>Cbam" for "cbam_with_batch_norm"."""
     name = function.removesuffix("_with_batch_norm").title().replace("_", "")
     return f"CbamOps>{name}"
@@ -332,8 +332,8 @@ def run(native: ModuleType, op: str, values: dict[str, Any]) -> Outputs:
     return dict(zip(outputs, result if isinstance(result, tuple) else (result,), strict=True))
 
 
-def _is_fused(op: str, args: Arguments) -> bool:
-    """Whether a native op computes this, as one or (`_halves`) as two of them."""
+def is_fused(op: str, args: Arguments) -> bool:
+    """Whether a native op computes this, as one or (`halves`) as two of them."""
     if args.gate_activation != "sigmoid" or args.ties != "even":
         return False
     if op == "CbamOps>Cbam" and args.order == "parallel" and args.pooling != "avg+max":
@@ -343,25 +343,24 @@ def _is_fused(op: str, args: Arguments) -> bool:
     return args.hidden_activation == "relu" and args.w1 is not None
 
 
-def _halves(op: str, args: Arguments) -> tuple[str, ...]:
+def halves(op: str, args: Arguments) -> tuple[str, ...]:
     """The two ops, in order, whose composition this is; none if it is to be computed as one."""
-    halves = ("CbamOps>ChannelAttention", "CbamOps>SpatialAttention")
+    both = ("CbamOps>ChannelAttention", "CbamOps>SpatialAttention")
     if op != "CbamOps>Cbam" or args.order == "parallel":
         return ()
     if args.order == "spatial_first":
-        return halves[::-1]
-    return () if args.pooling == "avg+max" and _is_fused(op, args) else halves
+        return both[::-1]
+    return () if args.pooling == "avg+max" and is_fused(op, args) else both
 
 
 def _native(native: ModuleType, op: str, args: Arguments) -> Outputs:
     """The outputs of a function, by native ops as far as there are such."""
-    halves = _halves(op, args)
-    if halves:
+    if parts := halves(op, args):
         without = {"residual": None, "activation": None}
-        outputs = _native(native, halves[0], Arguments(**{**vars(args), **without}))
-        rest = _native(native, halves[1], Arguments(**{**vars(args), "x": outputs["y"]}))
+        outputs = _native(native, parts[0], Arguments(**{**vars(args), **without}))
+        rest = _native(native, parts[1], Arguments(**{**vars(args), "x": outputs["y"]}))
         return outputs | rest
-    if _is_fused(op, args):
+    if is_fused(op, args):
         return _fused(native, op, args)
     # The definition, with fused pools; its weights have the compute type, as those of native ops.
     weights = {

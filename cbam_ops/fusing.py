@@ -262,16 +262,6 @@ _BATCH_NORM = {
 _STATISTICS = ("moving_mean", "moving_variance")
 # A bias of the spatial convolution before a batch norm. It only shifts the mean that is taken off.
 _FOLDED = "folded_bias"
-# The weights that one argument describes.
-_GROUPS = {
-    "mlp_kernel": ("w0", "w1"),
-    "mlp_bias": ("b0", "b1"),
-    "spatial_kernel": ("spatial_kernel",),
-    "spatial_bias": ("spatial_bias",),
-    "batch_norm_gamma": ("batch_norm_gamma",),
-    "batch_norm_beta": ("batch_norm_beta",),
-    _FOLDED: (_FOLDED,),
-}
 
 
 def _candidates(region: _Region) -> Iterator[_Candidate]:
@@ -367,16 +357,21 @@ def _matches(variables: list[Any], wanted: _Shapes) -> Iterator[dict[str, Any]]:
 
 def _described(weights: dict[str, Any]) -> dict[str, Any]:
     """The regularizers and constraints of the weights, as arguments."""
+    groups = collections.defaultdict(list)  # those that the same arguments describe
+    for weight in layers.CBAM._table:
+        if weight.arguments and weight.attribute in weights:
+            groups[weight.arguments].append(weights[weight.attribute])
+    if _FOLDED in weights:
+        groups[_FOLDED].append(weights[_FOLDED])
     arguments = {}
-    for group, names in _GROUPS.items():
-        members = [weights[name] for name in names if name in weights]
+    for group, members in groups.items():
         for what in ("regularizer", "constraint"):
             module = getattr(keras, f"{what}s")
             kept = [getattr(variable, what, None) for variable in members]
             configs = [module.serialize(value) if value is not None else None for value in kept]
             if any(config != configs[0] for config in configs):
                 raise _LeftError(f"its weights have different {what}s")
-            if not kept or kept[0] is None:
+            if kept[0] is None:
                 continue
             if group == _FOLDED:
                 raise _LeftError(f"the bias before its batch norm has a {what}")
@@ -652,7 +647,7 @@ def _near(region: _Region, candidates: Iterable[_Candidate]) -> Iterator[_Candid
 
 
 _ACTIVATIONS = {
-    "linear", "silu",  # Keras's names
+    *layers._KERAS_WORDS,
     *_call.WORDS["gate_activation"], *_call.WORDS["hidden_activation"],
 }  # fmt: skip
 
@@ -675,11 +670,11 @@ def _prove(region: _Region, candidate: _Candidate) -> _Found:
       _LeftError: they are not.
     """
     trainable, policy = _trainable(region, candidate), _policy(region)
-    reasons = []
-    # Where the gradient of a maximum goes among equals does not show in the outputs.
-    for shape, ties in itertools.product(_shapes(region, candidate), _call.WORDS["ties"]):
-        choice = candidate if ties == "even" else candidate.with_options({"ties": ties})
-        for dtype in _TOLERANCES:
+    for shape in _shapes(region, candidate):
+        reasons: list[_LeftError] = []
+        # Where the gradient of a maximum goes among equals does not show in the outputs.
+        for ties, dtype in itertools.product(_call.WORDS["ties"], _TOLERANCES):
+            choice = candidate if ties == "even" else candidate.with_options({"ties": ties})
             try:
                 difference = _compare(region, choice, trainable, dtype, _sizes(shape))
                 return _Found(region, choice, trainable, policy, difference, dtype)
@@ -689,7 +684,7 @@ def _prove(region: _Region, candidate: _Candidate) -> _Found:
                 reasons.append(
                     _LeftError(f"it does not run on a probe: {_console.first_line(error)}")
                 )
-    raise reasons[-4]  # the first at the map's own size
+    raise reasons[0]  # at the map's own size
 
 
 def _compare(
@@ -782,19 +777,13 @@ class _Found(NamedTuple):
         before = (1 + pools) * has_channels + 3 * has_positions + 2 * residual + activation
         if "ties" in options:  # stock ops
             return before, before
-        # Which parts are fused ops, in order; the others pool in one read, and multiply.
-        usual = options["gate_activation"] == "sigmoid"
-        channels = usual and options.get("hidden_activation") == "relu"
-        fused = [channels] * has_channels + [usual] * has_positions
-        whole = all(fused) and pools == 2
-        match options.get("order"):
-            case "spatial_first":
-                fused.reverse()
-            case "parallel" if not whole:
-                fused = [False, False]
-            case "channel_first" | "parallel" if whole:
-                fused = [True]
-        after = sum(1 if part else 2 for part in fused)
+        args = _call.Arguments(**options, w1=self.candidate.weights.get("w1"))
+        op = _call.op_of(layer._op.__name__)
+        halves = _call.halves(op, args)
+        fused = [_call.is_fused(part, args) for part in halves or (op,)]
+        # A fused op reads it once; else a gate's pools read it once, and its product once more.
+        gates = 1 if halves else has_channels + has_positions
+        after = sum(1 if part else 2 * gates for part in fused)
         return before, after + (residual if fused[-1] else 2 * residual + activation)
 
 
@@ -807,9 +796,8 @@ _WAY = (
 
 def _way(layer: Any) -> list[Any]:
     """What distinguishes a layer of one dialect from that of another."""
-    bias = getattr(layer, "spatial_use_bias", False)
-    bias = not layer.spatial_batch_norm if bias is None else bias
-    return [bias, getattr(layer, "hidden", None) == 0, *(getattr(layer, n, None) for n in _WAY)]
+    one_layer = getattr(layer, "hidden", None) == 0
+    return [layer._has_spatial_bias, one_layer, *(getattr(layer, n, None) for n in _WAY)]
 
 
 _NAMES = {
@@ -1287,6 +1275,9 @@ def fuse(model: Any, verbose: int = 0, return_report: bool = False) -> Any:
     A replaced region's layer has the name of its last layer or op, so that
     `model.get_layer(name).output` stays what it was. A bias of the spatial convolution before a
     batch norm, which takes it off again, goes into the moving mean.
+
+    No other thread may use Keras meanwhile: the proofs change, and set back, Keras's default dtype
+    policy, those of the model's layers and whether TensorFlow runs functions eagerly.
 
     Args:
         model: A built `keras.Model`: functional, `Sequential`, or subclassed with a `call` that

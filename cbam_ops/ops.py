@@ -7,13 +7,14 @@ float32; sums, descriptors and gates are of type U. An empty batch is legal; a h
 number of channels of 0 is not.
 
 Gradients are exact, to any order, and flow to every floating argument; at equal maxima they are
-split evenly, as ``tf.reduce_max`` splits them. The first gradient is a fused kernel, the gradient
-of that goes through the reference.
+split evenly, as ``tf.reduce_max`` splits them, but for ``ties="first"``. The first gradient is a
+fused kernel, the gradient of that goes through the reference.
 
 What the kernels do not fuse is composed of the fused pools and stock TensorFlow: a
 ``hidden_activation`` that is not "relu", a ``gate_activation`` that is not "sigmoid" and an MLP of
 one layer, each for that part alone (of a "channel_first" or "spatial_first" :func:`cbam` the other
-part stays one fused op). ``ties="first"`` is stock TensorFlow.
+part stays one fused op), and a "parallel" :func:`cbam` whose ``pooling`` is not "avg+max".
+``ties="first"`` is stock TensorFlow.
 
 All functions raise ``ValueError`` for arguments that do not fit each other (where sizes are known
 only when a graph runs, ``tf.errors.InvalidArgumentError``); the message names the argument, what

@@ -74,8 +74,7 @@ def _load(path: Path, modules: Sequence[str], trust: bool) -> Any:
                 f"{path} has Lambda layers with Python code in them; --trust runs that code"
             ) from error
         if "Could not locate" in text:
-            (line,) = [line for line in text.splitlines() if "Could not locate" in line][:1]
-            what = line.partition("Could not locate ")[2].partition(".")[0]
+            what = text.partition("Could not locate ")[2].partition(".")[0]
             raise CommandError(
                 f"{path} needs {what}; --import MODULE imports the module that has it"
             ) from error
