@@ -97,7 +97,7 @@ def phase_of(chain: Iterable[str]) -> str:
 def instructions(kernels: PtxKernels) -> Iterator[tuple[str, str, Row]]:
     """Phase, source line and counts of every instruction that ran."""
     rows = [
-        ([row["function"], *(name for name, _, _ in reversed(row["lines"]) if name)], row)
+        ([name for name, _, _ in reversed(row["lines"]) if name], row)
         for kernel in kernels.counts()
         for row in kernel["instructions"]
     ]
@@ -114,7 +114,7 @@ def measure(row: Row) -> Counter[str]:
     result = Counter(dict.fromkeys(COUNTS, 0))
     if family not in ("move", "none"):
         result["instructions"] = slots
-    result["math"] = slots * (family in ("float32", "float64", "half", "conversion"))
+    result["math"] = slots * (family in ("float32", "float64", "conversion"))
     result["memory"] = slots * (kind in ("load", "store", "shuffle") and where != "parameter")
     result["division"] = slots * (family in ("division", "special"))
     if where == "global":

@@ -37,7 +37,7 @@ def configured(machine: Any) -> None:
     machine.configure()
 
 
-def program(body: str, buffers: int, shared: int = 0, functions: str = "") -> str:
+def program(body: str, buffers: int, shared: int = 0) -> str:
     """A kernel `k` whose parameters are the addresses %b0, %b1, ... of buffers."""
     parameters = ", ".join(f".param .u64 p{i}" for i in range(buffers))
     loads = "\n".join(f"ld.param.u64 %b{i}, [p{i}];" for i in range(buffers))
@@ -46,7 +46,6 @@ def program(body: str, buffers: int, shared: int = 0, functions: str = "") -> st
         .target sm_90
         .address_size 64
         .file 1 "kernel.cu"
-        {functions}
         .visible .entry k({parameters}) {{
         .reg .pred %p<8>; .reg .b16 %h<8>; .reg .b32 %r<32>; .reg .f32 %f<16>; .reg .b64 %rd<32>;
         .reg .f64 %fd<8>; .reg .b64 %b<{max(buffers, 1)}>;
@@ -61,7 +60,7 @@ def program(body: str, buffers: int, shared: int = 0, functions: str = "") -> st
 
 def run(
     machine: Any, body: str, *arrays: np.ndarray | tuple[np.ndarray, str],
-    grid: int = 1, threads: int = 32, shared: int = 0, functions: str = "",
+    grid: int = 1, threads: int = 32, shared: int = 0,
 ) -> None:  # fmt: skip
     """Runs `body` on arrays: inputs, or with "out" or "zero" for those that it writes."""
     addresses = []
@@ -71,7 +70,7 @@ def run(
             f"buffer {i}", array.ctypes.data, array.nbytes, kind != "out", kind != "in"
         )
         addresses.append(np.uint64(array.ctypes.data).tobytes())
-    handle = machine.load(program(body, len(arrays), shared, functions))
+    handle = machine.load(program(body, len(arrays), shared))
     machine.launch(handle, "k", (grid, 1, 1), (threads, 1, 1), 0, addresses)
 
 
@@ -209,7 +208,7 @@ def signless_zeros(values: np.ndarray) -> np.ndarray:
 ARITHMETIC = {"add": operator.add, "sub": operator.sub, "mul": operator.mul}
 
 
-@pytest.mark.parametrize("kind", ["f16", "bf16", "f32", "f64"])
+@pytest.mark.parametrize("kind", ["f32", "f64"])
 @pytest.mark.parametrize("name", [*ARITHMETIC, "fma"])
 def test_arithmetic_rounds_to_the_nearest(machine: Any, name: str, kind: str) -> None:
     check_rounding(machine, name, kind, "rn")
@@ -232,15 +231,6 @@ def check_rounding(machine: Any, name: str, kind: str, mode: str) -> None:
     same_numbers(signless_zeros(actual), signless_zeros(expected))
 
 
-def test_arithmetic_on_pairs_of_halves(machine: Any) -> None:
-    for kind in ("f16", "bf16"):
-        columns = [c[: len(c) // 2 * 2] for c in pairs(kind)]
-        single = evaluate(machine, f"mul.rn.{kind}", kind, *((kind, c) for c in columns))
-        packed = [("b32", c.view(np.uint32)) for c in columns]
-        both = evaluate(machine, f"mul.rn.{kind}x2", "b32", *packed)
-        np.testing.assert_array_equal(both, single.view(np.uint32))
-
-
 @pytest.mark.parametrize("kind", ["f32", "f64"])
 def test_division_and_roots(machine: Any, kind: str) -> None:
     a, b = pairs(kind)
@@ -250,7 +240,7 @@ def test_division_and_roots(machine: Any, kind: str) -> None:
         same_numbers(evaluate(machine, f"sqrt.rn.{kind}", kind, (kind, a)), np.sqrt(a))
 
 
-@pytest.mark.parametrize("kind", ["f16", "bf16", "f32", "f64"])
+@pytest.mark.parametrize("kind", ["f32", "f64"])
 def test_minimum_and_maximum(machine: Any, kind: str) -> None:
     """Without .NaN the other operand, with it NaN; -0 is below 0."""
     a, b = pairs(kind)
@@ -292,10 +282,7 @@ def test_flushing_and_saturation(machine: Any) -> None:
         ("ex2.approx", np.exp2, 2 ** -22),
         ("ex2.approx.ftz", np.exp2, 2 ** -22),
         ("rcp.approx", lambda v: 1 / v, 2 ** -23),
-        ("rsqrt.approx", lambda v: 1 / np.sqrt(v), 2 ** -22.9),
         ("sqrt.approx", np.sqrt, 2 ** -23),
-        ("lg2.approx", np.log2, 2 ** -22),
-        ("tanh.approx", np.tanh, 2 ** -11),
     ],
 )  # fmt: skip
 def test_approximations_are_within_their_documented_error(
@@ -532,13 +519,6 @@ def test_bits(machine: Any) -> None:
     a, b = pairs("u32")
     c = a[::-1].copy()
     ints = [(int(x), int(y), int(z)) for x, y, z in zip(a, b, c, strict=True)]
-    table = 0b11001010  # c selects where a, else b
-
-    def select(x: int, y: int, z: int) -> int:
-        rows = [
-            (x if r & 4 else ~x) & (y if r & 2 else ~y) & (z if r & 1 else ~z) for r in range(8)
-        ]
-        return sum(row & ((1 << 32) - 1) for r, row in enumerate(rows) if table >> r & 1)
 
     def permute(x: int, y: int, z: int) -> int:
         result = 0
@@ -553,39 +533,12 @@ def test_bits(machine: Any) -> None:
         "or.b32": (2, operator.or_),
         "xor.b32": (2, operator.xor),
         "not.b32": (1, lambda x: ~x),
-        "popc.b32": (1, lambda x: x.bit_count()),
-        "clz.b32": (1, lambda x: 32 - x.bit_length()),
-        "brev.b32": (1, lambda x: int(f"{x:032b}"[::-1], 2)),
         "prmt.b32": (3, permute),
-        "shf.l.wrap.b32": (3, lambda x, y, z: (y << 32 | x) << (z & 31) >> 32),
-        "shf.r.clamp.b32": (3, lambda x, y, z: (y << 32 | x) >> min(z, 32)),
     }
     for opcode, (count, function) in cases.items():
         columns = [("b32", column) for column in (a, b, c)[:count]]
         expected = [function(*row[:count]) & ((1 << 32) - 1) for row in ints]
         np.testing.assert_array_equal(evaluate(machine, opcode, "b32", *columns), expected, opcode)
-    body = f"""
-        mad.wide.u32 %rd0, %r0, 4, %b0; ld.global.u32 %r1, [%rd0];
-        mad.wide.u32 %rd0, %r0, 4, %b1; ld.global.u32 %r2, [%rd0];
-        mad.wide.u32 %rd0, %r0, 4, %b2; ld.global.u32 %r3, [%rd0];
-        lop3.b32 %r4, %r1, %r2, %r3, {table};
-        mad.wide.u32 %rd0, %r0, 4, %b3; st.global.u32 [%rd0], %r4;"""
-    out = aligned(32, np.uint32)
-    machine.remove_buffers()
-    run(machine, body, *(column[:32].copy() for column in (a, b, c)), (out, "out"))
-    np.testing.assert_array_equal(out, [select(*row) for row in ints[:32]])
-
-
-def test_bit_fields(machine: Any) -> None:
-    for kind in ("u32", "s32"):
-        values = interesting(kind)
-        for start, length in ((0, 5), (3, 8), (24, 8), (28, 16), (7, 0), (0, 32)):
-            field = [
-                wrap(int(v) >> start, f"{kind[0]}{min(length, 32 - start)}") if length else 0
-                for v in values
-            ]
-            columns = [(kind, values), *(("u32", np.full(len(values), n)) for n in (start, length))]
-            np.testing.assert_array_equal(evaluate(machine, f"bfe.{kind}", kind, *columns), field)
 
 
 def test_bit_fields_are_inserted(machine: Any) -> None:
@@ -730,14 +683,6 @@ EXCHANGES = {
     "shfl.sync.down.b32 %r1, %r0, 3, 31, -1": lambda i: np.where(i + 3 <= 31, i + 3, i),
     "shfl.sync.down.b32 %r1, %r0, 1, 0x181f, -1": lambda i: np.where(i % 8 < 7, i + 1, i),
     "shfl.sync.idx.b32 %r1, %r0, 2, 0x181f, -1": lambda i: i // 8 * 8 + 2,
-    "redux.sync.add.u32 %r1, %r0, -1": lambda i: np.full(32, 496),
-    "redux.sync.max.s32 %r1, %r0, -1": lambda i: np.full(32, 31),
-    "setp.lt.u32 %p1, %r0, 3; vote.sync.ballot.b32 %r1, %p1, -1": lambda i: np.full(32, 7),
-    "setp.lt.u32 %p1, %r0, 3; vote.sync.ballot.b32 %r1, !%p1, -1": lambda i: np.full(32, 2**32 - 8),
-    "setp.lt.u32 %p1, %r0, 3; vote.sync.any.pred %p2, %p1, -1; selp.u32 %r1, 1, 0, %p2": (
-        lambda i: np.ones(32)),
-    "setp.lt.u32 %p1, %r0, 3; vote.sync.all.pred %p2, %p1, -1; selp.u32 %r1, 1, 0, %p2": (
-        lambda i: np.zeros(32)),
     "shfl.sync.up.b32 %r1|%p2, %r0, 3, 0, -1; selp.u32 %r1, 1, 0, %p2": lambda i: i >= 3,
 }  # fmt: skip
 
@@ -773,72 +718,19 @@ def test_what_must_not_be_done_apart(machine: Any, case: str) -> None:
         run(machine, body, threads=64 if "warp" in case else 32)
 
 
-def test_calls(machine: Any) -> None:
-    """Of functions with arguments of all sizes, which return at different places for each lane."""
-    functions = """
-        .func twice(.param .b64 twice_param_0, .param .b32 twice_param_1);
-        .func outer(.param .b64 outer_param_0, .param .b32 outer_param_1, .param .b32 outer_param_2)
-        {
-        .reg .b64 %rd<4>; .reg .b32 %r<4>; .reg .b16 %rs<2>; .reg .pred %p<2>;
-        ld.param.u64 %rd1, [outer_param_0];
-        ld.param.s8 %rs1, [outer_param_2];
-        cvt.s32.s16 %r2, %rs1;
-        ld.param.u32 %r1, [outer_param_1];
-        setp.lt.u32 %p1, %r1, 7;
-        @%p1 ret;
-        add.s32 %r3, %r1, %r2;
-        { // callseq
-        .param .b64 param0; st.param.b64 [param0+0], %rd1;
-        .param .b32 param1; st.param.b32 [param1+0], %r3;
-        call.uni twice, (param0, param1);
-        }
-        ret;
-        }
-        .func twice(.param .b64 twice_param_0, .param .b32 twice_param_1)
-        {
-        .reg .b64 %rd<2>; .reg .b32 %r<3>;
-        ld.param.u64 %rd1, [twice_param_0]; ld.param.u32 %r1, [twice_param_1];
-        add.s32 %r2, %r1, %r1; st.u32 [%rd1], %r2; ret;
-        }"""
-    out = aligned(32, np.int32)
-    out[:] = 1
-    run(
-        machine,
-        """
-        mad.wide.u32 %rd0, %r0, 4, %b0; mov.u32 %r1, 0xfe;
-        { .param .b64 param0; st.param.b64 [param0+0], %rd0;
-        .param .b32 param1; st.param.b32 [param1+0], %r0;
-        .param .b32 param2; st.param.b32 [param2+0], %r1;
-        call.uni outer, (param0, param1, param2); }
-        bar.sync 0;""",
-        (out, "zero"), functions=functions,
-    )  # fmt: skip
-    i = np.arange(32)
-    np.testing.assert_array_equal(out, np.where(i < 7, 1, 2 * (i - 2)))
-    (kernel,) = machine.counts()
-    assert {row["function"] for row in kernel["instructions"]} == {"k", "outer", "twice"}
-
-
 def test_local_memory(machine: Any) -> None:
-    """Each thread has its own; by its own addresses and by generic ones."""
+    """Each thread has its own."""
     out = aligned(64, np.uint32)
     body = """
         .local .align 16 .b8 depot[16];
-        mov.u64 %rd1, depot; cvta.local.u64 %rd2, %rd1;
+        mov.u64 %rd1, depot;
         and.b32 %r1, %r0, 3; mad.wide.u32 %rd3, %r1, 4, %rd1; st.local.u32 [%rd3], %r0;
-        mad.wide.u32 %rd4, %r1, 4, %rd2; ld.u32 %r2, [%rd4]; add.u32 %r2, %r2, 1;
+        ld.local.u32 %r2, [%rd3]; add.u32 %r2, %r2, 1;
         mad.wide.u32 %rd0, %r0, 4, %b0; st.global.u32 [%rd0], %r2;"""
     run(machine, body, (out, "out"), threads=64)
     np.testing.assert_array_equal(out, np.arange(64) + 1)
     with pytest.raises(machine.Error, match="outside of local memory"):
         run(machine, body + "ld.local.u32 %r3, [%rd1+16];", (out, "zero"), threads=64)
-
-
-def test_generic_addresses_of_parameters(machine: Any) -> None:
-    out = aligned(1, np.uint64)
-    load = "mov.b64 %rd0, p0; cvta.param.u64 %rd0, %rd0; ld.u64 %rd1, [%rd0];"
-    run(machine, f"{load} st.u64 [%b0], %rd1;", (out, "zero"), threads=1)
-    assert out[0] == out.ctypes.data
 
 
 WARPS = "mov.u32 %r1, tile; shl.b32 %r2, %r0, 2; add.u32 %r3, %r1, %r2; setp.ge.u32 %p1, %r0, 64;"
@@ -1031,34 +923,6 @@ def test_tickets_are_taken_once(machine: Any, seed: int) -> None:
     )  # fmt: skip
     assert counter[0] == 640
     assert (taken == 1).all()
-
-
-def test_atomics(machine: Any) -> None:
-    start = 5
-    cases = {
-        "add.u32": 37, "min.u32": 0, "max.u32": 31, "and.b32": 0, "or.b32": 31, "exch.b32": 31,
-        "xor.b32": 5, "inc.u32": None, "min.s32": 0,
-    }  # fmt: skip
-    for word, expected in cases.items():
-        cell = aligned(1, np.uint32)
-        cell[0] = start
-        machine.remove_buffers()
-        operand = "1" if word == "add.u32" else "%r0"
-        run(machine, f"atom.global.{word} %r1, [%b0], {operand};", (cell, "zero"))
-        if expected is not None:
-            assert cell[0] == expected, word
-    machine.remove_buffers()
-    wide, old = aligned(1, np.uint64), aligned(32, np.uint64)
-    run(
-        machine,
-        """
-        cvt.u64.u32 %rd1, %r0; add.u64 %rd2, %rd1, 1;
-        atom.global.cas.b64 %rd3, [%b0], %rd1, %rd2;
-        mad.wide.u32 %rd0, %r0, 8, %b1; st.global.u64 [%rd0], %rd3;""",
-        (wide, "zero"), (old, "out"),
-    )  # fmt: skip
-    assert wide[0] == 32
-    np.testing.assert_array_equal(old, np.arange(32))
 
 
 # ---- counts --------------------------------------------------------------------------------------

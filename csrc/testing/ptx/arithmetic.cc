@@ -225,7 +225,6 @@ struct Add {
   template <typename D, typename T>
   static D Do(T a, T b) {
     if constexpr (kIsFloat<T>) return Canonical(a + b);
-    if constexpr (kIsHalf<T>) return Narrow<T>(AddOdd(Widen(a), Widen(b)), kNearest);
     if constexpr (std::is_integral_v<T>)
       return static_cast<D>(static_cast<Unsigned<T>>(a) + static_cast<Unsigned<T>>(b));
   }
@@ -235,7 +234,6 @@ struct Sub {
   template <typename D, typename T>
   static D Do(T a, T b) {
     if constexpr (kIsFloat<T>) return Canonical(a - b);
-    if constexpr (kIsHalf<T>) return Narrow<T>(AddOdd(Widen(a), -Widen(b)), kNearest);
     if constexpr (std::is_integral_v<T>)
       return static_cast<D>(static_cast<Unsigned<T>>(a) - static_cast<Unsigned<T>>(b));
   }
@@ -245,7 +243,6 @@ struct Mul {  // the low half of integers
   template <typename D, typename T>
   static D Do(T a, T b) {
     if constexpr (kIsFloat<T>) return Canonical(a * b);
-    if constexpr (kIsHalf<T>) return Narrow<T>(static_cast<double>(Widen(a)) * Widen(b), kNearest);
     if constexpr (std::is_integral_v<T>)
       return static_cast<D>(static_cast<uint64_t>(a) * static_cast<uint64_t>(b));
   }
@@ -276,9 +273,7 @@ struct MulAdd {
 struct Fma {
   template <typename D, typename T>
   static D Do(T a, T b, T c) {
-    if constexpr (kIsFloat<T>) return Canonical(std::fma(a, b, c));
-    if constexpr (kIsHalf<T>)
-      return Narrow<T>(AddOdd(static_cast<double>(Widen(a)) * Widen(b), Widen(c)), kNearest);
+    return Canonical(std::fma(a, b, c));
   }
   static float Round(float a, float b, float c, Rounding r) {
     return Narrow<float>(AddOdd(static_cast<double>(a) * b, c), r);
@@ -308,23 +303,18 @@ template <bool kMaximum, bool kNan>
 struct Extreme {
   template <typename D, typename T>
   static D Do(T a, T b) {
-    if constexpr (kIsHalf<T>) {
-      return Narrow<T>(Do<float>(Widen(a), Widen(b)), kNearest);
-    } else {
-      if constexpr (kIsFloat<T>) {
-        if (std::isnan(a)) return Canonical(kNan ? a : b);
-        if (std::isnan(b)) return Canonical(kNan ? b : a);
-        if (a == b) return std::signbit(a) == kMaximum ? b : a;  // -0 is below +0
-      }
-      return (a < b) == kMaximum ? b : a;
+    if constexpr (kIsFloat<T>) {
+      if (std::isnan(a)) return Canonical(kNan ? a : b);
+      if (std::isnan(b)) return Canonical(kNan ? b : a);
+      if (a == b) return std::signbit(a) == kMaximum ? b : a;  // -0 is below +0
     }
+    return (a < b) == kMaximum ? b : a;
   }
   static float Round(float a, float b, Rounding) { return Do<float>(a, b); }
 };
 struct Neg {
   template <typename D, typename T>
   static D Do(T a) {
-    if constexpr (kIsHalf<T>) return {static_cast<uint16_t>(a.bits ^ 0x8000u)};
     if constexpr (kIsFloat<T>) return -a;
     if constexpr (std::is_integral_v<T>) return Sub::Do<D>(T{0}, a);
   }
@@ -333,7 +323,6 @@ struct Neg {
 struct Abs {
   template <typename D, typename T>
   static D Do(T a) {
-    if constexpr (kIsHalf<T>) return {static_cast<uint16_t>(a.bits & 0x7fffu)};
     if constexpr (kIsFloat<T>) return std::fabs(a);
     if constexpr (std::is_integral_v<T>) return a < 0 ? Sub::Do<D>(T{0}, a) : a;
   }
@@ -354,22 +343,8 @@ struct Abs {
   };
 CBAM_OPS_PTX_FUNCTION(Sqrt, std::sqrt(x))
 CBAM_OPS_PTX_FUNCTION(Rcp, 1 / x)
-CBAM_OPS_PTX_FUNCTION(Rsqrt, 1 / std::sqrt(x))
 CBAM_OPS_PTX_FUNCTION(Ex2, std::exp2(x))
-CBAM_OPS_PTX_FUNCTION(Lg2, std::log2(x))
-CBAM_OPS_PTX_FUNCTION(Sin, std::sin(x))
-CBAM_OPS_PTX_FUNCTION(Cos, std::cos(x))
-CBAM_OPS_PTX_FUNCTION(Tanh, std::tanh(x))
 #undef CBAM_OPS_PTX_FUNCTION
-
-template <typename F>
-struct OfPairs {
-  template <typename D, typename... P>
-  static D Do(P... p) {
-    using H = decltype(D::low);
-    return {F::template Do<H>(p.low...), F::template Do<H>(p.high...)};
-  }
-};
 
 #define CBAM_OPS_PTX_BITS(Name, parameters, expression) \
   struct Name {                                         \
@@ -383,20 +358,7 @@ CBAM_OPS_PTX_BITS(Or, (T a, T b), a | b)
 CBAM_OPS_PTX_BITS(Xor, (T a, T b), a ^ b)
 CBAM_OPS_PTX_BITS(Not, (T a), ~a)
 CBAM_OPS_PTX_BITS(Mov, (T a), a)
-CBAM_OPS_PTX_BITS(Popc, (T a), __builtin_popcountll(a))
-CBAM_OPS_PTX_BITS(Clz, (T a),
-                  a == 0           ? 8 * sizeof(T)
-                  : sizeof(T) == 8 ? __builtin_clzll(a)
-                                   : __builtin_clz(static_cast<uint32_t>(a)))
 #undef CBAM_OPS_PTX_BITS
-struct Brev {
-  template <typename D, typename T>
-  static D Do(T a) {
-    D reversed = 0;
-    for (size_t i = 0; i < 8 * sizeof(T); ++i) reversed |= (a >> i & 1) << (8 * sizeof(T) - 1 - i);
-    return reversed;
-  }
-};
 struct Shl {
   template <typename D, typename T>
   static D Do(T a, uint32_t by) {
@@ -409,32 +371,6 @@ struct Shr {
     const uint32_t most = 8 * sizeof(T) - 1;
     if (by > most) return std::is_signed_v<T> ? static_cast<D>(a >> most) : 0;
     return static_cast<D>(a >> by);
-  }
-};
-template <bool kLeft, bool kClamp>
-struct Funnel {
-  template <typename D>
-  static D Do(uint32_t low, uint32_t high, uint32_t by) {
-    by = kClamp ? std::min(by, 32u) : by & 31u;
-    const uint64_t both = static_cast<uint64_t>(high) << 32 | low;
-    return static_cast<D>(kLeft ? (both << by) >> 32 : both >> by);
-  }
-};
-struct Bfe {
-  template <typename D, typename T>
-  static D Do(T a, uint32_t from, uint32_t count) {
-    from &= 255;
-    count &= 255;
-    const uint32_t most = 8 * sizeof(T);
-    if (count == 0) return 0;
-    T result = 0;
-    for (uint32_t i = 0; i < most; ++i) {
-      const bool outside = i >= count || from + i >= most;
-      const uint32_t sign = std::min(from + count - 1, most - 1);
-      const T bit = outside ? (std::is_signed_v<T> ? a >> sign & 1 : 0) : a >> (from + i) & 1;
-      result |= static_cast<T>(static_cast<Unsigned<T>>(bit) << i);
-    }
-    return result;
   }
 };
 struct Prmt {
@@ -463,20 +399,6 @@ void Insert(const Lanes& l) {
     const T field = from >= most ? 0 : ones << from;
     const T shifted = from >= most ? 0 : In<T>(l.a)[i] << from;
     d[i] = (In<T>(l.b)[i] & ~field) | (shifted & field);
-  });
-}
-
-// The table of lop3 comes as `mode`.
-void Lop3(const Lanes& l) {
-  auto* const d = reinterpret_cast<uint32_t*>(l.d);
-  EachLane(l.mask, [&](int i) {
-    const uint32_t a = In<uint32_t>(l.a)[i], b = In<uint32_t>(l.b)[i], c = In<uint32_t>(l.c)[i];
-    uint32_t result = 0;
-    for (int row = 0; row < 8; ++row) {
-      if ((l.mode >> row & 1) == 0) continue;
-      result |= ((row & 4) != 0 ? a : ~a) & ((row & 2) != 0 ? b : ~b) & ((row & 1) != 0 ? c : ~c);
-    }
-    d[i] = result;
   });
 }
 
@@ -511,40 +433,36 @@ enum CompareMode { kAlone, kAnd, kOr, kXor, kComplement };
 enum class Compare { kEq, kNe, kLt, kLe, kGt, kGe, kEqu, kNeu, kLtu, kLeu, kGtu, kGeu, kNum, kNan };
 template <Compare kCompare, typename T>
 bool Holds(T a, T b) {
-  if constexpr (kIsHalf<T>) {
-    return Holds<kCompare>(Widen(a), Widen(b));
-  } else {
-    const bool unordered = a != a || b != b;
-    switch (kCompare) {
-      case Compare::kEq:
-        return a == b;
-      case Compare::kNe:
-        return a != b && !unordered;
-      case Compare::kLt:
-        return a < b;
-      case Compare::kLe:
-        return a <= b;
-      case Compare::kGt:
-        return a > b;
-      case Compare::kGe:
-        return a >= b;
-      case Compare::kEqu:
-        return a == b || unordered;
-      case Compare::kNeu:
-        return a != b;
-      case Compare::kLtu:
-        return !(a >= b);
-      case Compare::kLeu:
-        return !(a > b);
-      case Compare::kGtu:
-        return !(a <= b);
-      case Compare::kGeu:
-        return !(a < b);
-      case Compare::kNum:
-        return !unordered;
-      case Compare::kNan:
-        return unordered;
-    }
+  const bool unordered = a != a || b != b;
+  switch (kCompare) {
+    case Compare::kEq:
+      return a == b;
+    case Compare::kNe:
+      return a != b && !unordered;
+    case Compare::kLt:
+      return a < b;
+    case Compare::kLe:
+      return a <= b;
+    case Compare::kGt:
+      return a > b;
+    case Compare::kGe:
+      return a >= b;
+    case Compare::kEqu:
+      return a == b || unordered;
+    case Compare::kNeu:
+      return a != b;
+    case Compare::kLtu:
+      return !(a >= b);
+    case Compare::kLeu:
+      return !(a > b);
+    case Compare::kGtu:
+      return !(a <= b);
+    case Compare::kGeu:
+      return !(a < b);
+    case Compare::kNum:
+      return !unordered;
+    case Compare::kNan:
+      return unordered;
   }
 }
 template <Compare kCompare, typename T>
@@ -680,8 +598,8 @@ bool WithFloat(const std::string& type, const Use& use) {
   return false;
 }
 template <typename Use>
-bool WithAny(const std::string& type, const Use& use) {
-  return WithInteger(type, use) || WithFloat(type, use) || WithHalf(type, use);
+bool WithNumber(const std::string& type, const Use& use) {
+  return WithInteger(type, use) || WithFloat(type, use);
 }
 
 template <typename F, typename T, int kSources>
@@ -692,10 +610,7 @@ constexpr LaneFunction Same() {  // all operands of one type
 }
 
 const char* FamilyOf(const std::string& type) {
-  return type == "f32"                           ? "float32"
-         : type == "f64"                         ? "float64"
-         : type.find("f16") != std::string::npos ? "half"
-                                                 : "integer";
+  return type == "f32" ? "float32" : type == "f64" ? "float64" : "integer";
 }
 
 // `whole`: whether it is a rounding to whole numbers.
@@ -749,8 +664,8 @@ class Finder {
     if (name_ == "mov") Set(&MoveMask, "pred", {"pred"});
   }
 
-  // An operation on floats, halves and pairs of halves, all operands of one type.
-  template <typename F, int kSources, bool kOfHalves = true>
+  // An operation on floats, all operands of one type.
+  template <typename F, int kSources>
   void SetFloats() {
     const std::vector<std::string> sources(kSources, type_);
     found_.mode = TakeRounding(&words_);
@@ -758,16 +673,8 @@ class Finder {
     if (words_.Take("sat")) found_.mode |= kSaturate;
     if (type_ == "f32") {
       Set(found_.mode == 0 ? Same<F, float, kSources>() : &Moded<F, kSources>, type_, sources);
-    } else if (found_.mode == 0) {
-      if (type_ == "f64") Set(Same<F, double, kSources>(), type_, sources);
-      if constexpr (kOfHalves) {
-        WithHalf(type_, [&](auto h) { Set(Same<F, decltype(h), kSources>(), type_, sources); });
-        if (type_ == "f16x2" || type_ == "bf16x2") {
-          WithHalf(type_.substr(0, type_.size() - 2), [&](auto h) {
-            Set(Same<OfPairs<F>, Pair<decltype(h)>, kSources>(), type_, sources);
-          });
-        }
-      }
+    } else if (type_ == "f64" && found_.mode == 0) {
+      Set(Same<F, double, kSources>(), type_, sources);
     }
   }
   template <typename F, int kSources>
@@ -776,19 +683,11 @@ class Finder {
       Set(Same<F, decltype(t), kSources>(), type_, std::vector<std::string>(kSources, type_));
     });
   }
-  // As unsigned, into 32 bits.
-  template <typename F>
-  void SetCount() {
-    WithInteger(type_, [&](auto t) {
-      if constexpr (std::is_unsigned_v<decltype(t)>)
-        Set(&One<F, uint32_t, decltype(t)>, "u32", {type_});
-    });
-  }
   template <typename F>
   void SetFunction() {
     found_.family = "special";
     words_.Take("approx");
-    SetFloats<F, 1, false>();
+    SetFloats<F, 1>();
   }
   template <typename F>
   void SetShift() {
@@ -848,7 +747,7 @@ class Finder {
       found_.family = "division";
       if (!is_float) return SetIntegers<Div, 2>();
       if (words_.Take("full") || words_.Take("approx")) found_.family = "special";
-      return SetFloats<Div, 2, false>();
+      return SetFloats<Div, 2>();
     }
     if (name_ == "rem") {
       found_.family = "division";
@@ -856,31 +755,13 @@ class Finder {
     }
     if (name_ == "sqrt") return SetFunction<Sqrt>();
     if (name_ == "rcp") return SetFunction<Rcp>();
-    if (name_ == "rsqrt") return SetFunction<Rsqrt>();
     if (name_ == "ex2") return SetFunction<Ex2>();
-    if (name_ == "lg2") return SetFunction<Lg2>();
-    if (name_ == "sin") return SetFunction<Sin>();
-    if (name_ == "cos") return SetFunction<Cos>();
-    if (name_ == "tanh") return SetFunction<Tanh>();
     if (name_ == "and") return SetIntegers<And, 2>();
     if (name_ == "or") return SetIntegers<Or, 2>();
     if (name_ == "xor") return SetIntegers<Xor, 2>();
     if (name_ == "not") return SetIntegers<Not, 1>();
     if (name_ == "shl") return SetShift<Shl>();
     if (name_ == "shr") return SetShift<Shr>();
-    if (name_ == "popc") return SetCount<Popc>();
-    if (name_ == "clz") return SetCount<Clz>();
-    if (name_ == "brev") {
-      if (type_ == "b32") Set(&One<Brev, uint32_t, uint32_t>, type_, {type_});
-      if (type_ == "b64") Set(&One<Brev, uint64_t, uint64_t>, type_, {type_});
-    }
-    if (name_ == "bfe") {
-      WithInteger(type_, [&](auto t) {
-        using T = decltype(t);
-        if constexpr (sizeof(T) >= 4)
-          Set(&Three<Bfe, T, T, uint32_t, uint32_t>, type_, {type_, "u32", "u32"});
-      });
-    }
     if (name_ == "bfi") {
       const std::vector<std::string> sources = {type_, type_, "u32", "u32"};
       if (type_ == "b32") Set(&Insert<uint32_t>, type_, sources);
@@ -888,18 +769,6 @@ class Finder {
     }
     if (name_ == "prmt" && type_ == "b32")
       Set(&Three<Prmt, uint32_t, uint32_t, uint32_t, uint32_t>, type_, {type_, type_, type_});
-    if (name_ == "lop3" && type_ == "b32") Set(&Lop3, type_, {type_, type_, type_});
-    if (name_ == "shf") {
-      const bool left = words_.Take("l");
-      if (!left && !words_.Take("r")) return;
-      const bool clamp = words_.Take("clamp");
-      if (!clamp && !words_.Take("wrap")) return;
-      using U = uint32_t;
-      const LaneFunction functions[] = {
-          &Three<Funnel<false, false>, U, U, U, U>, &Three<Funnel<false, true>, U, U, U, U>,
-          &Three<Funnel<true, false>, U, U, U, U>, &Three<Funnel<true, true>, U, U, U, U>};
-      Set(functions[2 * left + clamp], type_, {type_, type_, type_});
-    }
     if (name_ == "selp") {
       found_.family = "integer";
       if (LaneBytes(type_) == 8) return Set(&Select<uint64_t>, type_, {type_, type_, "pred"});
@@ -944,7 +813,7 @@ class Finder {
   void FindComparison() {
     const std::string type = words_.TakeType();
     found_.family = FamilyOf(type);
-    WithAny(type, [&](auto t) {
+    WithNumber(type, [&](auto t) {
       std::vector<std::string> sources = {type, type};
       const char* const combine[] = {"", "and", "or", "xor"};
       for (int i = 1; i < 4; ++i) {
@@ -983,7 +852,7 @@ class Finder {
   static void WithConvertible(const std::string& type, const Use& use) {
     if (type == "u8") use(uint8_t{});
     if (type == "s8") use(int8_t{});
-    WithAny(type, use);
+    WithNumber(type, use) || WithHalf(type, use);
   }
 
   Words words_;

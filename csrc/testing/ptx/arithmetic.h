@@ -1,7 +1,7 @@
 // What PTX's instructions on registers compute, for the 32 lanes of a warp at a time.
 //
 // A register is an array of 32 lanes of 4 bytes (types up to 32 bits, in the lower bits) or of
-// 8 bytes; a predicate is one 32-bit mask. Approximate functions (ex2, rcp, rsqrt, ...) give the
+// 8 bytes; a predicate is one 32-bit mask. Approximate functions (ex2, rcp, ...) give the
 // number nearest to the exact result, which is within the error that PTX documents for them.
 #ifndef CBAM_OPS_TESTING_PTX_ARITHMETIC_H_
 #define CBAM_OPS_TESTING_PTX_ARITHMETIC_H_

@@ -14,87 +14,53 @@ struct Unknown {};
 
 class Compiler {
  public:
-  explicit Compiler(Kernel* kernel) : kernel_(*kernel) {}
+  explicit Compiler(Kernel* kernel) : kernel_(*kernel), function_(kernel->function) {}
 
   void Run() {
-    CompileFunction(kernel_.name);
-    if (!unknown_.empty()) {
-      std::string all;
-      for (const std::string& opcode : unknown_) all += " " + opcode;
-      throw Error(kernel_.name + ": unknown PTX:" + all);
+    for (const Register& reg : function_.registers) {
+      lane_bytes_.push_back(reg.bits == 1 ? 0 : reg.bits <= 32 ? 4 : 8);
+      at_.push_back(Allocate(lane_bytes_.back()));
     }
-    // Constants stand behind all registers.
-    const auto move = [this](int* at) {
-      if (*at >= kConstants) *at += static_cast<int>(most_) - kConstants;
-    };
-    for (Step& step : kernel_.steps) {
-      for (int* const at : {&step.d, &step.a, &step.b, &step.c, &step.e}) move(at);
-      for (int& value : step.values) move(&value);
-    }
-    for (Kernel::Preset& preset : kernel_.presets) move(&preset.at);
-    FindMeetings();
-    kernel_.register_bytes = most_ + constants_end_ - kConstants;
-  }
-
- private:
-  // Offsets from here on are constants', while it is not known where the registers end.
-  static constexpr int kConstants = 1 << 30;
-
-  static int Bytes(int lane_bytes) {
-    return lane_bytes == 0 ? 64 : lane_bytes * kLanes;  // vectors of the processor stay aligned
-  }
-  int Constant(uint64_t value, int lane_bytes, const std::string& special = "") {
-    const auto [found, is_new] = constants_.try_emplace({value, lane_bytes, special}, 0);
-    if (is_new) {
-      found->second = constants_end_;
-      constants_end_ += Bytes(lane_bytes);
-      kernel_.presets.push_back({found->second, lane_bytes, value, special});
-    }
-    return found->second;
-  }
-
-  // Appends the steps of a kernel, or of a function where it is called. Functions that are not
-  // called by one another share registers: each lane is in one of them.
-  void CompileFunction(const std::string& name, const std::vector<int>* given = nullptr) {
-    if (kernel_.program->bodies.count(name) == 0) throw Error("PTX: no body of " + name);
-    kernel_.functions.push_back(ParseFunction(kernel_.program, name));
-    Body body = {&kernel_.functions.back(), 0, {}, {}, {}, {}};
-    const int64_t registers_begin = end_, local_begin = local_end_;
-    body.local_begin = (local_end_ + 15) / 16 * 16;
-    local_end_ = body.local_begin + body.function->local_bytes;
-    kernel_.local_bytes = std::max(kernel_.local_bytes, (local_end_ + 15) / 16 * 16);
-    for (const Register& reg : body.function->registers) {
-      body.lane_bytes.push_back(reg.bits == 1 ? 0 : reg.bits <= 32 ? 4 : 8);
-      body.at.push_back(static_cast<int>(end_));
-      end_ += Bytes(body.lane_bytes.back());
-    }
-    most_ = std::max(most_, end_);
-    for (size_t i = 0; given != nullptr && i < given->size(); ++i)
-      body.at[static_cast<size_t>(body.function->arguments.at(i))] = (*given)[i];
-    Body* const outer = std::exchange(body_, &body);
-    const Statement* const outer_statement = statement_;
-    for (const Statement& statement : body.function->statements) {
-      body.first_step.push_back(static_cast<int>(kernel_.steps.size()));
+    std::set<std::string> unknown;
+    std::vector<int> first_step;  // of the statements, and the end
+    for (const Statement& statement : function_.statements) {
+      first_step.push_back(static_cast<int>(kernel_.steps.size()));
       Step step;
-      step.within = body.function;
       step.source = statement_ = &statement;
-      if (statement.guard >= 0) step.guard = body.at[static_cast<size_t>(statement.guard)];
+      if (statement.guard >= 0) step.guard = at_[static_cast<size_t>(statement.guard)];
       step.guard_negated = statement.guard_negated;
       try {
         CompileStatement(&step);
       } catch (Unknown) {
-        unknown_.insert(statement.opcode);
+        unknown.insert(statement.opcode);
       }
     }
-    body.first_step.push_back(static_cast<int>(kernel_.steps.size()));
-    for (const int branch : body.branches) {
-      int& target = kernel_.steps[static_cast<size_t>(branch)].target;
-      target = body.first_step[static_cast<size_t>(target)];
+    first_step.push_back(static_cast<int>(kernel_.steps.size()));
+    if (!unknown.empty()) {
+      std::string all;
+      for (const std::string& opcode : unknown) all += " " + opcode;
+      throw Error(kernel_.name + ": unknown PTX:" + all);
     }
-    body_ = outer;
-    statement_ = outer_statement;
-    end_ = registers_begin;
-    local_end_ = local_begin;
+    for (Step& step : kernel_.steps) {
+      if (step.kind == Kind::kBranch) step.target = first_step[static_cast<size_t>(step.target)];
+    }
+    FindMeetings();
+    kernel_.register_bytes = end_;
+  }
+
+ private:
+  int Allocate(int lane_bytes) {
+    const auto at = static_cast<int>(end_);
+    end_ += lane_bytes == 0 ? 64 : lane_bytes * kLanes;  // vectors of the processor stay aligned
+    return at;
+  }
+  int Constant(uint64_t value, int lane_bytes, const std::string& special = "") {
+    const auto [found, is_new] = constants_.try_emplace({value, lane_bytes, special}, 0);
+    if (is_new) {
+      found->second = Allocate(lane_bytes);
+      kernel_.presets.push_back({found->second, lane_bytes, value, special});
+    }
+    return found->second;
   }
 
   // The operand's register, which has lanes of so many bytes.
@@ -103,8 +69,8 @@ class Compiler {
     switch (operand.kind) {
       case Operand::Kind::kRegister: {
         const auto reg = static_cast<size_t>(operand.reg);
-        if (body_->lane_bytes[reg] != lane_bytes) throw Unknown();
-        return body_->at[reg];
+        if (lane_bytes_[reg] != lane_bytes) throw Unknown();
+        return at_[reg];
       }
       case Operand::Kind::kConstant:
         return Constant(lane_bytes == 0 ? (operand.bits != 0 ? kAllLanes : 0) : operand.bits,
@@ -117,14 +83,11 @@ class Compiler {
     }
   }
   int64_t AddressOf(const std::string& symbol) const {
-    const Function& function = *body_->function;
-    const auto shared = function.shared.find(symbol);
-    if (shared != function.shared.end()) return shared->second.offset;
-    const auto local = function.local.find(symbol);
-    if (local != function.local.end()) return body_->local_begin + local->second.offset;
-    const auto parameter = function.parameters.find(symbol);
-    if (parameter != function.parameters.end()) return parameter->second.offset;
-    throw Error(function.name + ": no variable " + symbol);
+    for (const auto* variables : {&function_.shared, &function_.local, &function_.parameters}) {
+      const auto found = variables->find(symbol);
+      if (found != variables->end()) return found->second.offset;
+    }
+    throw Error(function_.name + ": no variable " + symbol);
   }
 
   const Operand& At(size_t i) const {
@@ -134,14 +97,6 @@ class Compiler {
 
   void Add(const Step& step) { kernel_.steps.push_back(step); }
 
-  void Jump(Step* step, int statement) {
-    step->kind = Kind::kBranch;
-    step->family = "branch";
-    step->target = statement;  // its index, until all steps are known
-    body_->branches.push_back(static_cast<int>(kernel_.steps.size()));
-    Add(*step);
-  }
-
   void CompileStatement(Step* step) {
     Words words(statement_->opcode);
     const std::string name = words.front();
@@ -149,35 +104,32 @@ class Compiler {
     if (name == "bra") {
       words.Take("uni");
       Finish(words);
-      const auto& labels = body_->function->labels;
-      const auto label = labels.find(LabelKey(At(0).symbol, At(0).scope));
-      if (label == labels.end()) throw Unknown();
-      return Jump(step, label->second);
+      const auto label = function_.labels.find(LabelKey(At(0).symbol, At(0).scope));
+      if (label == function_.labels.end()) throw Unknown();
+      step->kind = Kind::kBranch;
+      step->family = "branch";
+      step->target = label->second;  // a statement's index, until all steps are known
+      return Add(*step);
     }
-    if (name == "call") return CompileCall(*step);
-    if (name == "ret" && !body_->function->is_kernel)
-      return Jump(step, static_cast<int>(body_->function->statements.size()));
-    if (name == "ret" || name == "exit" || name == "trap" || name == "brkpt") {
-      step->kind = name == "ret" || name == "exit" ? Kind::kExit : Kind::kTrap;
+    if (name == "ret" || name == "exit" || name == "trap") {
+      step->kind = name == "trap" ? Kind::kTrap : Kind::kExit;
       step->family = "branch";
       words.Take("uni");
-    } else if (IsArgument(name)) {
-      return MoveArgument(step, name, &words);
     } else if (name == "ld" || name == "st" || name == "atom" || name == "red") {
       return CompileMemory(step, name, &words);
     } else if (name == "cvta") {
       return CompileAddress(step, &words);
     } else if (name == "bar" || name == "barrier") {
       CompileBarrier(step, &words);
-    } else if (name == "shfl" || name == "vote" || name == "redux") {
-      CompileExchange(step, name, &words);
-    } else if (name == "fence" || name == "membar") {
+    } else if (name == "shfl") {
+      CompileShuffle(step, &words);
+    } else if (name == "fence") {
       step->kind = Kind::kFence;
       step->family = "fence";
       step->beyond = TakeGlobalScope(&words);
       words.Take("sc");
       words.Take("acq_rel");
-    } else if (name == "nanosleep" || name == "griddepcontrol" || name == "prefetch") {
+    } else if (name == "nanosleep") {
       step->kind = Kind::kNothing;
       step->family = "other";
       return Add(*step);
@@ -194,43 +146,6 @@ class Compiler {
     if (!words.Empty()) throw Unknown();
   }
 
-  void CompileCall(const Step& step) {
-    // call.uni name, (arguments). All lanes or none call.
-    if (step.guard >= 0 || At(0).kind != Operand::Kind::kSymbol) throw Unknown();
-    std::vector<int> given;
-    if (statement_->operands.size() > 1) {
-      for (const Operand& argument : At(1).group)
-        given.push_back(body_->at.at(static_cast<size_t>(argument.reg)));
-    }
-    CompileFunction(At(0).symbol, &given);
-  }
-  // Whether a load or store only moves an argument of a call.
-  bool IsArgument(const std::string& name) const {
-    if (name != "ld" && name != "st") return false;
-    const Operand& address = At(name == "ld" ? 1 : 0);
-    return address.reg >= 0 &&
-           body_->function->registers[static_cast<size_t>(address.reg)].is_argument;
-  }
-  void MoveArgument(Step* step, const std::string& name, Words* words) {
-    const std::string type = words->TakeType();
-    words->Take("param");
-    Finish(*words);
-    Operand place = At(name == "ld" ? 1 : 0);
-    if (place.bits != 0) throw Unknown();
-    place.kind = Operand::Kind::kRegister;
-    const bool whole = BytesOfType(type) >= 4;
-    const Operation operation =
-        FindOperation(whole ? (LaneBytes(type) == 8 ? "mov.b64" : "mov.b32") : "cvt.u32." + type);
-    const Operation signs = FindOperation("cvt.s32." + type);
-    step->kind = Kind::kLanes;
-    step->family = "move";
-    step->function = type[0] == 's' && !whole ? signs.function : operation.function;
-    if (step->function == nullptr) throw Unknown();
-    step->a = Use(name == "ld" ? place : At(1), LaneBytes(type));
-    step->d = Use(name == "ld" ? At(0) : place, LaneBytes(type));
-    Add(*step);
-  }
-
   void CompileArithmetic(Step* step) {
     const Operation operation = FindOperation(statement_->opcode);
     if (operation.function == nullptr) throw Unknown();
@@ -241,9 +156,7 @@ class Compiler {
     int* const sources[] = {&step->a, &step->b, &step->c, &step->e};
     for (size_t i = 0; i < operation.sources.size(); ++i)
       *sources[i] = Use(At(i + 1), operation.sources[i]);
-    size_t given = operation.sources.size() + 1;
-    if (statement_->opcode.rfind("lop3", 0) == 0) step->mode = static_cast<int>(At(given++).bits);
-    if (statement_->operands.size() != given) throw Unknown();
+    if (statement_->operands.size() != operation.sources.size() + 1) throw Unknown();
     if (At(0).kind != Operand::Kind::kGroup) {
       step->d = Use(At(0), operation.d);
       return Add(*step);
@@ -277,12 +190,8 @@ class Compiler {
   void CompileAddress(Step* step, Words* words) {
     const bool to = words->Take("to");
     const bool shared = words->Take("shared") || words->Take("shared::cta");
-    const bool parameter = words->Take("param"), local = words->Take("local");
-    if (!shared && !parameter && !local && !words->Take("global")) throw Unknown();
-    const uint64_t window = shared      ? kSharedWindow
-                            : parameter ? kParameterWindow
-                            : local     ? kLocalWindow
-                                        : 0;
+    if (!shared && !words->Take("global")) throw Unknown();
+    const uint64_t window = shared ? kSharedWindow : 0;
     if (words->TakeType() != "u64") throw Unknown();
     Finish(*words);
     const Operation add = FindOperation("add.u64");
@@ -333,9 +242,7 @@ class Compiler {
     for (const int vector : {2, 4, 8})
       if (!atomic && words->Take("v" + std::to_string(vector))) count = vector;
     if (atomic) {
-      for (const char* word : {"add", "min", "max", "and", "or", "xor", "exch", "cas", "inc"})
-        if (words->Take(word)) step->word = word;
-      if (step->word.empty() || type[0] == 'f' || step->bytes < 4) throw Unknown();
+      if (!words->Take("add") || type[0] == 'f' || step->bytes < 4) throw Unknown();
     }
     Finish(*words);
 
@@ -349,8 +256,8 @@ class Compiler {
     } else if (address.reg < 0) {
       step->a = -1;
     } else {
-      step->base_bytes = body_->lane_bytes[static_cast<size_t>(address.reg)];
-      step->a = body_->at[static_cast<size_t>(address.reg)];
+      step->base_bytes = lane_bytes_[static_cast<size_t>(address.reg)];
+      step->a = at_[static_cast<size_t>(address.reg)];
     }
     const char* const where = step->space == Space::kShared  ? "shared"
                               : step->space == Space::kLocal ? "local"
@@ -362,7 +269,6 @@ class Compiler {
     if (atomic) {
       step->d = gives && At(0).kind != Operand::Kind::kNothing ? Use(At(0), step->lane_bytes) : -1;
       step->values.push_back(Use(At(gives ? 2 : 1), step->lane_bytes));
-      if (step->word == "cas") step->values.push_back(Use(At(gives ? 3 : 2), step->lane_bytes));
       return Add(*step);
     }
     const Operand& value = At(gives ? 0 : 1);
@@ -371,10 +277,10 @@ class Compiler {
     if (static_cast<int>(values.size()) != count) throw Unknown();
     for (const Operand& one : values) {
       if (one.kind == Operand::Kind::kRegister) {  // may be wider than the type
-        const int lanes = body_->lane_bytes[static_cast<size_t>(one.reg)];
+        const int lanes = lane_bytes_[static_cast<size_t>(one.reg)];
         if (lanes == 0 || lanes < step->lane_bytes) throw Unknown();
         step->lane_bytes = lanes;
-        step->values.push_back(body_->at[static_cast<size_t>(one.reg)]);
+        step->values.push_back(at_[static_cast<size_t>(one.reg)]);
       } else {
         step->values.push_back(one.kind == Operand::Kind::kNothing ? -1
                                                                    : Use(one, step->lane_bytes));
@@ -402,34 +308,19 @@ class Compiler {
     step->target = statement_->operands.size() > 1 ? static_cast<int>(At(1).bits) : 0;
   }
 
-  // The operand with the lanes that take part is the last one.
-  void CompileExchange(Step* step, const std::string& name, Words* words) {
+  void CompileShuffle(Step* step, Words* words) {
+    step->kind = Kind::kShuffle;
     step->family = "shuffle";
     if (!words->Take("sync")) throw Unknown();
     step->word = words->front();
     words->Take(step->word);
-    const std::string type = words->TakeType();
-    step->a = Use(statement_->operands.back(), 4);
+    if (words->TakeType() != "b32") throw Unknown();
     const Operand& result = At(0);
     const bool pair = result.kind == Operand::Kind::kGroup;
-    step->d = Use(pair ? result.group.at(0) : result, LaneBytes(type));
+    step->d = Use(pair ? result.group.at(0) : result, 4);
     step->target = pair ? Use(result.group.at(1), 0) : -1;
-    if (name == "vote") {
-      step->kind = Kind::kVote;
-      step->guard_negated = statement_->guard_negated;
-      Operand vote = At(1);
-      step->mode = std::exchange(vote.negated, false);
-      step->b = Use(vote, 0);
-      if (type != (step->word == "ballot" ? "b32" : "pred")) throw Unknown();
-    } else if (name == "redux") {
-      step->kind = Kind::kReduce;
-      step->b = Use(At(1), 4);
-      step->sign = type == "s32";
-    } else {
-      step->kind = Kind::kShuffle;
-      step->values = {Use(At(1), 4), Use(At(2), 4), Use(At(3), 4)};
-      if (type != "b32") throw Unknown();
-    }
+    step->values = {Use(At(1), 4), Use(At(2), 4), Use(At(3), 4)};
+    step->a = Use(At(4), 4);  // the lanes that take part
   }
 
   // The immediate post-dominator of each branch, or -1 where its ways meet at the end only.
@@ -520,20 +411,11 @@ class Compiler {
     }
   }
 
-  struct Body {
-    const Function* function;
-    int64_t local_begin;
-    std::vector<int> at, lane_bytes;  // of its registers
-    std::vector<int> first_step;      // of its statements
-    std::vector<int> branches;        // steps whose target is a statement
-  };
-
   Kernel& kernel_;
-  Body* body_ = nullptr;
+  const Function& function_;
   const Statement* statement_ = nullptr;
-  std::set<std::string> unknown_;
-  int64_t end_ = 0, most_ = 0, local_end_ = 0;
-  int constants_end_ = kConstants;
+  std::vector<int> at_, lane_bytes_;  // of the registers
+  int64_t end_ = 0;
   std::map<std::tuple<uint64_t, int, std::string>, int> constants_;
 };
 

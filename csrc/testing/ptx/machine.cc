@@ -103,8 +103,6 @@ class Grid {
         threads_(static_cast<int>(block[0] * block[1] * block[2])),
         shared_bytes_(shared_bytes),
         parameters_(std::move(parameters)),
-        parameters_buffer_("the parameters", parameters_.data(),
-                           static_cast<int64_t>(parameters_.size()), true, false, false),
         random_(machine->configuration.seed),
         seeded_(machine->configuration.seed != 0),
         l1_(static_cast<size_t>(machine->configuration.multiprocessors),
@@ -161,14 +159,13 @@ class Grid {
       warp.storage = std::make_unique<char[]>(bytes + 64);
       const auto start = reinterpret_cast<uintptr_t>(warp.storage.get());
       warp.registers = warp.storage.get() + (64 - start % 64);
-      const auto local_bytes = static_cast<int64_t>(kernel_.local_bytes) * kLanes;
+      const int64_t local_bytes = kernel_.function.local_bytes * kLanes;
       warp.local_data.resize(static_cast<size_t>(local_bytes));
       // Not whether it was written: compilers load early what they may not come to use.
       warp.local = std::make_unique<Buffer>("local memory", warp.local_data.data(), local_bytes,
                                             true, true, false);
       for (const Kernel::Preset& preset : kernel_.presets) SetRegister(warp, preset);
     }
-    ++kernel_.blocks;
     running_.push_back(std::move(block));
   }
 
@@ -262,7 +259,6 @@ class Grid {
         mask &= step.guard_negated ? ~guard : guard;
       }
       ++step.tally.issued;
-      step.tally.lanes += __builtin_popcount(mask);
       if (step.kind == Kind::kLanes) {
         char* const registers = warp->registers;
         step.function({registers + step.d, registers + step.a, registers + step.b,
@@ -290,8 +286,6 @@ class Grid {
         return Meet(warp, *step, mask);
       case Kind::kWarpBarrier:
       case Kind::kShuffle:
-      case Kind::kVote:
-      case Kind::kReduce:
         if (!AllThere(warp, *step, mask)) return true;
         Exchange(warp, *step, mask);
         break;
@@ -391,7 +385,6 @@ class Grid {
       const int expected = barrier.threads > 0 ? barrier.threads / kLanes : block->live_warps;
       if (barrier.waiting == 0 || barrier.waiting < expected) continue;
       barrier.waiting = 0;
-      ++kernel_.barriers;
       ++progress_;
       auto known = std::make_shared<Knowledge>();
       for (Warp& warp : block->warps) {
@@ -436,21 +429,6 @@ class Grid {
       warp->learnt.clear();
       return;
     }
-    if (step.kind == Kind::kVote) {
-      uint32_t votes;
-      std::memcpy(&votes, registers + step.b, sizeof(votes));
-      votes = (step.mode != 0 ? ~votes : votes) & mask;
-      if (step.word == "ballot") {
-        EachActive(mask, [&](int lane) { StoreLane(registers + step.d, 4, lane, votes); });
-        return;
-      }
-      const bool result = step.word == "all"   ? votes == mask
-                          : step.word == "any" ? votes != 0
-                                               : votes == mask || votes == 0;
-      SetPredicate(registers + step.d, mask, result ? mask : 0);
-      return;
-    }
-    if (step.kind == Kind::kReduce) return Reduce(*warp, step, mask);
     uint32_t valid = 0;
     uint64_t results[kLanes];
     EachActive(mask, [&](int lane) {
@@ -485,34 +463,6 @@ class Grid {
     old = (old & ~mask) | (value & mask);
     std::memcpy(predicate, &old, sizeof(old));
   }
-  static void Reduce(const Warp& warp, const Step& step, uint32_t mask) {
-    bool first = true;
-    uint32_t result = 0;
-    EachActive(mask, [&](int lane) {
-      const auto value = static_cast<uint32_t>(LoadLane(warp.registers + step.b, 4, lane));
-      result = std::exchange(first, false)
-                   ? value
-                   : static_cast<uint32_t>(Combine(step, result, value, value));
-    });
-    EachActive(mask, [&](int lane) { StoreLane(warp.registers + step.d, 4, lane, result); });
-  }
-  // What an atomic or a reduction makes of `old` and `value`.
-  static uint64_t Combine(const Step& step, uint64_t old, uint64_t value, uint64_t other) {
-    const std::string& word = step.word;
-    if (word == "add") return old + value;
-    if (word == "and") return old & value;
-    if (word == "or") return old | value;
-    if (word == "xor") return old ^ value;
-    if (word == "exch") return value;
-    if (word == "cas") return old == value ? other : old;
-    if (word == "inc") return old >= value ? 0 : old + 1;
-    const bool less =
-        step.sign ? static_cast<int64_t>(Extend(old, step.bytes > 0 ? step.bytes : 4, true)) <
-                        static_cast<int64_t>(Extend(value, step.bytes > 0 ? step.bytes : 4, true))
-                  : old < value;
-    return less == (word == "min") ? old : value;
-  }
-
   static void Repack(const Warp& warp, const Step& step, uint32_t mask) {
     const int part_lane = step.bytes <= 4 ? 4 : 8;
     EachActive(mask, [&](int lane) {
@@ -553,17 +503,12 @@ class Grid {
     if (address % static_cast<uint64_t>(bytes) != 0)
       fault("a misaligned access of " + std::to_string(bytes) + " bytes");
     Place place = {};
-    if (step.space == Space::kGeneric && address - kParameterWindow < kWindowBytes) {
-      place.buffer = &parameters_buffer_;
-      place.address = parameters_buffer_.data() + (address - kParameterWindow);
-      if (!place.buffer->Holds(place.address, bytes)) fault("outside of the parameters");
-    } else if (step.space == Space::kLocal ||
-               (step.space == Space::kGeneric && address - kLocalWindow < kWindowBytes)) {
-      const uint64_t offset = step.space == Space::kLocal ? address : address - kLocalWindow;
-      if (offset + static_cast<uint64_t>(bytes) > static_cast<uint64_t>(kernel_.local_bytes))
+    if (step.space == Space::kLocal) {
+      const int64_t local_bytes = kernel_.function.local_bytes;
+      if (address + static_cast<uint64_t>(bytes) > static_cast<uint64_t>(local_bytes))
         fault("outside of local memory");
       place.buffer = warp.local.get();
-      place.address = place.buffer->data() + lane * kernel_.local_bytes + offset;
+      place.address = place.buffer->data() + lane * local_bytes + address;
     } else if (step.space == Space::kShared || address - kSharedWindow < kWindowBytes) {
       place.buffer = warp.block->shared.get();
       const uint64_t offset = step.space == Space::kShared ? address : address - kSharedWindow;
@@ -644,11 +589,8 @@ class Grid {
       if (step->kind == Kind::kAtomic) {
         uint64_t old = 0;
         std::memcpy(&old, place.address, bytes);
-        const auto operand = [&](size_t i) {
-          return LoadLane(warp->registers + step->values[std::min(i, step->values.size() - 1)],
-                          step->lane_bytes, lane);
-        };
-        const uint64_t now = Combine(*step, old, operand(0), operand(1));
+        const uint64_t now =
+            old + LoadLane(warp->registers + step->values[0], step->lane_bytes, lane);
         std::memcpy(place.address, &now, bytes);
         changed |= std::memcmp(&now, &old, bytes) != 0;
         if (step->d >= 0) StoreLane(warp->registers + step->d, step->lane_bytes, lane, old);
@@ -673,10 +615,10 @@ class Grid {
     });
     const bool shared = touched == warp->block->shared.get();
     const bool local = touched == warp->local.get();
-    const bool global = !shared && !local && touched != &parameters_buffer_;
+    const bool global = !shared && !local;
     if (step->space == Space::kGeneric) {  // what it is counted as shows now
       const std::string what = step->family.substr(0, step->family.find(' ') + 1);
-      step->family = what + (shared ? "shared" : local ? "local" : global ? "global" : "parameter");
+      step->family = what + (shared ? "shared" : "global");
     }
     if (global) CountSectors(*warp, step, mask, addresses);
     if (shared) CountWavefronts(step, mask, addresses);
@@ -838,8 +780,7 @@ class Grid {
   const Dimensions grid_, block_;
   const int threads_;
   const int64_t shared_bytes_;
-  std::vector<char> parameters_;
-  Buffer parameters_buffer_;
+  const std::vector<char> parameters_;
   std::mt19937_64 random_;
   const bool seeded_;
   std::vector<std::unique_ptr<Block>> running_;
@@ -871,6 +812,7 @@ Kernel* Machine::FindKernel(int module, const std::string& name) {
     auto made = std::make_unique<Kernel>();
     made->name = name;
     made->program = program;
+    made->function = ParseFunction(program, name);
     Compile(made.get());
     kernel = std::move(made);
   }
@@ -880,7 +822,7 @@ Kernel* Machine::FindKernel(int module, const std::string& name) {
 void Machine::Launch(int module, const std::string& name, Dimensions grid, Dimensions block,
                      int64_t dynamic_shared_bytes, const void* const* parameters) {
   Kernel* const kernel = FindKernel(module, name);
-  const Function& function = kernel->functions.front();
+  const Function& function = kernel->function;
   std::vector<char> bytes(static_cast<size_t>(function.parameter_bytes));
   for (size_t i = 0; i < function.parameter_order.size(); ++i) {
     const Variable& variable = function.parameter_order[i];
@@ -924,7 +866,7 @@ std::vector<const Kernel*> Machine::Kernels() const {
 void Machine::ResetCounts() {
   for (const auto& [key, kernel] : kernels_) {
     if (kernel == nullptr) continue;
-    kernel->launches = kernel->blocks = kernel->barriers = 0;
+    kernel->launches = 0;
     for (Step& step : kernel->steps) step.tally = {};
   }
   l2_ = Cache(configuration.l2_bytes);

@@ -17,7 +17,6 @@
 
 #include <array>
 #include <cstdint>
-#include <deque>
 #include <map>
 #include <memory>
 #include <random>
@@ -32,10 +31,8 @@
 namespace cbam_ops {
 namespace ptx {
 
-// Where generic addresses of other memories start: no addresses of a process.
+// Where generic addresses of shared memory start: no addresses of a process.
 constexpr uint64_t kSharedWindow = uint64_t{0x5a} << 56;
-constexpr uint64_t kParameterWindow = uint64_t{0x5b} << 56;
-constexpr uint64_t kLocalWindow = uint64_t{0x5c} << 56;
 constexpr uint64_t kWindowBytes = 1 << 24;
 
 struct Configuration {
@@ -50,7 +47,6 @@ struct Configuration {
 // What was counted of one instruction.
 struct Tally {
   int64_t issued = 0;      // by warps
-  int64_t lanes = 0;       // that took part, of all these
   int64_t sectors = 0;     // of global memory, over all accesses of a warp
   int64_t from_l2 = 0;     // of these, what L1 did not have; all that are written
   int64_t from_dram = 0;   // of these, what L2 did not have
@@ -69,8 +65,6 @@ enum class Kind {
   kBarrier,
   kWarpBarrier,
   kShuffle,
-  kVote,
-  kReduce,
   kBranch,
   kExit,
   kTrap,
@@ -94,10 +88,9 @@ struct Step {
   bool sign = false, constant = false;
   // Memory's order: an atomic access; one that other blocks may rely on; what it does.
   bool strong = false, beyond = false, acquire = false, release = false;
-  std::string word;  // what an atomic, a vote or a shuffle does
+  std::string word;  // of a shuffle: from where
   int target = -1, meet = -1;
   std::string family;
-  const Function* within = nullptr;
   const Statement* source = nullptr;
   Tally tally;
 };
@@ -105,16 +98,16 @@ struct Step {
 struct Kernel {
   std::string name;
   Program* program;
-  std::deque<Function> functions;  // the first is the kernel, then what it calls, copied in
+  Function function;
   std::vector<Step> steps;
-  int64_t register_bytes = 0, local_bytes = 0;
+  int64_t register_bytes = 0;
   struct Preset {
     int at, bytes;  // bytes 0: a predicate
     uint64_t value;
     std::string special;  // if not empty, the value is that special register's
   };
   std::vector<Preset> presets;
-  int64_t launches = 0, blocks = 0, barriers = 0;
+  int64_t launches = 0;
 };
 
 using Dimensions = std::array<uint32_t, 3>;

@@ -47,10 +47,8 @@ py::list Instructions(const ptx::Kernel& kernel) {
     py::dict row;
     row["opcode"] = step.source->opcode;
     row["family"] = step.family;
-    row["function"] = step.within->name;
     row["lines"] = Lines(kernel, step.source->location);
     row["issued"] = tally.issued;
-    row["lanes"] = tally.lanes;
     row["sectors"] = tally.sectors;
     row["from_l2"] = tally.from_l2;
     row["from_dram"] = tally.from_dram;
@@ -101,9 +99,6 @@ PYBIND11_MODULE(CBAM_PTX_MODULE, module) {
         for (const ptx::Kernel* kernel : TheMachine().Kernels()) {
           py::dict row;
           row["kernel"] = kernel->name;
-          row["launches"] = kernel->launches;
-          row["blocks"] = kernel->blocks;
-          row["barriers"] = kernel->barriers;
           row["instructions"] = Instructions(*kernel);
           kernels.append(row);
         }

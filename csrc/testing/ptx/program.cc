@@ -132,10 +132,6 @@ class FunctionParser {
         tokens_.TakeIf(",");
         tokens_.Expect(".param");
         const auto [name, variable] = TakeVariable(&tokens_, &function_->parameter_bytes);
-        if (!function_->is_kernel) {
-          function_->arguments.push_back(DeclareArgument(name, variable));
-          continue;
-        }
         function_->parameters[name] = variable;
         function_->parameter_order.push_back(variable);
       }
@@ -178,12 +174,6 @@ class FunctionParser {
       while (!tokens_.TakeIf(";")) tokens_.Take();
       return;
     }
-    if (tokens_.TakeIf(".param")) {
-      int64_t end = 0;
-      const auto [name, variable] = TakeVariable(&tokens_, &end);
-      DeclareArgument(name, variable);
-      return tokens_.Expect(";");
-    }
     if (tokens_.TakeIf(".shared")) {
       const auto [name, variable] = TakeVariable(&tokens_, &function_->shared_bytes);
       function_->shared[name] = variable;
@@ -216,13 +206,6 @@ class FunctionParser {
   void Declare(const std::string& name, int bits) {
     scopes_.back()[name] = static_cast<int>(function_->registers.size());
     function_->registers.push_back({name, bits});
-  }
-
-  int DeclareArgument(const std::string& name, const Variable& variable) {
-    if (variable.bytes > 8) throw Error("PTX: an argument of a function is too large: " + name);
-    Declare(name, static_cast<int>(8 * variable.bytes));
-    function_->registers.back().is_argument = true;
-    return static_cast<int>(function_->registers.size()) - 1;
   }
 
   // .loc file line column [, function_name string[+n], inlined_at file line column]
@@ -303,10 +286,9 @@ class FunctionParser {
 
   Operand TakePart() {
     Operand operand;
-    if (tokens_.now() == "{" || tokens_.now() == "(") {
-      const char* const end = tokens_.Take() == "{" ? "}" : ")";
+    if (tokens_.TakeIf("{")) {
       operand.kind = Operand::Kind::kGroup;
-      while (!tokens_.TakeIf(end)) {
+      while (!tokens_.TakeIf("}")) {
         operand.group.push_back(TakePart());
         tokens_.TakeIf(",");
       }
@@ -392,15 +374,12 @@ Program ParseProgram(const std::string& text) {
   int64_t shared_end = 0;
   while (!tokens.ended()) {
     const std::string word = tokens.Take();
-    if (word == ".entry" || word == ".func") {
-      if (tokens.now() == "(") throw Error("PTX: a function that returns a value");
+    if (word == ".entry") {
       const std::string name = tokens.Take();
       const size_t begin = tokens.begin();
-      while (tokens.now() != "{" && tokens.now() != ";") tokens.Take();
-      if (tokens.Take() == ";") continue;  // defined later
+      while (tokens.Take() != "{") continue;
       tokens.SkipBraces();
       program.bodies[name] = text.substr(begin, tokens.begin() - begin);
-      if (word == ".entry") program.kernels.insert(name);
     } else if (word == ".shared") {
       const auto [name, variable] = TakeVariable(&tokens, &shared_end);
       program.shared[name] = variable;
@@ -420,7 +399,6 @@ std::string LabelKey(const std::string& name, int scope) {
 Function ParseFunction(Program* program, const std::string& name) {
   Function function;
   function.name = name;
-  function.is_kernel = program->kernels.count(name) > 0;
   FunctionParser(program, &function).Run();
   return function;
 }

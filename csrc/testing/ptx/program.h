@@ -4,7 +4,6 @@
 
 #include <cstdint>
 #include <map>
-#include <set>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -33,7 +32,7 @@ struct Operand {
   uint64_t bits = 0;           // of kConstant; of kAddress the offset
   std::string symbol;          // of kSymbol and of kAddress: a label, variable or parameter
   int scope = 0;               // the braces around it, for labels
-  std::vector<Operand> group;  // of kGroup: {a, b}, (a, b) and a|b
+  std::vector<Operand> group;  // of kGroup: {a, b} and a|b
 };
 
 struct Statement {
@@ -47,8 +46,7 @@ struct Statement {
 
 struct Register {
   std::string name;
-  int bits;                  // 1: a predicate
-  bool is_argument = false;  // of a function, or for one that is called: moved, not loaded
+  int bits;  // 1: a predicate
 };
 
 // A variable in shared or local memory, or a parameter.
@@ -59,23 +57,20 @@ struct Variable {
 
 struct Function {
   std::string name;
-  bool is_kernel = false;
   std::vector<Register> registers;
   std::vector<Statement> statements;
   std::map<std::string, int> labels;
   std::map<std::string, Variable> shared, local;
-  std::map<std::string, Variable> parameters;  // of a kernel
+  std::map<std::string, Variable> parameters;
   std::vector<Variable> parameter_order;
-  std::vector<int> arguments;  // registers, of a function that is no kernel
   int64_t shared_bytes = 0, local_bytes = 0;
   int64_t parameter_bytes = 0;
 };
 
 struct Program {
   std::vector<Location> locations;
-  // The text of every kernel and function, by name: parsed when first asked for.
+  // The text of every kernel, by name: parsed when first asked for.
   std::map<std::string, std::string> bodies;
-  std::set<std::string> kernels;
   std::map<std::string, Variable> shared;  // outside of kernels; offsets among themselves
   std::map<std::string, int> known_locations;
   std::map<std::string, std::string> files, strings;

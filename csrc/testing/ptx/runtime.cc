@@ -110,7 +110,6 @@ void __cudaRegisterFunction(void** module, const char* host, char*, const char* 
                             uint3*, dim3*, dim3*, int*) {
   Functions()[host] = {*reinterpret_cast<int*>(module), name};
 }
-unsigned __cudaPushCallConfiguration(dim3, dim3, size_t, void*) { return 1; }
 cudaError_t __cudaPopCallConfiguration(dim3*, dim3*, size_t*, void*) { return cudaErrorUnknown; }
 cudaError_t __cudaGetKernel(cudaKernel_t* kernel, const void* host) {
   *kernel = reinterpret_cast<cudaKernel_t>(const_cast<void*>(host));
@@ -123,10 +122,6 @@ cudaError_t __cudaLaunchKernel(cudaKernel_t kernel, dim3 grid, dim3 block, void*
 
 // ---- the API ------------------------------------------------------------------------------------
 
-cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* config, const void* function,
-                                void** arguments) {
-  return Launch(function, config->gridDim, config->blockDim, config->dynamicSmemBytes, arguments);
-}
 cudaError_t cudaLaunchKernel(const void* function, dim3 grid, dim3 block, void** arguments,
                              size_t shared, cudaStream_t) {
   return Launch(function, grid, block, shared, arguments);
@@ -144,7 +139,6 @@ cudaError_t cudaGetDevice(int* device) {
 cudaError_t cudaSetDevice(int) { return cudaSuccess; }
 cudaError_t cudaStreamGetDevice(cudaStream_t, int* device) { return cudaGetDevice(device); }
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
-  const cbam_ops::ptx::Configuration& configuration = cbam_ops::ptx::TheMachine().configuration;
   switch (attribute) {
     case cudaDevAttrComputeCapabilityMajor:
       *value = 9;
@@ -153,43 +147,16 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
       *value = 0;
       break;
     case cudaDevAttrMultiProcessorCount:
-      *value = configuration.multiprocessors;
-      break;
-    case cudaDevAttrL2CacheSize:
-      *value = static_cast<int>(configuration.l2_bytes);
-      break;
-    case cudaDevAttrMaxSharedMemoryPerBlockOptin:
-      *value = 232448;
-      break;
-    case cudaDevAttrMaxSharedMemoryPerMultiprocessor:
-      *value = 233472;
-      break;
-    case cudaDevAttrMaxThreadsPerMultiProcessor:
-      *value = 2048;
+      *value = cbam_ops::ptx::TheMachine().configuration.multiprocessors;
       break;
     default:
       return cudaErrorInvalidValue;
   }
   return cudaSuccess;
 }
-cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessorWithFlags(int* blocks, const void*, int,
-                                                                   size_t, unsigned) {
-  *blocks = cbam_ops::ptx::TheMachine().configuration.blocks_per_multiprocessor;
-  return cudaSuccess;
-}
-cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, const void* function,
-                                                          int threads, size_t shared) {
-  return cudaOccupancyMaxActiveBlocksPerMultiprocessorWithFlags(blocks, function, threads, shared,
-                                                                0);
-}
-cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute, int) { return cudaSuccess; }
 cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void*) {
   *attributes = {};
   attributes->ptxVersion = attributes->binaryVersion = 90;
-  return cudaSuccess;
-}
-cudaError_t cudaStreamIsCapturing(cudaStream_t, cudaStreamCaptureStatus* status) {
-  *status = cudaStreamCaptureStatusNone;
   return cudaSuccess;
 }
 cudaError_t cudaDriverGetVersion(int* version) {
