@@ -24,9 +24,6 @@ Arrays = dict[str, np.ndarray]
 # Where everything lies. On "cpu" it is the same code, over the kernels' sources as the tests run
 # them: to try all this where there is no GPU. Of the processes that are started too.
 DEVICE = os.environ.get("CBAM_OPS_BENCHMARK_DEVICE", "cuda")
-# What the forward pass keeps for the backward pass.
-_KEPT = ("channel_gate", "spatial_gate", "channel_descriptors", "spatial_descriptors",
-         "batch_statistics")  # fmt: skip
 
 
 def kernels() -> Any:
@@ -35,6 +32,12 @@ def kernels() -> Any:
         return _core.cuda
     sys.path.append(str(Path(__file__).resolve().parents[1] / "tests"))
     return importlib.import_module("cuda_on_cpu").module()
+
+
+def needed(signature: Mapping[str, Any], known: Mapping[str, Any], relu: bool) -> dict[str, Any]:
+    """What an op takes of what is known: arguments, what the forward pass gave, `dy`."""
+    names = {row["name"] for row in signature["inputs"]} - (set() if relu else {"y"})
+    return {name: value for name, value in known.items() if name in names}
 
 
 class TorchMemory:
@@ -92,51 +95,38 @@ class Call:
         arrays: Mapping[str, np.ndarray],
         offset: int = 0,
     ) -> None:
-        self._cuda, self._signatures, self._memory, self._offset = cuda, signatures, memory, offset
-        self._op = case.function.removesuffix("_with_batch_norm")
-        n, h, w, c = case.size
-        self._sizes = {"N": n, "H": h, "W": w, "C": c, "hidden": case.hidden}
-        self._sizes |= {"k": case.kernel_size, "1": 1, "2": 2}
-        self._sizes["statistics"] = 2 if "gamma" in arrays else 0
-        self._nchw = case.data_format == "NCHW"
-        self._types = {"T": case.dtype, "U": testing.compute_type(case.dtype)}
-        self._options = {"data_format": case.data_format, **dict(case.options)}
+        self._cuda, self._memory = cuda, memory
+        op = case.function.removesuffix("_with_batch_norm")
+        options = {"data_format": case.data_format, **dict(case.options)}
+        relu = options.get("activation") == "relu"
+        maps = gpu_kernels.maps_of(signatures[op]) | gpu_kernels.maps_of(signatures[f"{op}_grad"])
+        offsets = dict.fromkeys(maps, offset)
         self.inputs = {
-            name: memory.place(array, offset if name in (*testing.MAPS, "dy") else 0)
-            for name, array in arrays.items()
+            name: memory.place(array, offsets.get(name, 0)) for name, array in arrays.items()
         }
-        relu = dict(case.options).get("activation") == "relu"
-        self.outputs = self._made(self._op, set())
-        wanted = {"dgamma"} if "gamma" in arrays else set()
-        wanted |= {"d_residual"} if relu and case.residual else set()
-        self.gradients = self._made(f"{self._op}_grad", wanted)
-        kept = {name: self.outputs[name] for name in _KEPT if name in self.outputs}
-        kept |= {"y": self.outputs["y"]} if relu else {}
-        names = {row["name"] for row in signatures[self._op]["inputs"]}
-        given = {name: t for name, t in self.inputs.items() if name in names}
-        self.forward = self._bound(self._op, {**given, **self.outputs})
-        given.pop("residual", None)
-        given = {**given, **kept, "dy": self.inputs["dy"], **self.gradients}
-        self.backward = self._bound(f"{self._op}_grad", given)
 
-    def _made(self, op: str, wanted: set[str]) -> dict[str, Any]:
-        made = {}
-        for row in self._signatures[op]["outputs"]:
-            if row["count"] is None or row["name"] in wanted:
-                order = (0, 3, 1, 2) if row["is_map"] and self._nchw else range(4)
-                dims = [row["dims"][i] for i in order if i < len(row["dims"])]
-                shape = [self._sizes[dim] for dim in dims]
-                offset = self._offset if row["is_map"] else 0
-                made[row["name"]] = self._memory.empty(shape, self._types[row["type"]], offset)
-        return made
+        def prepared(
+            op: str, known: Mapping[str, Any], **wanted: bool
+        ) -> tuple[dict[str, Any], Callable[[], None]]:
+            """The outputs of an op and its call."""
+            given = needed(signatures[op], arrays, relu) | options | wanted
+            _, described, problem = gpu_kernels.describe_call(signatures[op], given)
+            made = {
+                name: memory.empty(shape, kind.name, offsets.get(name, 0))
+                for name, (shape, kind) in described.items()
+            }
+            return made, self._bound(op, problem, needed(signatures[op], known, relu) | made)
 
-    def _bound(self, op: str, tensors: Mapping[str, Any]) -> Callable[[], None]:
-        shape = [self._sizes[dim] for dim in ("NCHW" if self._nchw else "NHWC")]
-        arguments = {
-            "shape": shape, "dtype": self._types["T"], "hidden": self._sizes["hidden"],
-            "kernel_size": self._sizes["k"], **self._options,
-            **{name: self._memory.address(tensor) for name, tensor in tensors.items()},
-        }  # fmt: skip
+        self.outputs, self.forward = prepared(op, self.inputs)
+        wanted = {"d_residual": True} if relu and case.residual else {}
+        known = self.inputs | self.outputs
+        self.gradients, self.backward = prepared(f"{op}_grad", known, **wanted)
+
+    def _bound(
+        self, op: str, problem: Mapping[str, Any], tensors: Mapping[str, Any]
+    ) -> Callable[[], None]:
+        addresses = {name: self._memory.address(tensor) for name, tensor in tensors.items()}
+        arguments = {**problem, **addresses}
         size = getattr(self._cuda, f"{op}_workspace")(**arguments)
         workspace = self._memory.empty([size + 256], "uint8")
         start = self._memory.address(workspace)
@@ -187,16 +177,14 @@ class Apart(gpu_kernels.Kernels):
 def on_the_cpu(case: testing.Case, arrays: Mapping[str, np.ndarray], dtype: str) -> Arrays:
     """What `_core` computes of a case on the CPU in another type: outputs and gradients."""
     op = case.function.removesuffix("_with_batch_norm")
-    given: dict[str, Any] = {name: array.astype(dtype) for name, array in arrays.items()}
-    dy, residual = given.pop("dy"), given.pop("residual", None)
+    known: dict[str, Any] = {name: array.astype(dtype) for name, array in arrays.items()}
     options = {"data_format": case.data_format, **dict(case.options), "threads": min(cpus(), 256)}
-    more = {} if residual is None else {"residual": residual}
-    outputs = getattr(_core, op)(**given, **more, **options)
-    relu = dict(case.options).get("activation") == "relu"
-    kept = {name: outputs[name] for name in _KEPT if name in outputs}
-    kept |= {"y": outputs["y"]} if relu else {}
-    more = {"d_residual": True} if relu and residual is not None else {}
-    gradients = getattr(_core, f"{op}_grad")(**given, dy=dy, **kept, **more, **options)
+    relu = options.get("activation") == "relu"
+    wanted = {"d_residual": True} if relu and "residual" in known else {}
+    of_op, of_gradient = (_core.signatures()[name] for name in (op, f"{op}_grad"))
+    outputs = getattr(_core, op)(**needed(of_op, known, relu), **options)
+    given = needed(of_gradient, known | outputs, relu)
+    gradients = getattr(_core, f"{op}_grad")(**given, **wanted, **options)
     return {**outputs, **gradients}
 
 

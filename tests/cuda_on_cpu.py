@@ -23,7 +23,8 @@ from typing import Any
 
 import numpy as np
 
-from cbam_ops import _core, testing
+from cbam_ops import _core
+from cbam_ops._cli import gpu_kernels
 
 CSRC = Path(__file__).resolve().parents[1] / "csrc"
 COMPILER = os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++") or ""
@@ -203,35 +204,12 @@ class Kernels:
 
     def _call(self, op: str, misalign: int = 0, **given: Any) -> dict[str, Array]:
         signature = self._signatures[op]
-        data_format = given.get("data_format", "NHWC")
-
-        def dims(row: dict[str, Any]) -> list[str]:
-            order = (0, 3, 1, 2) if row["is_map"] and data_format == "NCHW" else range(4)
-            return [row["dims"][i] for i in order if i < len(row["dims"])]
-
-        sizes = {"1": 1, "2": 2, "statistics": 2 if "gamma" in given else 0}
-        arrays = {}
-        for row in signature["inputs"]:
-            array = given.pop(row["name"], None)
-            if array is not None:
-                arrays[row["name"]] = place(array, misalign if row["is_map"] else 0)
-                sizes.update(zip(dims(row), array.shape, strict=True))
-        x = arrays["x"]
-        types = {"T": x.dtype, "U": testing.compute_type(x.dtype.name)}
-        outputs = {}
-        for row in signature["outputs"]:
-            wanted = given.pop(row["name"], row["count"] is None)
-            if wanted or (row["count"] == "num_gamma" and "gamma" in arrays):
-                shape, offset = [sizes[dim] for dim in dims(row)], misalign if row["is_map"] else 0
-                outputs[row["name"]] = empty(shape, types[row["type"]], offset)
-        arguments = {
-            "shape": x.shape,
-            "dtype": x.dtype.name,
-            "hidden": sizes.get("hidden"),
-            "kernel_size": sizes.get("k"),
-            **{name: array.ctypes.data for name, array in (arrays | outputs).items()},
-            **given,
-        }
+        inputs, described, problem = gpu_kernels.describe_call(signature, given)
+        offsets = dict.fromkeys(gpu_kernels.maps_of(signature), misalign)
+        arrays = {name: place(array, offsets.get(name, 0)) for name, array in inputs.items()}
+        outputs = {name: empty(*how, offsets.get(name, 0)) for name, how in described.items()}
+        addresses = {name: array.ctypes.data for name, array in (arrays | outputs).items()}
+        arguments = {**problem, **addresses}
         size = getattr(self.module, f"{op}_workspace")(**arguments)
         workspace = np.full(size + 512, 0xFF, np.uint8)
         start = -workspace.ctypes.data % 256

@@ -51,6 +51,51 @@ def cases(quick: bool) -> list[Case]:
 MISALIGNED = _in_every_type_and_layout(Case(size=(2, 8, 8, 32)))
 
 
+def describe_call(
+    signature: dict[str, Any], given: dict[str, Any]
+) -> tuple[Arrays, dict[str, tuple[list[int], np.dtype]], dict[str, Any]]:
+    """What the kernels are to be called with.
+
+    Args:
+      signature: what `_core.signatures()` has of the op.
+      given: arrays and options by name; true for an optional output that is wanted.
+
+    Returns:
+      The inputs; the shape and type of every output; what the op takes beside their addresses.
+    """
+    nchw, rest = given.get("data_format") == "NCHW", dict(given)
+
+    def dims(row: dict[str, Any]) -> list[str]:
+        order = (0, 3, 1, 2) if row["is_map"] and nchw else range(4)
+        return [row["dims"][i] for i in order if i < len(row["dims"])]
+
+    inputs = {}
+    sizes = {"1": 1, "2": 2, "statistics": 2 if "gamma" in given else 0, "hidden": 1, "k": 1}
+    for row in signature["inputs"]:
+        array = rest.pop(row["name"], None)
+        if array is not None:
+            inputs[row["name"]] = array
+            sizes.update(zip(dims(row), array.shape, strict=True))
+    x = inputs["x"]
+    types = {"T": x.dtype, "U": np.dtype(testing.compute_type(x.dtype.name))}
+    outputs = {}
+    for row in signature["outputs"]:
+        wanted = rest.pop(row["name"], row["count"] is None)
+        if wanted or (row["count"] == "num_gamma" and "gamma" in inputs):
+            outputs[row["name"]] = ([sizes[dim] for dim in dims(row)], types[row["type"]])
+    problem = {
+        "shape": x.shape, "dtype": x.dtype.name, "hidden": sizes["hidden"],
+        "kernel_size": sizes["k"], **rest,
+    }  # fmt: skip
+    return inputs, outputs, problem
+
+
+def maps_of(signature: dict[str, Any]) -> set[str]:
+    """The inputs and outputs of an op that are maps."""
+    rows = (*signature["inputs"], *signature["outputs"])
+    return {row["name"] for row in rows if row["is_map"]}
+
+
 class Kernels:
     """`cbam_ops._core` over the CUDA kernels: the same functions, on numpy arrays.
 
@@ -100,37 +145,19 @@ class Kernels:
         return after
 
     def _call(self, op: str, **given: Any) -> Arrays:
-        signature, nchw = self._signatures[op], given.get("data_format") == "NCHW"
-
-        def dims(row: dict[str, Any]) -> list[str]:
-            order = (0, 3, 1, 2) if row["is_map"] and nchw else range(4)
-            return [row["dims"][i] for i in order if i < len(row["dims"])]
-
-        inputs = {}
-        sizes = {"1": 1, "2": 2, "statistics": 2 if "gamma" in given else 0, "hidden": 1, "k": 1}
-        for row in signature["inputs"]:
-            array = given.pop(row["name"], None)
-            if array is not None:
-                inputs[row["name"]] = np.ascontiguousarray(array)
-                sizes.update(zip(dims(row), array.shape, strict=True))
-        x = inputs["x"]
-        types = {"T": x.dtype, "U": np.dtype(testing.compute_type(x.dtype.name))}
-        outputs = {}
-        for row in signature["outputs"]:
-            wanted = given.pop(row["name"], row["count"] is None)
-            if wanted or (row["count"] == "num_gamma" and "gamma" in inputs):
-                shape = [sizes[dim] for dim in dims(row)]
-                outputs[row["name"]] = np.empty(shape, types[row["type"]])
-
-        rows = (*signature["inputs"], *signature["outputs"])
-        maps = {row["name"] for row in rows if row["is_map"]}
+        signature = self._signatures[op]
+        inputs, described, problem = describe_call(signature, given)
+        inputs = {name: np.ascontiguousarray(array) for name, array in inputs.items()}
+        outputs = {name: np.empty(*how) for name, how in described.items()}
+        offset = self._misalign * inputs["x"].itemsize
+        maps = maps_of(signature)
         places: dict[str, slice] = {}
         end = 0
 
         def place(name: str, size: int) -> int:
             nonlocal end
             start = (end // self._ALIGNMENT + 2) * self._ALIGNMENT
-            start += self._misalign * x.itemsize if name in maps else 0
+            start += offset if name in maps else 0
             end = start + size
             places[name] = slice(start, end)
             return start
@@ -138,10 +165,6 @@ class Kernels:
         arguments: dict[str, Any] = {
             name: place(name, array.nbytes) for name, array in (inputs | outputs).items()
         }
-        problem = {
-            "shape": x.shape, "dtype": x.dtype.name, "hidden": sizes["hidden"],
-            "kernel_size": sizes["k"], **given,
-        }  # fmt: skip
         # How much does not depend on where things are.
         workspace = getattr(self._cuda, f"{op}_workspace")(**arguments, **problem)
         place("workspace", workspace)
