@@ -15,6 +15,15 @@ from cbam_ops import _core, testing
 from cbam_ops.testing import Case, assert_accurate
 
 Tensors = dict[str, np.ndarray]
+DTYPES = ("float32", "float16", "bfloat16", "float64")
+LAYOUTS = ("NHWC", "NCHW")
+# A module of each kind.
+MODULES = {
+    "channel_first": Case(),
+    "parallel": Case(options=testing.options(order="parallel")),
+    "channel_only": Case("channel_attention"),
+    "spatial_only": Case("spatial_attention"),
+}
 
 
 class Problem:

@@ -16,19 +16,10 @@ import ml_dtypes
 import numpy as np
 import numpy_oracle as oracle
 import pytest
-from kernel_calls import Problem, Tensors, check
+from kernel_calls import DTYPES, LAYOUTS, MODULES, Problem, Tensors, check
 
 from cbam_ops import _core, testing
 from cbam_ops.testing import Case, assert_accurate, assert_same_bits
-
-DTYPES = ("float32", "float16", "bfloat16", "float64")
-LAYOUTS = ("NHWC", "NCHW")
-MODULES = {
-    "channel_first": Case(),
-    "parallel": Case(options=testing.options(order="parallel")),
-    "channel_only": Case("channel_attention"),
-    "spatial_only": Case("spatial_attention"),
-}
 
 
 class Poisoned:

@@ -20,22 +20,12 @@ import cuda_resources
 import numpy as np
 import pytest
 from cuda_on_cpu import COMPILER, CSRC, Kernels, build, sanitizer_works
-from kernel_calls import Problem, Tensors, check
+from kernel_calls import DTYPES, LAYOUTS, MODULES, Problem, Tensors, check
 
 from cbam_ops import _core, testing
 from cbam_ops.testing import Case, assert_same_bits
 
 pytestmark = pytest.mark.skipif(not COMPILER, reason="no C++ compiler on PATH")
-
-DTYPES = ("float32", "float16", "bfloat16", "float64")
-LAYOUTS = ("NHWC", "NCHW")
-PARALLEL = testing.options(order="parallel")
-MODULES = {
-    "channel_first": Case(),
-    "parallel": Case(options=PARALLEL),
-    "channel_only": Case("channel_attention"),
-    "spatial_only": Case("spatial_attention"),
-}
 
 
 @pytest.fixture(scope="session")

@@ -15,7 +15,7 @@ from pathlib import Path
 import ptx_counts
 import pytest
 from cuda_on_cpu import COMPILER, CSRC, KernelError, Kernels
-from kernel_calls import Problem, check
+from kernel_calls import DTYPES, LAYOUTS, MODULES, Problem, check
 from ptx_counts import KEYS
 from ptx_machine import PtxKernels, nvcc
 
@@ -27,14 +27,9 @@ pytestmark = [
     pytest.mark.skipif(not COMPILER or nvcc() is None, reason="no C++ compiler, or no nvcc"),
 ]
 
-DTYPES = ("float32", "float16", "bfloat16", "float64")
-LAYOUTS = ("NHWC", "NCHW")
-MODULES = {
-    "cbam": Case(),
-    "parallel": Case(options=testing.options(order="parallel")),
+ALL_MODULES = {
+    **MODULES,
     "batch_norm": Case("cbam_with_batch_norm"),
-    "channel_only": Case("channel_attention"),
-    "spatial_only": Case("spatial_attention"),
     "channel_pool": Case("channel_pool"),
     "spatial_pool": Case("spatial_pool"),
 }
@@ -63,10 +58,10 @@ def kernels(compiled: PtxKernels, request: pytest.FixtureRequest) -> PtxKernels:
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("module", MODULES)
+@pytest.mark.parametrize("module", ALL_MODULES)
 def test_every_module(kernels: PtxKernels, module: str, dtype: str, layout: str) -> None:
     """Fails where nvcc's translation of a type, layout or order is another function."""
-    case = MODULES[module].replace(size=(3, 4, 6, 16), dtype=dtype, data_format=layout)
+    case = ALL_MODULES[module].replace(size=(3, 4, 6, 16), dtype=dtype, data_format=layout)
     check(case.replace(fill="steps"), kernels)
 
 
@@ -138,7 +133,7 @@ def test_bits_are_those_of_the_sources(compiled: PtxKernels) -> None:
     emulation = Kernels()
     for layout in LAYOUTS:
         for module in ("channel_pool", "spatial_pool", "channel_only", "spatial_only"):
-            case = MODULES[module].replace(size=(3, 6, 7, 24), data_format=layout)
+            case = ALL_MODULES[module].replace(size=(3, 6, 7, 24), data_format=layout)
             problem = Problem(case)
             theirs, ours = problem.forward(emulation), problem.forward(compiled)
             exact = [name for name in ours if not name.endswith("gate") and name != "y"]
