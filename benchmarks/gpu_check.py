@@ -18,11 +18,11 @@ too. JAX is timed where it is. It has not run on a GPU yet.
 6. sanitizers    compute-sanitizer's memcheck, initcheck, synccheck and racecheck over small shapes,
                  without PyTorch, each array in an allocation of its own
 
-Prints a short table and the targets last; writes checks.csv, timing.csv, network.csv and pictures,
+Prints a short table and the targets last; writes checks.csv, timing.csv, network.csv and a picture,
 rows as they come. Each part runs in a process of its own, which may crash. Exit code 1 if anything
-is wrong. Each STEP can run alone, in under three minutes; without one all run. `--plan` prints how
-long each may take, and needs nothing. `--device cpu` runs the steps that are PyTorch's without a
-GPU: correctness, streams, timing, network.
+is wrong. Each STEP can run alone, in under four minutes with the build; without one all run.
+`--plan` prints how long each may take, and needs nothing. `--device cpu` runs the steps that are
+PyTorch's without a GPU: correctness, streams, timing, network.
 """
 
 from __future__ import annotations
