@@ -275,7 +275,10 @@ def _candidates(region: _Region) -> Iterator[_Candidate]:
         raise _LeftError("it has no weights")
     others = [v.name for v in variables if not tf.as_dtype(v.dtype).is_floating]
     if others:
-        raise _LeftError("it draws random numbers" if "seed" in others[0] else f"weight {others}")
+        random = "seed" in others[0]
+        raise _LeftError(
+            "it draws random numbers" if random else f"{others[0]} is of no float type"
+        )
     _policy(region)
     norm = _batch_norm(region)
     found = False
@@ -397,7 +400,8 @@ def _with_options(weights: dict[str, Any], common: dict[str, Any]) -> Iterator[_
         if "w0" in weights:
             layer = layers.CBAM
             words += ["order"]
-    choices = [*(_call.WORDS[name] for name in words), (False, True)[: 1 + (layer in _SPATIAL)]]
+    orders = (False, True) if layer in _SPATIAL else (False,)
+    choices = [*(_call.WORDS[name] for name in words), orders]
     places = itertools.product(*map(range, map(len, choices)))
     for place in sorted(places, key=lambda place: len(place) - place.count(0)):
         *chosen, maximum_first = (choice[i] for choice, i in zip(choices, place, strict=True))
@@ -1185,9 +1189,11 @@ def _policy(region: _Region) -> Any:
     """The dtype policy of the region's layers with weights.
 
     Raises:
-      _LeftError: they compute in another type than the map has.
+      _LeftError: they have none that can be trained, or compute in another type than the map has.
     """
     owners = [v for o in region.operations for v in _sublayers(o) if v._trainable_variables]
+    if not owners:
+        raise _LeftError("none of its weights can be trained")
     policies = [owner.dtype_policy for owner in owners]
     for policy in policies:
         if policy.compute_dtype == region.output.dtype:

@@ -42,11 +42,11 @@ def channel_gate(x, mlp=None) -> Any:
 
 
 def spatial_gate(x, size=7, maximum_first=False, **options) -> Any:
-    planes = [
+    descriptors = [
         kl.Lambda(lambda t: tf.reduce_mean(t, axis=3, keepdims=True))(x),
         kl.Lambda(lambda t: tf.reduce_max(t, axis=3, keepdims=True))(x),
     ]
-    joined = kl.Concatenate(axis=3)(planes[::-1] if maximum_first else planes)
+    joined = kl.Concatenate(axis=3)(descriptors[::-1] if maximum_first else descriptors)
     options = {"activation": "sigmoid", "use_bias": False, **options}
     return kl.Conv2D(1, size, padding="same", **options)(joined)
 
@@ -61,10 +61,10 @@ def with_operators(x):
     mlp = dense_mlp()
     gate = ops.sigmoid(mlp(ops.mean(x, axis=(1, 2))) + mlp(ops.max(x, axis=(1, 2))))
     u = x * gate[:, None, None, :]
-    planes = ops.concatenate(
+    descriptors = ops.concatenate(
         [ops.mean(u, axis=-1, keepdims=True), ops.max(u, axis=-1, keepdims=True)], axis=-1
     )
-    return u * ops.sigmoid(kl.Conv2D(1, 5, padding="same")(planes))
+    return u * ops.sigmoid(kl.Conv2D(1, 5, padding="same")(descriptors))
 
 
 def official(x):
@@ -86,9 +86,9 @@ def convolutions(x):
     )
     pools = kl.GlobalAveragePooling2D(keepdims=True), kl.GlobalMaxPooling2D(keepdims=True)
     u = x * ops.sigmoid(sum(mlp(pool(x)) for pool in pools))
-    planes = ops.stack([ops.mean(u, -1), ops.amax(u, -1)], -1)
-    planes = kl.ZeroPadding2D(1)(planes)
-    return kl.Multiply()([u, kl.Conv2D(1, 3, activation="sigmoid")(planes)])
+    descriptors = ops.stack([ops.mean(u, -1), ops.amax(u, -1)], -1)
+    descriptors = kl.ZeroPadding2D(1)(descriptors)
+    return kl.Multiply()([u, kl.Conv2D(1, 3, activation="sigmoid")(descriptors)])
 
 
 def spatial_first(x):
@@ -178,8 +178,8 @@ class SpatialGate(kl.Layer):
         self.conv = kl.Conv2D(1, 7, padding="same", use_bias=False, activation=tf.nn.sigmoid)
 
     def call(self, x):
-        planes = tf.stack([tf.reduce_mean(x, axis=3), tf.reduce_max(x, axis=3)], axis=3)
-        return self.conv(planes)
+        descriptors = tf.stack([tf.reduce_mean(x, axis=3), tf.reduce_max(x, axis=3)], axis=3)
+        return self.conv(descriptors)
 
 
 def gates_of_layers(x):
@@ -201,10 +201,10 @@ class WholeModule(kl.Layer):
         mean, maximum = tf.reduce_mean(x, axis=[1, 2]), tf.reduce_max(x, axis=[1, 2])
         gate = self.dense_2(self.dense_1(mean)) + self.dense_2(self.dense_1(maximum))
         u = x * tf.reshape(tf.sigmoid(gate), [-1, 1, 1, x.shape[-1]])
-        planes = kl.Concatenate()([
+        descriptors = kl.Concatenate()([
             tf.reduce_max(u, axis=-1, keepdims=True), tf.reduce_mean(u, axis=-1, keepdims=True)
         ])  # fmt: skip
-        return u * tf.sigmoid(self.norm(self.conv(planes)))
+        return u * tf.sigmoid(self.norm(self.conv(descriptors)))
 
 
 @keras.saving.register_keras_serializable("test_fusing")
@@ -267,8 +267,8 @@ class AddsItsInput(kl.Layer):
     def call(self, x):
         pools = ops.max(x, (1, 2), keepdims=True), ops.mean(x, (1, 2), keepdims=True)
         u = x * ops.sigmoid(self.mlp(pools[0]) + self.mlp(pools[1]))
-        planes = [ops.max(u, axis=3, keepdims=True), ops.mean(u, axis=3, keepdims=True)]
-        y = u * ops.sigmoid(self.conv(ops.concatenate(planes, 3))) + x
+        descriptors = [ops.max(u, axis=3, keepdims=True), ops.mean(u, axis=3, keepdims=True)]
+        y = u * ops.sigmoid(self.conv(ops.concatenate(descriptors, 3))) + x
         return ops.relu(y) if self.relu else y
 
 
@@ -589,8 +589,8 @@ def test_channels_first():
     mlp = dense_mlp()
     gate = ops.sigmoid(mlp(ops.mean(inputs, (2, 3))) + mlp(ops.max(inputs, (2, 3))))
     u = inputs * gate[:, :, None, None]
-    planes = ops.stack([ops.mean(u, 1), ops.max(u, 1)], -1)
-    z = kl.Conv2D(1, 3, padding="same", data_format="channels_last")(planes)
+    descriptors = ops.stack([ops.mean(u, 1), ops.max(u, 1)], -1)
+    z = kl.Conv2D(1, 3, padding="same", data_format="channels_last")(descriptors)
     model = keras.Model(inputs, u * ops.transpose(ops.sigmoid(z), (0, 3, 1, 2)))
     randomize(model)
     fused, (row,) = fusing.fuse(model, return_report=True)
@@ -882,6 +882,16 @@ def gate_in_float32(x):
     return x * ops.cast(kl.Dense(C, activation="sigmoid")(gate), "bfloat16")
 
 
+class Scale(kl.Layer):
+    """A constant for each channel, as of a frozen batch norm."""
+
+    def build(self, shape):
+        self.scale = self.add_weight(shape=(shape[-1],), trainable=False)
+
+    def call(self, x):
+        return x * self.scale
+
+
 def norm_of_inference(x):
     """A batch norm that uses its moving statistics in training too."""
     z = kl.BatchNormalization()(spatial_gate(x, activation=None), training=False)
@@ -911,13 +921,14 @@ NONE = [
     (of_a_sequence, "rank 3"),
     (norm_of_inference, "(training, float64"),
     (gate_in_float32, "compute in float32"),
+    (lambda x: Scale()(x), "can be trained"),
 ]
 
 
 @pytest.mark.parametrize(
     ("write", "reason"), NONE,
     ids=["softmax", "tanh", "not_shared", "sum_of_sigmoids", "sum_of_hidden", "eca", "dropout",
-         "one_bias", "leaks", "elsewhere", "activity", "loss", "rank", "norm",  "types"],
+         "one_bias", "leaks", "elsewhere", "activity", "loss", "rank", "norm", "types", "frozen"],
 )  # fmt: skip
 def test_what_is_no_cbam_stays(write, reason):
     """Fails when something else is replaced, or the report does not say why it stays."""
