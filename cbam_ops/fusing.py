@@ -280,10 +280,14 @@ def _candidates(region: _Region) -> Iterator[_Candidate]:
             "it draws random numbers" if random else f"{others[0]} is of no float type"
         )
     _policy(region)
+    if region.output.shape[1] is None and region.output.shape[3] is None:
+        raise _LeftError("its number of channels is open")
     norm = _batch_norm(region)
     found = False
     for data_format, axis in (("channels_last", 3), ("channels_first", 1)):
         channels = region.output.shape[axis]
+        if channels is None:
+            continue  # no layer can be built
         for weights in _assignments(variables, channels, norm):
             common = {"data_format": data_format, **_described(weights)}
             if norm is not None:
@@ -319,7 +323,7 @@ def _batch_norm(region: _Region) -> Any:
 _Shapes = dict[str, tuple[Any, ...]]
 
 
-def _assignments(variables: list[Any], channels: int | None, norm: Any) -> Iterator[dict[str, Any]]:
+def _assignments(variables: list[Any], channels: int, norm: Any) -> Iterator[dict[str, Any]]:
     """Every way to take the variables for all weights of an MLP, a spatial convolution or both."""
     fixed = {} if norm is None else {ours: getattr(norm, its) for ours, its in _BATCH_NORM.items()}
     taken = {id(variable) for variable in fixed.values()}
@@ -327,7 +331,7 @@ def _assignments(variables: list[Any], channels: int | None, norm: Any) -> Itera
     shapes = [tuple(variable.shape) for variable in free]
     mlps: list[_Shapes] = [{}]
     hidden = {size[1] for size in map(_core, shapes) if len(size) == 2 and size[0] == channels}
-    for units in sorted(hidden) if channels else ():
+    for units in sorted(hidden):
         mlp = {"w0": (channels, units), "w1": (units, channels)}
         mlps += [mlp, {**mlp, "b0": (units,), "b1": (channels,)}]
         if units == channels:  # one layer

@@ -573,6 +573,13 @@ def test_large_map(fixed_pool):
     assert "differs" in row.reason
 
 
+def test_open_channels():
+    """Fails when a map whose channels are not known stops it, or the report does not say so."""
+    inputs = keras.Input((None, None, None))
+    fused, (row,) = fusing.fuse(keras.Model(inputs, spatial_only(inputs)), return_report=True)
+    assert row.reason == "its number of channels is open"
+
+
 def test_fixed_batch():
     """Fails when a probe has another batch than the model allows."""
     inputs = keras.Input(batch_shape=(4, 9, 6, C))
@@ -583,18 +590,19 @@ def test_fixed_batch():
     assert_close(fused(x), model(x), FLOAT32, "output")
 
 
-def test_channels_first():
-    """Fails when the axis of the channels is not told from the weights."""
+@pytest.mark.parametrize("found", ["CBAM", "spatial gate"])
+def test_channels_first(found):
+    """Fails when the axis of the channels is not told from the weights, or an open one is tried."""
     inputs = keras.Input((C, None, None))
     mlp = dense_mlp()
     gate = ops.sigmoid(mlp(ops.mean(inputs, (2, 3))) + mlp(ops.max(inputs, (2, 3))))
-    u = inputs * gate[:, :, None, None]
+    u = inputs * gate[:, :, None, None] if found == "CBAM" else inputs
     descriptors = ops.stack([ops.mean(u, 1), ops.max(u, 1)], -1)
     z = kl.Conv2D(1, 3, padding="same", data_format="channels_last")(descriptors)
     model = keras.Model(inputs, u * ops.transpose(ops.sigmoid(z), (0, 3, 1, 2)))
     randomize(model)
     fused, (row,) = fusing.fuse(model, return_report=True)
-    assert row.options["data_format"] == "channels_first"
+    assert (row.found, row.options["data_format"]) == (found, "channels_first")
     x = np.random.default_rng(0).standard_normal((2, C, 5, 6)).astype("float32")
     assert_close(fused(x), model(x), FLOAT32, "output")
 
