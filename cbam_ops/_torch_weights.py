@@ -462,10 +462,10 @@ def _network(
         return _shape(shapes, f"{_block(layout, stage, 0)}.{name}.weight", 4)
 
     bottleneck = any(m[3] == "3" for m in matches)
-    expansion = 4 if bottleneck else 1
+    expansion = models.BOTTLENECK_EXPANSION if bottleneck else 1
     filters = tuple(conv(stage, 3 if bottleneck else 2)[0] // expansion for stage in stages)
     if not all(filters):
-        _refuse(f"a bottleneck must end in 4 filters or more, got {filters}")
+        _refuse(f"a bottleneck must end in {expansion} filters or more, got {filters}")
     stem = _shape(shapes, f"{layout.stem[0]}.weight", 4)[0]
     architecture = models.Architecture(blocks, bottleneck, filters, stem)
     if bottleneck:

@@ -51,7 +51,7 @@ __all__ = [
     "preprocess_input",
 ]
 
-_BOTTLENECK_EXPANSION = 4
+BOTTLENECK_EXPANSION = 4
 
 
 class Architecture(NamedTuple):
@@ -75,7 +75,7 @@ class Architecture(NamedTuple):
 
     def outputs(self, stage: int) -> int:
         """Channels of a stage's result."""
-        return self.filters[stage] * (_BOTTLENECK_EXPANSION if self.bottleneck else 1)
+        return self.filters[stage] * (BOTTLENECK_EXPANSION if self.bottleneck else 1)
 
 
 DEPTHS = {
