@@ -32,6 +32,7 @@ __all__ = [
     "from_torch",
     "fuse",
     "fusing",
+    "gates",
     "layers",
     "models",
     "ops",
@@ -63,6 +64,7 @@ try:
         from . import fusing, layers, models
         from ._torch_weights import from_torch, to_torch
         from .fusing import fuse
+        from .inspecting import gates
         from .layers import CBAM, ChannelAttention, SpatialAttention
 except Exception as error:  # what a broken installation raises is of any type
     _error: Exception | None = error

@@ -164,17 +164,47 @@ def _parser() -> argparse.ArgumentParser:
     )
     fuse.add_argument("model", type=Path, metavar="MODEL.keras", help="the model")
     fuse.add_argument("output", type=Path, metavar="OUT.keras", help="the new model's file")
-    fuse.add_argument(
-        "--import",
-        dest="modules",
-        action="append",
-        default=[],
-        metavar="MODULE",
-        help="import a module of yours that has the model's layers; may be given again",
+
+    explain = commands.add_parser(
+        "explain",
+        help="draw what a model's attention makes of photographs",
+        description=(
+            "Runs a Keras model with layers of cbam_ops on images (PNG, JPEG, ..., of any size) "
+            "and draws a picture of each: the image, Grad-CAM of what the model says, the spatial "
+            "gates of every layer over the image, the channel gates as a chart. An image is scaled "
+            "and cropped to what the model takes."
+        ),
     )
-    fuse.add_argument(
-        "--trust", action="store_true", help="run the Python code in the file's Lambda layers"
+    explain.add_argument("images", type=Path, nargs="+", metavar="IMAGE", help="the images")
+    explain.add_argument(
+        "--model", type=Path, required=True, metavar="MODEL.keras", help="the model"
     )
+    explain.add_argument(
+        "--output",
+        type=Path,
+        default=Path("cbam_ops_explain"),
+        metavar="DIR",
+        help="folder for the pictures, made if it is not there (default: %(default)s)",
+    )
+    explain.add_argument(
+        "--pixels",
+        choices=("torch", "caffe", "tf", "unit", "raw"),
+        help="how the model takes pixels: torch, caffe and tf as in keras.applications, unit is 0 "
+        "to 1, raw 0 to 255 (default: raw if the model scales them itself, else torch, or unit for "
+        "images in grey)",
+    )
+    for command in (fuse, explain):
+        command.add_argument(
+            "--import",
+            dest="modules",
+            action="append",
+            default=[],
+            metavar="MODULE",
+            help="import a module of yours that has the model's layers; may be given again",
+        )
+        command.add_argument(
+            "--trust", action="store_true", help="run the Python code in the file's Lambda layers"
+        )
     return parser
 
 
@@ -204,6 +234,17 @@ def _run(arguments: argparse.Namespace) -> int:
         return fuse.run(
             model=arguments.model,
             output=arguments.output,
+            modules=arguments.modules,
+            trust=arguments.trust,
+        )
+    if arguments.command == "explain":
+        from cbam_ops._cli import explain
+
+        return explain.run(
+            images=arguments.images,
+            model=arguments.model,
+            output=arguments.output,
+            pixels=arguments.pixels,
             modules=arguments.modules,
             trust=arguments.trust,
         )

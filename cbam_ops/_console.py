@@ -116,6 +116,23 @@ def why_reference(allow_reference: bool) -> str | None:
     return None
 
 
+def prepare_folder(folder: Path) -> None:
+    """Makes the folder: one that cannot be written to shows before the work, not after it.
+
+    Raises:
+      CommandError: it cannot be made or written to.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise CommandError(
+            f"cannot write to the folder {folder} ({error.strerror or error}); choose another with "
+            "--output DIR"
+        ) from error
+
+
 @contextlib.contextmanager
 def written(path: Path) -> Iterator[Path]:
     """A path beside `path` for a block to write to; the file is moved to `path` once it is whole.

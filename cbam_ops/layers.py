@@ -10,6 +10,7 @@ TensorFlow backend.
 
 from __future__ import annotations
 
+import contextvars
 import inspect
 import warnings
 from collections.abc import Callable
@@ -34,6 +35,9 @@ _DESCRIPTIONS = {
     "constraint": keras.constraints,
 }
 _Layer = TypeVar("_Layer", bound="_Attention")
+# Who wants to see every layer's result and gates (`cbam_ops.gates`): called with both.
+listener: contextvars.ContextVar[Callable[[Any, Any, list[Any]], None] | None]
+listener = contextvars.ContextVar("listener", default=None)
 
 
 def _multiple_of_8(channels: int, ratio: int) -> int:
@@ -340,6 +344,8 @@ class _Attention(keras.layers.Layer):
             if "kernel_size" in self._arguments:
                 arguments += self._kernel_and_bias()
             y, *gates = self._op(*arguments, **keywords)
+        if (listen := listener.get()) is not None:
+            listen(self, y, gates)
         return (y, *gates) if return_gates else y
 
     def compute_output_shape(self, input_shape: Any) -> tuple[int | None, ...]:
@@ -483,7 +489,9 @@ class CBAM(_Attention):
         inputs: The feature map; float16, bfloat16, float32 or float64, by the dtype policy.
         residual: Optional tensor like `inputs`, added to the gated map before `activation`.
         training: Boolean; matters only with `spatial_batch_norm`.
-        return_gates: Boolean, whether to return the gates too. Defaults to `False`.
+        return_gates: Boolean, whether to return the gates too. Defaults to `False`. For a model
+            that is made already see :func:`cbam_ops.gates`: Keras 3.15 makes no model of the result
+            of a layer called again with more outputs.
 
     Not fused is a part, channel or spatial, with another `hidden_activation` than `"relu"`, another
     `gate_activation` than `"sigmoid"` or `hidden=0`, and in the order `"parallel"` both parts if

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import sys
-import tempfile
 import time
 import warnings
 from collections.abc import Iterator
@@ -14,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from cbam_ops._console import (
-    CommandError,
     import_tensorflow,
+    prepare_folder,
     print_table,
     require,
     say,
@@ -28,24 +27,12 @@ if TYPE_CHECKING:
 
 ACCURACY = 0.97
 MODEL_FILE = "digits.keras"
+PHOTOGRAPHS_FILE = "photographs.keras"
 PICTURE_FILE = "demo.png"
 _BATCH = 64
 # Two correct float32 evaluations of a whole network; a wrong gradient is off by far more.
 _FUSED_TOLERANCE = 1e-2
 _RELOAD_TOLERANCE = 1e-6
-
-
-def _prepare_folder(folder: Path) -> None:
-    """An unwritable folder shows before the training, not after it."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise CommandError(
-            f"cannot write to the folder {folder} ({error.strerror or error}); choose another with "
-            "--output DIR"
-        ) from error
 
 
 def _verbose() -> int:
@@ -177,7 +164,7 @@ def run(output: Path, quick: bool, epochs: int | None, seed: int, allow_referenc
       CommandError: a package is missing, the fused ops do not run, or a file cannot be written.
     """
     started = time.perf_counter()
-    _prepare_folder(output)
+    prepare_folder(output)
     require(["sklearn", "matplotlib", "PIL"], "the demo")
     import_tensorflow()
     logging.getLogger("matplotlib").setLevel(logging.ERROR)
@@ -254,6 +241,9 @@ def _run(output: Path, quick: bool, epochs: int, seed: int) -> list[str]:
     difference = _save_and_reload(model, model_path, data.test_images)
     say(f"  model:   {model_path}")
     say(f"  reloaded: largest difference of its predictions {difference:.1e}")
+    with written(output / PHOTOGRAPHS_FILE) as part:
+        photo_model.save(part)
+    say(f"  the other network: {output / PHOTOGRAPHS_FILE}, for cbam-ops explain --pixels unit")
     with written(picture_path) as part:
         picture.draw(part, model, gates, data, history, ACCURACY, photo_gates, photographs)
     say(f"  picture: {picture_path}")

@@ -27,7 +27,9 @@ def run(*, model: Path, output: Path, modules: Sequence[str], trust: bool) -> in
     import cbam_ops
 
     try:
-        fused, report = cbam_ops.fuse(_load(model, modules, trust), verbose=1, return_report=True)
+        fused, report = cbam_ops.fuse(
+            load_model(model, modules, trust), verbose=1, return_report=True
+        )
     except ValueError as error:
         raise CommandError(f"{model}: {error}") from error
     replaced = sum(bool(row.found) for row in report)
@@ -50,7 +52,18 @@ def _current_folder_first() -> Iterator[None]:
         sys.path[:] = before
 
 
-def _load(path: Path, modules: Sequence[str], trust: bool) -> Any:
+def load_model(path: Path, modules: Sequence[str], trust: bool, compiled: bool = True) -> Any:
+    """A Keras model of a file.
+
+    Args:
+      path: the file.
+      modules: the names of those to import, which have the model's own layers.
+      trust: whether to run the Python code in it.
+      compiled: whether to compile it as it was.
+
+    Raises:
+      CommandError: a module or the model cannot be loaded.
+    """
     import keras
 
     if not path.is_file():
@@ -66,7 +79,7 @@ def _load(path: Path, modules: Sequence[str], trust: bool) -> Any:
         classes = {name: value for name, value in names.items() if callable(value)}
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of optimizers, which start afresh
-            return keras.models.load_model(path, custom_objects=classes, safe_mode=not trust)
+            return keras.models.load_model(path, classes, compiled, not trust)
     except Exception as error:  # of many types, for a file that is damaged or no model
         text = str(error)
         if "safe_mode=False" in text:

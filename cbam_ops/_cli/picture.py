@@ -7,17 +7,22 @@ from typing import Any
 
 import numpy as np
 
-_HEAT = "inferno"
+HEAT = "inferno"
 
 
-def _overlay(axes: Any, photograph: np.ndarray, gate: np.ndarray) -> Any:
-    """The photograph in grey under the gate as heat; what a colour bar needs."""
-    height, width = photograph.shape[:2]
-    grey = photograph @ np.array([0.299, 0.587, 0.114], "float32")
+def overlay(axes: Any, photograph: np.ndarray, gate: np.ndarray) -> Any:
+    """The photograph, in colours or grey, in grey under the gate as heat.
+
+    Returns:
+      What a colour bar needs.
+    """
+    height, width, channels = photograph.shape
+    weights = [0.299, 0.587, 0.114] if channels == 3 else [1.0]
+    grey = photograph @ np.array(weights, "float32")
     axes.imshow(grey, cmap="gray", vmin=-0.1, vmax=1.1)
     low, high = np.percentile(gate, [0.5, 99.5])
     heat = axes.imshow(
-        gate, cmap=_HEAT, alpha=0.65, vmin=low, vmax=high,
+        gate, cmap=HEAT, alpha=0.65, vmin=low, vmax=high,
         interpolation="bilinear", extent=(-0.5, width - 0.5, height - 0.5, -0.5),
     )  # fmt: skip
     axes.set_axis_off()
@@ -65,7 +70,7 @@ def draw(
         grid[row, 0].set_title(f'photograph "{title}"', fontsize=10)
         for column, (name, gate) in enumerate(gates.items(), start=1):
             axes = grid[row, column]
-            heat = _overlay(axes, photograph, np.asarray(gate)[0])
+            heat = overlay(axes, photograph, np.asarray(gate)[0])
             axes.set_title(f"spatial gate of block {name[-1]}", fontsize=10)
             bar = top.colorbar(heat, ax=axes, fraction=0.032, pad=0.02)
             bar.solids.set_alpha(1)
@@ -95,7 +100,7 @@ def _draw_digits(figure: Any, model: Any, gates_model: Any, data: Any) -> None:
         grid[0, column].set_title(
             f"read as {predicted[column]}", fontsize=9, color="black" if right else "crimson"
         )
-        heat = grid[1, column].imshow(gate, cmap=_HEAT, vmin=low, vmax=high)
+        heat = grid[1, column].imshow(gate, cmap=HEAT, vmin=low, vmax=high)
         for axes in grid[:, column]:
             axes.set_axis_off()
     bar = figure.colorbar(heat, ax=grid, fraction=0.015, pad=0.01)
