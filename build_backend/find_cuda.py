@@ -9,7 +9,9 @@ that it would be of use. CMake (csrc/cmake/OptionalCuda.cmake) has the last word
 from __future__ import annotations
 
 import os
+import re
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,8 @@ ENVIRONMENT_VARIABLE = "CBAM_OPS_CUDA"
 # With what they require (the runtime, the code generator) they are a whole compiler.
 WHEELS = ["nvidia-cuda-nvcc>=13.5,<14", "nvidia-cuda-cccl>=13.3,<14"]
 _IN_THE_WHEELS = Path("nvidia", "cu13", "bin", "nvcc")
+
+_OLDEST = (12, 0)
 
 # The kernel module's, a container's, and Windows's.
 _SIGNS_OF_A_DRIVER = (
@@ -45,10 +49,28 @@ def driver_is_present() -> bool:
     return any(os.path.exists(path) for path in _SIGNS_OF_A_DRIVER)
 
 
+def check_version(nvcc: str) -> None:
+    """Exits with one sentence where `nvcc` says that it is too old. CMake judges the others."""
+    try:
+        said = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
+    except OSError:
+        return
+    release = re.search(r"release (\d+)\.(\d+)", said)
+    if release and (int(release[1]), int(release[2])) < _OLDEST:
+        raise SystemExit(
+            f"The CUDA kernels of cbam_ops need nvcc {'.'.join(map(str, _OLDEST))} or later, but "
+            f"{nvcc} is {release[1]}.{release[2]}: name a newer one in the environment variable "
+            f"CUDACXX, or leave the kernels out with {ENVIRONMENT_VARIABLE}=OFF."
+        )
+
+
 def requirements(settings: dict[str, Any] | None) -> list[str]:
     """The wheels, where the build shall bring them."""
-    mode = wanted(settings)
-    if mode == "OFF" or nvcc_of_the_machine():
+    mode, nvcc = wanted(settings), nvcc_of_the_machine()
+    if mode == "OFF":
+        return []
+    if nvcc:
+        check_version(nvcc)
         return []
     return list(WHEELS) if mode == "ON" or driver_is_present() else []
 

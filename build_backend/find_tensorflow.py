@@ -31,16 +31,22 @@ PYPROJECT = Path(__file__).resolve().parent.parent / "pyproject.toml"
 
 
 class TensorFlow(NamedTuple):
-    """An installed TensorFlow: the directory of the package, and its version."""
+    """An installed TensorFlow: the package's directory, its version and what pip calls it."""
 
     directory: Path
     version: str
+    distribution: str
+
+    @property
+    def minor(self) -> str:
+        """The minor release: "2.21"."""
+        return ".".join(self.version.split(".")[:2])
 
 
 def requirement() -> Requirement:
-    """The release of TensorFlow that pyproject.toml names among the dependencies."""
-    project = tomllib.loads(PYPROJECT.read_text(encoding="utf-8"))["project"]
-    for text in project["dependencies"]:
+    """The releases of TensorFlow that pyproject.toml names among the dependencies."""
+    tools = tomllib.loads(PYPROJECT.read_text(encoding="utf-8"))["tool"]
+    for text in tools["scikit-build"]["metadata"]["dependencies"]["requirements"]:
         parsed = Requirement(text)
         if parsed.name == "tensorflow":
             return parsed
@@ -58,8 +64,8 @@ def _search_path() -> list[str]:
     return [path for path in paths if path]
 
 
-def _version(directory: Path) -> str | None:
-    """The version in the metadata that was installed beside the package."""
+def _distribution(directory: Path) -> tuple[str, str] | None:
+    """Name and version in the metadata that was installed beside the package."""
     found = [
         (distribution.metadata["Name"].lower().replace("_", "-"), distribution.version)
         for distribution in metadata.distributions(path=[str(directory.parent)])
@@ -68,7 +74,7 @@ def _version(directory: Path) -> str | None:
     for wanted in ("tensorflow", "tensorflow-cpu"):
         for name, version in found:
             if name == wanted:
-                return version
+                return name, version
     return None
 
 
@@ -81,14 +87,15 @@ def find_tensorflow() -> TensorFlow | None:
         if spec is None or not spec.origin:  # a bare directory of that name has no origin
             continue
         directory = Path(spec.origin).parent
-        version = _version(directory)
-        if version is not None:
-            return TensorFlow(directory, version)
+        distribution = _distribution(directory)
+        if distribution is not None:
+            name, version = distribution
+            return TensorFlow(directory, version, name)
     return None
 
 
 def check(found: TensorFlow) -> None:
-    """Exits with one sentence unless `found` is of the release that this version is made for."""
+    """Exits with one sentence unless `found` is of a release that this version is made for."""
     wanted = requirement()
     if not wanted.specifier.contains(found.version, prereleases=True):
         raise SystemExit(

@@ -30,12 +30,15 @@ LIBRARY = "libcbam_ops_tf.so"
 XLA_LIBRARY = "libcbam_ops_xla.so"
 CORE_LIBRARY = "libcbam_ops_core.so"  # the kernels, which all others need
 BUILD_RECORD = "_build_record.json"
+XLA_SINCE = "2.20"  # the first TensorFlow with what the XLA library is built with
 
 CauseKind = Literal[
     "no_tensorflow",
     "source_tree",
+    "pure_python",
     "not_built",
     "other_tensorflow",
+    "old_tensorflow",
     "corrupt",
     "load_failed",
     "no_kernel",
@@ -116,13 +119,22 @@ def build_record() -> dict[str, Any]:
 
 
 def tensorflow_requirement() -> str:
-    """The release of TensorFlow that this package asks for, from its metadata."""
+    """The releases of TensorFlow that this package asks for, from its metadata."""
     try:
         requirements = importlib.metadata.requires("cbam-ops") or []
     except importlib.metadata.PackageNotFoundError:
         requirements = []
-    found = [text for text in requirements if re.match(r"tensorflow\b(?!-)", text)]
+    found = [text for text in requirements if re.match(r"tensorflow\b", text)]
     return found[0] if found else "tensorflow"
+
+
+def _is_pure_python() -> bool:
+    """Whether the installed package is one without compiled parts, as its owner wished."""
+    try:
+        wheel = importlib.metadata.distribution("cbam-ops").read_text("WHEEL")
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return wheel is not None and "Root-Is-Purelib: true" in wheel
 
 
 def _minor(version: str) -> str:
@@ -171,6 +183,12 @@ def load_core() -> ModuleType:
 
 def find_cause(directory: Path | None, tensorflow_version: str) -> Cause | None:
     """What would keep the library in `directory` from loading, as far as that shows beforehand."""
+    if directory is None and _is_pure_python():
+        return Cause(
+            "pure_python",
+            "This is an installation without compiled ops (CBAM_OPS_NATIVE=OFF).",
+            f"Install it with them, where they can be compiled: {_rebuild_command(_PACKAGE)}",
+        )
     source = _source_root(_PACKAGE)
     if directory is None and source is not None:
         return Cause(
@@ -247,9 +265,17 @@ def load_xla_from(directory: Path) -> Cause | None:
             f"Build and install them: {_rebuild_command(_PACKAGE)}",
         )
 
+    record = read_build_record(directory)
+    if record.get("xla") is False:
+        return Cause(
+            "old_tensorflow",
+            "XLA (jit_compile=True) cannot compile the ops: TensorFlow "
+            f"{record['tensorflow']['version']} has no headers for that, {XLA_SINCE} and later do.",
+            f"Install such a one, then cbam_ops again: {_rebuild_command(_PACKAGE)}",
+        )
     if not library.is_file():
         return cause("not_built", f"there is no {library}")
-    damage = _damage(library, read_build_record(directory))
+    damage = _damage(library, record)
     if damage is not None:
         return cause("corrupt", f"{library} {damage}")
     try:

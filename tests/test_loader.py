@@ -220,20 +220,23 @@ def test_another_tensorflow_is_explained_before_anything_is_loaded(copy, monkeyp
     import tensorflow as tf
 
     record = json.loads((copy / _loader.BUILD_RECORD).read_text())
-    record["tensorflow"]["version"] = "2.20.1"
+    record["tensorflow"]["version"] = "2.17.1"
     (copy / _loader.BUILD_RECORD).write_text(json.dumps(record))
     monkeypatch.setattr(tf, "load_op_library", lambda path: pytest.fail("loaded it"))
     expect_cause(
         _loader.load_from(copy),
         "other_tensorflow",
-        "built for TensorFlow 2.20 (2.20.1)",
+        "built for TensorFlow 2.17 (2.17.1)",
         f"TensorFlow {tf.__version__} is installed",
-        "pip install 'tensorflow==2.20.*'",
+        "pip install 'tensorflow==2.17.*'",
     )
 
 
 def test_another_patch_release_is_none_of_our_business(copy):
-    assert _loader.find_cause(copy, "2.21.7") is None
+    import tensorflow as tf
+
+    minor = tf.__version__.rsplit(".", 1)[0]
+    assert _loader.find_cause(copy, f"{minor}.7") is None
 
 
 def spoil(library: Path, how: str) -> None:
@@ -275,6 +278,8 @@ def test_a_damaged_library_for_xla_is_explained_and_not_loaded(copy, how, instal
     import tensorflow as tf
 
     library = copy / _loader.XLA_LIBRARY
+    if not (installed / library.name).is_file():
+        pytest.skip("this TensorFlow lacks the headers of XLA's custom calls")
     shutil.copy(installed / library.name, library)
     spoil(library, how)
     monkeypatch.setattr(tf, "load_library", lambda path: pytest.fail("loaded it"))

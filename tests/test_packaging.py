@@ -23,6 +23,8 @@ from types import ModuleType
 
 import pytest
 
+import cbam_ops
+
 ROOT = Path(__file__).resolve().parent.parent
 BASELINE_ONLY = "cmake.define.CBAM_OPS_INSTRUCTION_SETS="
 NO_CUDA = "cmake.define.CBAM_OPS_CUDA=OFF"
@@ -85,14 +87,14 @@ def wheel(sdist: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.fixture(scope="module")
-def fresh(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def environment_with(wheel: Path, folder: Path) -> Path:
     """The python of a new environment: the wheel, and this environment's other packages."""
-    folder = tmp_path_factory.mktemp("fresh") / "venv"
+    folder = folder / "venv"
     venv.create(folder, with_pip=False, symlinks=True)
     python = folder / "bin" / "python"
     (packages,) = (folder / "lib").glob("python*/site-packages")
     others = {sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}
+    others.add(str(Path(importlib.util.find_spec("tensorflow").origin).parent.parent))
     (packages / "others.pth").write_text("\n".join(sorted(others)) + "\n")
     succeed(
         *(sys.executable, "-m", "pip", "--python", python),
@@ -100,6 +102,11 @@ def fresh(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         cwd=folder,
     )
     return python
+
+
+@pytest.fixture(scope="module")
+def fresh(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return environment_with(wheel, tmp_path_factory.mktemp("fresh"))
 
 
 def test_the_sdist_holds_the_sources_and_no_builds(sdist):
@@ -197,13 +204,25 @@ def finder() -> ModuleType:
     return module
 
 
-def fake_tensorflow(folder: Path, version: str) -> Path:
+def fake_tensorflow(folder: Path, version: str, name: str = "tensorflow") -> Path:
     (folder / "tensorflow").mkdir(parents=True)
     (folder / "tensorflow" / "__init__.py").write_text("raise SystemExit('it was imported')\n")
     info = folder / f"tensorflow-{version}.dist-info"
     info.mkdir()
-    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: tensorflow\nVersion: {version}\n")
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
     return folder
+
+
+def built_metadata(folder: Path, call: str, **environment: str) -> dict[str, list[str]]:
+    """The fields of the metadata that `call` of the backend writes into `folder`."""
+    done = backend(ROOT, call, **environment)
+    assert done.returncode == 0, done.stderr
+    (path,) = folder.rglob("METADATA")
+    fields: dict[str, list[str]] = {}
+    for line in path.read_text().partition("\n\n")[0].splitlines():
+        key, _, value = line.partition(": ")
+        fields.setdefault(key, []).append(value)
+    return fields
 
 
 def test_the_tensorflow_of_this_environment_is_found(finder):
@@ -238,7 +257,7 @@ def test_without_tensorflow_it_becomes_a_requirement_of_the_build(finder, monkey
 
 
 def test_another_release_stops_the_build_with_a_sentence(finder, tmp_path):
-    fake = fake_tensorflow(tmp_path / "fake", "2.20.0")
+    fake = fake_tensorflow(tmp_path / "fake", "2.17.1")
     for call in (
         "backend.get_requires_for_build_wheel()",
         "backend.get_requires_for_build_editable()",
@@ -248,17 +267,149 @@ def test_another_release_stops_the_build_with_a_sentence(finder, tmp_path):
         assert done.returncode == 1
         assert "answer" not in done.stdout
         assert done.stderr.strip() == (
-            f"cbam_ops needs {finder.requirement()}, but this environment has TensorFlow 2.20.0 "
+            f"cbam_ops needs {finder.requirement()}, but this environment has TensorFlow 2.17.1 "
             f"({fake / 'tensorflow'}): run pip install '{finder.requirement()}', or use another "
             "environment."
         )
 
 
-@pytest.mark.parametrize("version", ["2.21.0", "2.21.3"])
-def test_any_patch_of_the_release_will_do(tmp_path, version):
+@pytest.mark.parametrize("version", ["2.18.0", "2.19.1", "2.20.0", "2.21.3"])
+def test_any_release_in_the_range_will_do(tmp_path, version):
     fake = fake_tensorflow(tmp_path, version)
     done = backend(ROOT, "backend.get_requires_for_build_wheel()", PYTHONPATH=str(fake))
     assert done.returncode == 0 and "tensorflow" not in done.stdout, done.stderr
+
+
+@pytest.mark.parametrize("kind", ["wheel", "editable"])
+@pytest.mark.parametrize("name", ["tensorflow", "tensorflow-cpu"])
+def test_what_is_built_for_a_release_requires_it(tmp_path, kind, name):
+    """Fails where pip would put it beside a TensorFlow in which it does not load."""
+    fake = fake_tensorflow(tmp_path / "fake", "2.19.1", name)
+    fields = built_metadata(
+        tmp_path / "out",
+        f"backend.prepare_metadata_for_build_{kind}({str(tmp_path / 'out')!r})",
+        PYTHONPATH=str(fake),
+        CBAM_OPS_LOCAL_VERSION="tf2.19",
+    )
+    assert f"{name}==2.19.*" in fields["Requires-Dist"]
+    assert not [text for text in fields["Requires-Dist"] if text.startswith("tensorflow>")]
+    assert fields["Version"] == [f"{cbam_ops.__version__}+tf2.19"]
+    assert fields["Requires-Python"] == ["<3.14,>=3.10"]
+
+
+# --- a machine that cannot compile ----------------------------------------------------------------
+
+
+def test_without_a_compiler_the_build_ends_before_any_download(tmp_path):
+    for call in (
+        "backend.get_requires_for_build_wheel()",
+        "backend.get_requires_for_build_editable()",
+        f"backend.build_wheel({str(tmp_path)!r})",
+    ):
+        done = backend(ROOT, call, PATH=str(tmp_path), CXX="")
+        assert done.returncode == 1 and "answer" not in done.stdout
+        (line,) = done.stderr.strip().splitlines()
+        for text in ("apt-get install g++", "CXX", "CBAM_OPS_NATIVE=OFF"):
+            assert text in line
+
+
+def compiler(path: Path, macro: str) -> str:
+    executable(path).write_text(f"#!/bin/sh\necho '#define {macro}'\n")
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("macro", "found"),
+    [("__GNUC__ 8", "g++ 8"), ("__clang_major__ 9", "clang++ 9"), ("_MSC_VER 1940", "neither")],
+)
+def test_a_compiler_that_will_not_do_is_named(tmp_path, macro, found):
+    cxx = compiler(tmp_path / "cxx", macro)
+    done = backend(ROOT, "backend.get_requires_for_build_wheel()", CXX=cxx)
+    assert done.returncode == 1
+    assert f"needs g++ 9 or clang++ 10 or later, but `{cxx}` is {found}: " in done.stderr
+
+
+def test_another_compiler_takes_the_place_of_the_one_that_python_was_built_with(tmp_path):
+    compiler(tmp_path / "clang++", "__clang_major__ 14")
+    call = "(backend.find_compiler.prepare(None), __import__('os').environ['CXX'])"
+    done = backend(ROOT, call, PATH=str(tmp_path), CXX="")
+    assert "answer: (None, 'clang++')" in done.stdout, done.stderr
+    done = backend(ROOT, call, CXX=str(tmp_path / "none"))
+    assert f"There is no C++ compiler `{tmp_path / 'none'}`" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("system", "machine"), [("Darwin", "arm64"), ("Windows", "AMD64"), ("Linux", "riscv64")]
+)
+def test_another_platform_is_named(system, machine):
+    call = (
+        f"[setattr(backend.find_compiler.platform, 'system', lambda: {system!r}),"
+        f"setattr(backend.find_compiler.platform, 'machine', lambda: {machine!r}),"
+        "backend.get_requires_for_build_wheel()]"
+    )
+    done = backend(ROOT, call)
+    assert done.returncode == 1
+    assert f"Linux on x86_64 or aarch64, but this is {system} on {machine}." in done.stderr
+    assert "CBAM_OPS_NATIVE=OFF" in done.stderr
+
+
+def test_without_the_build_tools_one_sentence_says_which(tmp_path):
+    """What `pip install --no-build-isolation` meets in a new environment."""
+    code = "import sys; sys.path.insert(0, 'build_backend'); import cbam_ops_build"
+    done = run(sys.executable, "-I", "-S", "-c", code, cwd=ROOT)
+    assert done.returncode == 1
+    assert done.stderr.strip() == (
+        "To build cbam_ops without build isolation, install the build tools first: "
+        "pip install scikit-build-core pybind11 packaging cmake ninja"
+    )
+
+
+@pytest.fixture(scope="module")
+def pure(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The wheel that a machine without a compiler makes."""
+    folder = tmp_path_factory.mktemp("pure")
+    done = backend(
+        ROOT,
+        f"(backend.get_requires_for_build_wheel(), backend.build_wheel({str(folder)!r}))",
+        CBAM_OPS_NATIVE="off",
+        PATH=str(folder),
+        CXX="",
+    )
+    assert "answer: ([]," in done.stdout, done.stderr
+    (path,) = folder.glob("*.whl")
+    return path
+
+
+def test_a_build_without_compiled_ops_is_one_for_every_platform(pure):
+    assert pure.name.endswith("-py3-none-any.whl")
+    with zipfile.ZipFile(pure) as archive:
+        assert not [name for name in archive.namelist() if name.endswith((".so", ".json"))]
+        (metadata,) = (n for n in archive.namelist() if n.endswith(".dist-info/METADATA"))
+        assert "Requires-Dist: tensorflow<2.22,>=2.18" in archive.read(metadata).decode()
+
+
+def test_an_installation_without_compiled_ops_says_so(pure, tmp_path):
+    """Fails where it is taken for a damaged one."""
+    python = environment_with(pure, tmp_path)
+    code = """
+    import warnings, numpy as np
+    import cbam_ops
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        mean, _ = cbam_ops.channel_pool(np.ones((1, 2, 2, 4), np.float32))
+    assert mean.numpy().tolist() == [[1.0] * 4]
+    (text,) = [str(w.message) for w in caught if "cbam_ops" in str(w.message)]
+    print(text)
+    print(cbam_ops.build_info()["native_off_because"])
+    """
+    for line in succeed(python, "-c", textwrap.dedent(code), cwd=tmp_path).splitlines()[-2:]:
+        assert "This is an installation without compiled ops (CBAM_OPS_NATIVE=OFF)." in line
+        assert line.count("pip install") == 1
+
+
+def test_a_mistyped_switch_is_an_error():
+    done = backend(ROOT, "backend.get_requires_for_build_wheel()", CBAM_OPS_NATIVE="no")
+    assert done.stderr.strip() == "CBAM_OPS_NATIVE must be ON or OFF, got 'no'."
 
 
 # --- CUDA=AUTO|ON|OFF -----------------------------------------------------------------------------
@@ -321,6 +472,19 @@ def test_the_machine_s_nvcc_needs_no_wheels(cuda_finder, monkeypatch, tmp_path, 
     assert cuda_finder.cmake_settings(ON) == ON, "CMake finds it"
 
 
+def test_an_nvcc_that_is_too_old_is_named(cuda_finder, monkeypatch, tmp_path):
+    nvcc = executable(tmp_path / "bin" / "nvcc")
+    monkeypatch.setenv("CUDACXX", str(nvcc))
+    for release, right in (("11.8", False), ("12.0", True), ("13.5", True)):
+        nvcc.write_text(f"#!/bin/sh\necho 'Cuda compilation tools, release {release}, V'\n")
+        if right:
+            assert cuda_finder.requirements(None) == []
+            continue
+        with pytest.raises(SystemExit, match=f"nvcc 12.0 or later, but {nvcc} is 11.8: "):
+            cuda_finder.requirements(None)
+        assert cuda_finder.requirements(OFF) == []
+
+
 def test_cmake_is_pointed_at_the_wheels_nvcc(cuda_finder, tmp_path):
     assert cuda_finder.cmake_settings(None) == {"cmake.define.CBAM_OPS_CUDA": "AUTO"}
     nvcc = executable(tmp_path / "nvidia" / "cu13" / "bin" / "nvcc")
@@ -335,7 +499,8 @@ def test_cmake_is_pointed_at_the_wheels_nvcc(cuda_finder, tmp_path):
 
 def test_the_build_backend_asks_the_finder(tmp_path):
     """Fails where a hook of the backend forgets nvcc."""
-    environment = {"CBAM_OPS_CUDA": "ON", "CUDACXX": "", "PATH": str(tmp_path)}
+    compiler(tmp_path / "c++", "__GNUC__ 12")
+    environment = {"CBAM_OPS_CUDA": "ON", "CUDACXX": "", "CXX": "", "PATH": str(tmp_path)}
     for hook in ("get_requires_for_build_wheel", "get_requires_for_build_editable"):
         done = backend(ROOT, f"backend.{hook}()", **environment)
         assert "nvidia-cuda-nvcc" in done.stdout, done.stderr

@@ -4,7 +4,8 @@
 # same finder is run from here. TensorFlow is never imported.
 #
 # Defines: pip_tensorflow::framework (ops), pip_tensorflow::cc (XLA, on top of ::framework),
-#          CBAM_OPS_TENSORFLOW_FLAGS.
+#          CBAM_OPS_TENSORFLOW_FLAGS, CBAM_OPS_TENSORFLOW_HAS_XLA (2.18 and 2.19 lack the headers
+#          of XLA's custom calls).
 
 if(NOT CBAM_OPS_TENSORFLOW_DIR OR NOT CBAM_OPS_TENSORFLOW_VERSION)
   execute_process(
@@ -32,6 +33,11 @@ set(cc "${CBAM_OPS_TENSORFLOW_DIR}/libtensorflow_cc.so.2")
 if(NOT EXISTS "${framework}")
   message(FATAL_ERROR "There is no ${framework}: this TensorFlow cannot be built against. "
     "Use the wheel for Linux (pip install tensorflow).")
+endif()
+
+set(CBAM_OPS_TENSORFLOW_HAS_XLA OFF)
+if(EXISTS "${CBAM_OPS_TENSORFLOW_DIR}/include/xla/ffi/api/ffi.h")
+  set(CBAM_OPS_TENSORFLOW_HAS_XLA ON)
 endif()
 
 add_library(pip_tensorflow::framework SHARED IMPORTED)

@@ -1,13 +1,11 @@
 // The ops' kernels for NVIDIA GPUs: the core's, on TensorFlow's own stream. Compiled where the core
 // has CUDA kernels.
-#include <memory>
-
 #include "ops/signature.h"
 #include "tensorflow/core/framework/device_base.h"
 #include "tensorflow/core/framework/op_kernel.h"
 #include "tf/fused_op.h"
 #include "tf/gpu_device.h"
-#include "xla/stream_executor/activate_context.h"
+#include "tf/tf_compat.h"
 #include "xla/stream_executor/stream.h"
 #include "xla/stream_executor/stream_executor.h"
 
@@ -24,14 +22,13 @@ namespace {
 class TensorFlowStream {
  public:
   explicit TensorFlowStream(tensorflow::OpKernelContext* context)
-      : stream_(context->op_device_context()->stream()),
-        activation_(stream_->parent()->Activate()) {}
+      : stream_(context->op_device_context()->stream()), device_(stream_->parent()) {}
 
   void* handle() const { return stream_->platform_specific_handle().stream; }
 
  private:
   stream_executor::Stream* stream_;
-  std::unique_ptr<stream_executor::ActivateContext> activation_;
+  ActiveDevice device_;
 };
 
 [[maybe_unused]] const bool registered =
