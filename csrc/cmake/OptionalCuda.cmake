@@ -40,31 +40,33 @@ elseif(NOT CMAKE_CUDA_COMPILER)
 else()
   # Which GPUs to build for, in the words of CMAKE_CUDA_ARCHITECTURES: those of that variable, or else
   # the GPUs of this machine alone, or else one of every generation (whose later members run it) and PTX
-  # for those to come.
+  # for those to come. To be set before the language is enabled.
   set(CBAM_OPS_CUDA_TARGETS "${CMAKE_CUDA_ARCHITECTURES}")
   set(CBAM_OPS_CUDA_FLAGS "")
   if(NOT CBAM_OPS_CUDA_TARGETS)
+    execute_process(
+      COMMAND "${CMAKE_CUDA_COMPILER}" --list-gpu-code
+      OUTPUT_VARIABLE known OUTPUT_STRIP_TRAILING_WHITESPACE COMMAND_ERROR_IS_FATAL ANY)
+    string(REGEX MATCHALL "[0-9]+" known "${known}")
     find_program(CBAM_OPS_NVIDIA_SMI nvidia-smi)
     if(CBAM_OPS_NVIDIA_SMI)
       execute_process(
         COMMAND "${CBAM_OPS_NVIDIA_SMI}" --query-gpu=compute_cap --format=csv,noheader
-        OUTPUT_VARIABLE capabilities ERROR_QUIET RESULT_VARIABLE failed)
-      string(REGEX MATCHALL "[0-9]+\\.[0-9]" capabilities "${capabilities}")
-      if(NOT failed AND capabilities)
-        list(REMOVE_DUPLICATES capabilities)
-        string(REPLACE "." "" CBAM_OPS_CUDA_TARGETS "${capabilities}")
-        set(CMAKE_CUDA_ARCHITECTURES "${CBAM_OPS_CUDA_TARGETS}")
+        OUTPUT_VARIABLE here ERROR_QUIET RESULT_VARIABLE failed)
+      string(REGEX MATCHALL "[0-9]+\\.[0-9]" here "${here}")
+      string(REPLACE "." "" here "${here}")
+      list(REMOVE_DUPLICATES here)
+      set(unknown ${here})
+      list(REMOVE_ITEM unknown ${known})
+      if(NOT failed AND here AND NOT unknown)
+        set(CBAM_OPS_CUDA_TARGETS "${here}")
+        set(CMAKE_CUDA_ARCHITECTURES "${here}")
       endif()
     endif()
   endif()
   if(NOT CBAM_OPS_CUDA_TARGETS)
     # The sources know two kinds of machines, below 80 and from 80 on. So they are translated to PTX
-    # twice, and that of 80 is what the later ones' machine code is made of: each costs about six seconds
-    # of one core and not twice that.
-    execute_process(
-      COMMAND "${CMAKE_CUDA_COMPILER}" --list-gpu-code
-      OUTPUT_VARIABLE known OUTPUT_STRIP_TRAILING_WHITESPACE COMMAND_ERROR_IS_FATAL ANY)
-    string(REGEX MATCHALL "[0-9]+" known "${known}")
+    # twice, and the later machines' code is made of that of 80.
     set(code "")
     foreach(architecture 75 80 90 100 120)
       if(NOT architecture IN_LIST known)
