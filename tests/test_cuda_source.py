@@ -420,7 +420,7 @@ MUTANTS = {
     ),
     "columns: tail rows counted twice": (
         "maps.cuh",
-        "if (row + k * row_threads >= end) continue;",
+        "if (row + k * row_threads >= tile.end_row) continue;",
         "",
     ),
     "rows: barrier before the fold removed": (

@@ -551,7 +551,7 @@ EVERY_GENERATION = "75-real 80-real 90-real 100-real 120-real 80-virtual"
     [("", EVERY_GENERATION), ("9.0 9.0", "90"), ("8.0 9.0", "80 90"), ("99.0", EVERY_GENERATION)],
 )
 def test_with_nvcc_auto_builds_for_gpus_and_says_for_which(tmp_path, gpus, architectures):
-    """The GPUs that are there alone, where nvcc knows them; else one of every generation and PTX."""
+    """The GPUs that are there alone, if nvcc knows them; else one of every generation and PTX."""
     if not (os.environ.get("CUDACXX") or shutil.which("nvcc")):
         pytest.skip("no nvcc on PATH and no CUDACXX")
     program = tmp_path / "nvidia-smi"

@@ -41,7 +41,7 @@ struct CpuKernels {
     return {1, 2 + pick(3)};
   }
   static std::string Name() { return cpu::Name(cpu::ActiveInstructionSet()); }
-  static bool Holds(Fill /*fill*/, const Problem& /*problem*/) { return true; }
+  static bool Holds(Fill /*fill*/) { return true; }
 
   template <typename Args>
   static size_t WorkspaceBytes(const Problem& problem, int threads) {

@@ -126,7 +126,6 @@ struct Runtime {
   const void* argument = nullptr;
   uint64_t seed = 0;
   uint64_t random = 0;
-  int64_t launches = 0;
   std::string names, taken;
   bool failed = false;
   FailureHandler handler = nullptr;
@@ -464,7 +463,6 @@ void Run(const LaunchShape& shape, void (*body)(const void*), const void* argume
   state.ended = nullptr;
   state.at_counters.clear();
   state.random = state.seed;
-  ++state.launches;
   state.names += std::string(shape.kernel) + " ";
   if (shape.threads % kWarpLanes != 0 || shape.threads < 1 || shape.threads > 1024)
     return Fail("bad block size");
@@ -537,7 +535,6 @@ Device& PretendedDevice() {
   return device;
 }
 void SetSchedule(uint64_t seed) { State().seed = seed; }
-int64_t LaunchCount() { return State().launches; }
 const char* TakeLaunchedKernels() {
   Runtime& state = State();
   state.taken.swap(state.names);

@@ -111,8 +111,6 @@ Device& PretendedDevice();
 
 // The seed of the schedule; 0 is the order of the indices.
 void SetSchedule(uint64_t seed);
-// Launches so far, for tests that count them.
-int64_t LaunchCount();
 // The names of the kernels launched since the last call, separated by spaces.
 const char* TakeLaunchedKernels();
 

@@ -33,12 +33,9 @@ struct CudaKernels {
     return {1, 2 + pick(3)};
   }
   static std::string Name() { return "CUDA"; }
-  // Derivatives of sigmoids are g (1 - g), which has few digits where g is near 1; batch norm takes
-  // the mean off in float (docs/numerics.md).
-  static bool Holds(Fill fill, const Problem& problem) {
-    return fill != Fill::kSaturated && fill != Fill::kHuge && fill != Fill::kOffset &&
-           !problem.batch_norm;
-  }
+  // Derivatives of sigmoids are g (1 - g), which has few digits where g is near 1
+  // (docs/numerics.md).
+  static bool Holds(Fill fill) { return fill != Fill::kSaturated; }
 
   template <typename Args>
   static size_t WorkspaceBytes(const Problem& problem, int /*blocks*/) {

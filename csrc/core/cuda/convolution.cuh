@@ -76,6 +76,18 @@ CBAM_DEVICE bool Inside(const Call<A>& call, int64_t row, int64_t column) {
   return row >= 0 && row < call.height && column >= 0 && column < call.width;
 }
 
+// A position of a patch: its row and column there, and its index in the map.
+struct PatchPosition {
+  int row;
+  int column;
+  int64_t p;
+};
+template <typename A>
+CBAM_DEVICE PatchPosition PositionAt(const Call<A>& call, const Patch& patch, int q) {
+  const int row = q / patch.columns, column = q - row * patch.columns;
+  return {row, column, (patch.row + row) * call.width + patch.column + column};
+}
+
 // Calls store(index in the window, inside, position) for the whole window of a patch: a warp takes
 // a row.
 template <typename A, typename Store>
@@ -149,8 +161,7 @@ CBAM_DEVICE void Convolution(const Call<A>& call, int64_t n, int64_t index) {
   A sum = A(0);
   CBAM_NO_UNROLL
   for (int q = ThreadIndex(); q < patch.size(); q += kThreads) {
-    const int row = q / patch.columns, column = q - row * patch.columns;
-    const int64_t p = (patch.row + row) * call.width + patch.column + column;
+    const auto [row, column, p] = PositionAt(call, patch, q);
     if (call.patches.staged) {
       const int centre =
           (row + call.kernel_size / 2) * windows.stride + column + call.kernel_size / 2;
@@ -173,8 +184,7 @@ CBAM_DEVICE void Convolution(const Call<A>& call, int64_t n, int64_t index) {
   A squares = A(0);
   CBAM_NO_UNROLL
   for (int q = ThreadIndex(); q < patch.size(); q += kThreads) {
-    const int row = q / patch.columns, column = q - row * patch.columns;
-    const int64_t p = (patch.row + row) * call.width + patch.column + column;
+    const auto [row, column, p] = PositionAt(call, patch, q);
     const A distance = call.z[n * call.positions + p] - mean;  // this thread's own value
     squares += distance * distance;
   }
@@ -244,8 +254,7 @@ CBAM_DEVICE void NormGrad(const Call<A>& call, int64_t n, int64_t index) {
   A sum = A(0), product = A(0);
   CBAM_NO_UNROLL
   for (int q = ThreadIndex(); q < patch.size(); q += kThreads) {
-    const int row = q / patch.columns, column = q - row * patch.columns;
-    const int64_t p = (patch.row + row) * call.width + patch.column + column;
+    const auto [row, column, p] = PositionAt(call, patch, q);
     const A z = Convolve(call, n, patch, windows, row, column);
     const A normalised = (z - call.batch_statistics[0]) / Deviation(call);
     A t, count;
@@ -382,8 +391,7 @@ CBAM_DEVICE void PositionSides(const Call<A>& call, int64_t n, int64_t index) {
   Barrier();
   CBAM_NO_UNROLL
   for (int q = ThreadIndex(); q < patch.size(); q += kThreads) {
-    const int row = q / patch.columns, column = q - row * patch.columns;
-    const int64_t p = (patch.row + row) * call.width + patch.column + column;
+    const auto [row, column, p] = PositionAt(call, patch, q);
     if (call.patches.staged) windows.corners[q] = row * windows.stride + column;
     A d_mean, d_max, t, count;
     ConvolveTransposed(call, n, patch, windows, row, column, &d_mean, &d_max);
@@ -411,52 +419,6 @@ CBAM_DEVICE void Taps(const Call<A>& call, int index) {
   sum = SumOverLanes(sum, kWarp);
   A* const to = tap < taps ? call.dkernel + tap : call.dbias;
   if (ThreadIndex() % kWarp == 0 && to != nullptr) *to = sum;
-}
-
-// ---- the pools on their own ---------------------------------------------------------------------
-
-// Calls body(i, index in the results) for a chunk of a sample's results.
-template <typename A, typename Body>
-CBAM_DEVICE void OverResults(const Call<A>& call, int64_t n, int64_t index, Body body) {
-  const int64_t results = call.pool_over_channels ? call.positions : call.channels;
-  const int64_t end = Smaller((index + 1) * kChunk, results);
-  for (int64_t i = index * kChunk + ThreadIndex(); i < end; i += kThreads)
-    body(i, n * call.pool_stride + i * call.pool_step, n * results + i);
-}
-
-template <typename T>
-CBAM_DEVICE void StorePool(const Call<Compute<T>>& call, int64_t n, int64_t index) {
-  using A = Compute<T>;
-  OverResults(call, n, index, [&](int64_t i, int64_t at, int64_t) {
-    A mean, maximum;
-    Fold<true>(call.pool_over_channels ? call.spatial_pass : call.channel_pass, n, i, &mean,
-               &maximum);
-    FromCompute(mean, static_cast<T*>(call.pool_first) + at);
-    FromCompute(maximum, static_cast<T*>(call.pool_second) + at);
-  });
-}
-
-// The maxima in the compute type.
-template <typename T>
-CBAM_DEVICE void PoolMaxima(const Call<Compute<T>>& call, int64_t n, int64_t index) {
-  OverResults(call, n, index, [&](int64_t, int64_t at, int64_t to) {
-    call.pool_maxima[to] = ToCompute(static_cast<const T*>(call.pool_maximum)[at]);
-  });
-}
-
-template <typename T>
-CBAM_DEVICE void PoolSides(const Call<Compute<T>>& call, int64_t n, int64_t index) {
-  using A = Compute<T>;
-  const bool over_channels = call.pool_over_channels;
-  OverResults(call, n, index, [&](int64_t i, int64_t at, int64_t to) {
-    A sum, count;
-    Fold<false>(over_channels ? call.spatial_pass : call.channel_pass, n, i, &sum, &count);
-    StoreSide(over_channels ? call.position_sides : call.channel_sides, n, i,
-              MakeSide(A(1), ToCompute(static_cast<const T*>(call.d_pool_first)[at]),
-                       static_cast<A>(over_channels ? call.channels : call.positions), true,
-                       ToCompute(static_cast<const T*>(call.d_pool_second)[at]), count,
-                       call.pool_maxima[to]));
-  });
 }
 
 }  // namespace cuda

@@ -9,6 +9,7 @@
 #include "core/cuda/convolution.cuh"
 #include "core/cuda/maps.cuh"
 #include "core/cuda/mlp.cuh"
+#include "core/cuda/pools.cuh"
 
 namespace cbam_ops {
 namespace cuda {

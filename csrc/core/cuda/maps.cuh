@@ -108,45 +108,53 @@ CBAM_DEVICE const A* GateOf(const Call<A>& call) {
   return kPass == Pass::kSpatialPool && !call.serial ? nullptr : call.channel_gate;
 }
 
-// What a reduction needs to know of a channel and of a position: only what the pass uses is loaded.
-// As columns: V of them.
-template <Pass kPass, typename M, bool kSerial>
+// The sides of V columns.
+template <typename M>
 struct ColumnSides {
   using A = typename M::A;
   static constexpr int V = M::V;
-  static constexpr bool kAreChannels = M::kChannelsLast;
   A gate[V], mean_share[V], max_share[V], maximum[V];
 
-  CBAM_DEVICE void LoadAt(const Call<A>& call, int64_t n, int64_t column) {
-    CBAM_UNROLL
-    for (int i = 0; i < V; ++i) {
-      gate[i] = A(1);
-      mean_share[i] = max_share[i] = maximum[i] = A(0);
-    }
-    const int64_t at = n * call.columns + column;
-    if constexpr (kAreChannels) {
-      if constexpr (kPass != Pass::kChannelPool) LoadOr<V>(GateOf<kPass>(call), at, A(1), gate);
-      if constexpr (kPass == Pass::kChannelGrad)
-        LoadOr<V>(call.channel_maximum, at, NotANumber<A>(), maximum);
-    } else if constexpr (kPass == Pass::kSpatialGrad) {
-      LoadOr<V>(call.position_maximum, n * call.position_stride + column, NotANumber<A>(), maximum);
-    } else if constexpr (kPass == Pass::kChannelGrad) {
-      if constexpr (kSerial) {
-        const A* const sides = call.position_sides.data + n * 4 * call.columns;
-        LoadOr<V>(sides, column, A(1), gate);
-        LoadOr<V>(sides, call.columns + column, A(0), mean_share);
-        LoadOr<V>(sides, 2 * call.columns + column, A(0), max_share);
-        LoadOr<V>(sides, 3 * call.columns + column, NotANumber<A>(), maximum);
-      } else {
-        LoadOr<V>(call.spatial_gate, at, A(1), gate);
-      }
-    }
+  // All that the gradient needs; neutral where there are none.
+  CBAM_DEVICE void LoadAll(const A* sides, int64_t columns, int64_t n, int64_t column) {
+    const A* const data = sides != nullptr ? sides + n * 4 * columns : nullptr;
+    LoadOr<V>(data, column, A(1), gate);
+    LoadOr<V>(data, columns + column, A(0), mean_share);
+    LoadOr<V>(data, 2 * columns + column, A(0), max_share);
+    LoadOr<V>(data, 3 * columns + column, NotANumber<A>(), maximum);
   }
   CBAM_DEVICE Side<A> At(int i) const { return {gate[i], mean_share[i], max_share[i], maximum[i]}; }
 };
+// The side of a row.
+template <typename A>
+CBAM_DEVICE Side<A> RowSideOf(const A* sides, int64_t at) {
+  return reinterpret_cast<const Side<A>*>(sides)[at];
+}
+
+// What a reduction needs to know of a channel and of a position: only what the pass uses is loaded.
+// As columns.
+template <Pass kPass, typename M, bool kSerial, typename A>
+CBAM_DEVICE ColumnSides<M> ColumnSidesFor(const Call<A>& call, int64_t n, int64_t column) {
+  constexpr int V = M::V;
+  ColumnSides<M> sides = {};
+  const int64_t at = n * call.columns + column;
+  if constexpr (M::kChannelsLast) {
+    if constexpr (kPass != Pass::kChannelPool) LoadOr<V>(GateOf<kPass>(call), at, A(1), sides.gate);
+    if constexpr (kPass == Pass::kChannelGrad)
+      LoadOr<V>(call.channel_maximum, at, NotANumber<A>(), sides.maximum);
+  } else if constexpr (kPass == Pass::kSpatialGrad) {
+    LoadOr<V>(call.position_maximum, n * call.position_stride + column, NotANumber<A>(),
+              sides.maximum);
+  } else if constexpr (kPass == Pass::kChannelGrad && kSerial) {
+    sides.LoadAll(call.position_sides.data, call.columns, n, column);
+  } else if constexpr (kPass == Pass::kChannelGrad) {
+    LoadOr<V>(call.spatial_gate, at, A(1), sides.gate);
+  }
+  return sides;
+}
 // As a row.
 template <Pass kPass, typename M, bool kSerial, typename A>
-CBAM_DEVICE Side<A> RowSide(const Call<A>& call, int64_t n, int64_t row) {
+CBAM_DEVICE Side<A> RowSideFor(const Call<A>& call, int64_t n, int64_t row) {
   Side<A> side = NeutralSide<A>();
   const int64_t at = n * call.rows + row;
   if constexpr (!M::kChannelsLast) {
@@ -156,21 +164,31 @@ CBAM_DEVICE Side<A> RowSide(const Call<A>& call, int64_t n, int64_t row) {
     if constexpr (kPass == Pass::kChannelGrad) side.maximum = call.channel_maximum[at];
   } else if constexpr (kPass == Pass::kSpatialGrad) {
     side.maximum = call.position_maximum[n * call.position_stride + row];
+  } else if constexpr (kPass == Pass::kChannelGrad && kSerial) {
+    side = RowSideOf(call.position_sides.data, at);
   } else if constexpr (kPass == Pass::kChannelGrad) {
-    if constexpr (kSerial) {
-      side = reinterpret_cast<const Side<A>*>(call.position_sides.data)[at];
-    } else if (call.spatial_gate != nullptr) {
-      side.gate = call.spatial_gate[at];
-    }
+    if (call.spatial_gate != nullptr) side.gate = call.spatial_gate[at];
   }
   return side;
 }
 
+// Which of a row's and a column's side is the channel's, and which the position's.
+template <typename M, typename A>
+CBAM_DEVICE const Side<A>& ChannelOf(const Side<A>& row, const Side<A>& column) {
+  return M::kChannelsLast ? column : row;
+}
+template <typename M, typename A>
+CBAM_DEVICE const Side<A>& PositionOf(const Side<A>& row, const Side<A>& column) {
+  return M::kChannelsLast ? row : column;
+}
+
 // One element into the two sums. The product that is compared with a maximum is rounded by itself,
 // in forward and backward alike.
-template <Pass kPass, bool kSerial, typename A>
-CBAM_DEVICE void Accumulate(A x, A dy, const Side<A>& channel, const Side<A>& position, bool serial,
+template <typename M, Pass kPass, bool kSerial, typename A>
+CBAM_DEVICE void Accumulate(A x, A dy, const Side<A>& row, const Side<A>& column, bool serial,
                             A* first, A* second) {
+  const Side<A>& channel = ChannelOf<M>(row, column);
+  const Side<A>& position = PositionOf<M>(row, column);
   if constexpr (kPass == Pass::kChannelPool) {
     *first += x;
     *second = Maximum(*second, x);
@@ -208,6 +226,27 @@ CBAM_DEVICE void StoreReduced(const Call<A>& call, int64_t n, int64_t slice, int
   to.second[at] = second;
 }
 
+// A tile of a sample.
+struct Tile {
+  int64_t down;
+  int64_t across;
+  int64_t row;
+  int64_t end_row;
+  int64_t column;
+  int64_t end_column;
+};
+template <typename A>
+CBAM_DEVICE Tile TileAt(const Call<A>& call, const Tiles& tiles, int64_t index) {
+  Tile tile;
+  tile.down = Quotient(index, tiles.across);
+  tile.across = index - tile.down * tiles.across;
+  tile.row = tile.down * tiles.rows;
+  tile.end_row = Smaller(tile.row + tiles.rows, call.rows);
+  tile.column = tile.across * tiles.columns;
+  tile.end_column = Smaller(tile.column + tiles.columns, call.columns);
+  return tile;
+}
+
 // Along the rows: a slice is a tile of columns.
 template <typename M, Pass kPass, Gradient kGradient, bool kSerial>
 CBAM_DEVICE void ReduceRows(const Call<typename M::A>& call, int64_t n, int64_t index) {
@@ -217,14 +256,11 @@ CBAM_DEVICE void ReduceRows(const Call<typename M::A>& call, int64_t n, int64_t 
   const Tiles& tiles = kOverChannels<kPass> ? call.spatial_tiles : call.channel_tiles;
   const int lanes = tiles.lanes, lane = ThreadIndex() % lanes, group = ThreadIndex() / lanes;
   const int batch = kThreads / lanes * kRows;
-  const int64_t down = Quotient(index, tiles.across), across = index - down * tiles.across;
-  const int64_t first_column = across * tiles.columns + lane * V;
-  const int64_t end_column = Smaller((across + 1) * tiles.columns, call.columns);
-  const int64_t end_row = Smaller((down + 1) * tiles.rows, call.rows);
+  const Tile tile = TileAt(call, tiles, index);
   const int width = lanes < kWarp ? lanes : kWarp, warps = lanes / kWarp;
   const bool serial = call.serial;
   CBAM_NO_UNROLL
-  for (int64_t begin = down * tiles.rows; begin < end_row; begin += batch) {
+  for (int64_t begin = tile.row; begin < tile.end_row; begin += batch) {
     const int64_t row = begin + group * kRows;
     int64_t offsets[kRows];
     Side<A> row_sides[kRows];
@@ -232,31 +268,24 @@ CBAM_DEVICE void ReduceRows(const Call<typename M::A>& call, int64_t n, int64_t 
     CBAM_UNROLL
     for (int k = 0; k < kRows; ++k) {
       // Beyond the end: read the last row again, store nothing.
-      const int64_t this_row = Smaller(row + k, end_row - 1);
+      const int64_t this_row = Smaller(row + k, tile.end_row - 1);
       offsets[k] = (n * call.rows + this_row) * call.columns;
-      row_sides[k] = RowSide<kPass, M, kSerial>(call, n, this_row);
+      row_sides[k] = RowSideFor<kPass, M, kSerial>(call, n, this_row);
       first[k] = A(0);
       second[k] = kIsPool<kPass> ? Lowest<A>() : A(0);
     }
     CBAM_NO_UNROLL
-    for (int64_t column = first_column; column < end_column; column += lanes * V) {
+    for (int64_t column = tile.column + lane * V; column < tile.end_column; column += lanes * V) {
       Elements<M, kGradient, false> elements[kRows];
       CBAM_UNROLL
       for (int k = 0; k < kRows; ++k) elements[k].LoadAt(call, offsets[k] + column);
-      ColumnSides<kPass, M, kSerial> sides;
-      sides.LoadAt(call, n, column);
+      const ColumnSides<M> sides = ColumnSidesFor<kPass, M, kSerial>(call, n, column);
       CBAM_UNROLL
       for (int i = 0; i < V; ++i) {
         CBAM_UNROLL
         for (int k = 0; k < kRows; ++k) {
-          const A x = elements[k].X(i), dy = elements[k].Dy(i);
-          if constexpr (M::kChannelsLast) {
-            Accumulate<kPass, kSerial>(x, dy, sides.At(i), row_sides[k], serial, &first[k],
-                                       &second[k]);
-          } else {
-            Accumulate<kPass, kSerial>(x, dy, row_sides[k], sides.At(i), serial, &first[k],
-                                       &second[k]);
-          }
+          Accumulate<M, kPass, kSerial>(elements[k].X(i), elements[k].Dy(i), row_sides[k],
+                                        sides.At(i), serial, &first[k], &second[k]);
         }
       }
     }
@@ -269,7 +298,7 @@ CBAM_DEVICE void ReduceRows(const Call<typename M::A>& call, int64_t n, int64_t 
     if (warps > 1) {
       A* const shared = Shared<A>();
       const int warp = ThreadIndex() / kWarp;
-      if (begin > down * tiles.rows) Barrier();  // the last batch has been read
+      if (begin > tile.row) Barrier();  // the last batch has been read
       if (ThreadIndex() % kWarp == 0) {
         CBAM_UNROLL
         for (int k = 0; k < kRows; ++k) {
@@ -291,7 +320,8 @@ CBAM_DEVICE void ReduceRows(const Call<typename M::A>& call, int64_t n, int64_t 
     if (lane == 0) {
       CBAM_UNROLL
       for (int k = 0; k < kRows; ++k) {
-        if (row + k < end_row) StoreReduced<kPass>(call, n, across, row + k, first[k], second[k]);
+        if (row + k < tile.end_row)
+          StoreReduced<kPass>(call, n, tile.across, row + k, first[k], second[k]);
       }
     }
   }
@@ -307,9 +337,8 @@ CBAM_DEVICE void ReduceColumns(const Call<typename M::A>& call, int64_t n, int64
   const Tiles& tiles = kOverChannels<kPass> ? call.spatial_tiles : call.channel_tiles;
   const int lanes = tiles.lanes, lane = ThreadIndex() % lanes, row_thread = ThreadIndex() / lanes;
   const int row_threads = kThreads / lanes;
-  const int64_t down = Quotient(index, tiles.across), across = index - down * tiles.across;
-  const int64_t tile_column = across * tiles.columns, column = tile_column + lane * V;
-  const int64_t end = Smaller((down + 1) * tiles.rows, call.rows);
+  const Tile tile = TileAt(call, tiles, index);
+  const int64_t column = tile.column + lane * V;
   const bool serial = call.serial;
   A first[V], second[V];
   CBAM_UNROLL
@@ -318,32 +347,25 @@ CBAM_DEVICE void ReduceColumns(const Call<typename M::A>& call, int64_t n, int64
     second[i] = kIsPool<kPass> ? Lowest<A>() : A(0);
   }
   if (column < call.columns) {
-    ColumnSides<kPass, M, kSerial> sides;
-    sides.LoadAt(call, n, column);
+    const ColumnSides<M> sides = ColumnSidesFor<kPass, M, kSerial>(call, n, column);
     const int64_t base = n * call.rows * call.columns + column;
     CBAM_NO_UNROLL
-    for (int64_t row = down * tiles.rows + row_thread; row < end; row += row_threads * kRows) {
+    for (int64_t row = tile.row + row_thread; row < tile.end_row; row += row_threads * kRows) {
       Elements<M, kGradient, false> elements[kRows];
       Side<A> row_sides[kRows];
       CBAM_UNROLL
       for (int k = 0; k < kRows; ++k) {
-        const int64_t this_row = Smaller(row + k * row_threads, end - 1);
+        const int64_t this_row = Smaller(row + k * row_threads, tile.end_row - 1);
         elements[k].LoadAt(call, base + this_row * call.columns);
-        row_sides[k] = RowSide<kPass, M, kSerial>(call, n, this_row);
+        row_sides[k] = RowSideFor<kPass, M, kSerial>(call, n, this_row);
       }
       CBAM_UNROLL
       for (int k = 0; k < kRows; ++k) {
-        if (row + k * row_threads >= end) continue;
+        if (row + k * row_threads >= tile.end_row) continue;
         CBAM_UNROLL
         for (int i = 0; i < V; ++i) {
-          const A x = elements[k].X(i), dy = elements[k].Dy(i);
-          if constexpr (M::kChannelsLast) {
-            Accumulate<kPass, kSerial>(x, dy, sides.At(i), row_sides[k], serial, &first[i],
-                                       &second[i]);
-          } else {
-            Accumulate<kPass, kSerial>(x, dy, row_sides[k], sides.At(i), serial, &first[i],
-                                       &second[i]);
-          }
+          Accumulate<M, kPass, kSerial>(elements[k].X(i), elements[k].Dy(i), row_sides[k],
+                                        sides.At(i), serial, &first[i], &second[i]);
         }
       }
     }
@@ -374,13 +396,13 @@ CBAM_DEVICE void ReduceColumns(const Call<typename M::A>& call, int64_t n, int64
   Barrier();
   CBAM_NO_UNROLL
   for (int c = ThreadIndex(); c < width; c += kThreads) {
-    if (tile_column + c >= call.columns) continue;
+    if (tile.column + c >= call.columns) continue;
     A sum = firsts[c], other = seconds[c];
     for (int w = 1; w < kWarps; ++w) {
       sum += firsts[w * width + c];
       other = Join<kPass>(other, seconds[w * width + c]);
     }
-    StoreReduced<kPass>(call, n, down, tile_column + c, sum, other);
+    StoreReduced<kPass>(call, n, tile.down, tile.column + c, sum, other);
   }
 }
 
@@ -393,30 +415,28 @@ CBAM_DEVICE void Reduce(const Call<typename M::A>& call, int64_t n, int64_t inde
   }
 }
 
-// A tile of a map that is written: body(offset of V elements, row of the tile's, in how many rows it
-// is, column) is called for rows in turn, kRows at a time.
+// A tile of a map that is written. body(offsets of the rows, what load_row(row) gave for each, how many
+// of them are there, column) is called for V columns of kRows rows at a time.
 template <typename M, int kRows, typename RowState, typename LoadRow, typename Body>
 CBAM_DEVICE void OverTile(const Call<typename M::A>& call, int64_t n, int64_t index,
                           LoadRow load_row, Body body) {
   const Tiles& tiles = call.map_tiles;
   const int lanes = tiles.lanes, lane = ThreadIndex() % lanes, group = ThreadIndex() / lanes;
   const int batch = kThreads / lanes * kRows;
-  const int64_t down = Quotient(index, tiles.across), across = index - down * tiles.across;
-  const int64_t end_column = Smaller((across + 1) * tiles.columns, call.columns);
-  const int64_t end_row = Smaller((down + 1) * tiles.rows, call.rows);
+  const Tile tile = TileAt(call, tiles, index);
   CBAM_NO_UNROLL
-  for (int64_t row = down * tiles.rows + group * kRows; row < end_row; row += batch) {
+  for (int64_t row = tile.row + group * kRows; row < tile.end_row; row += batch) {
     RowState states[kRows];
     int64_t offsets[kRows];
     CBAM_UNROLL
     for (int k = 0; k < kRows; ++k) {
-      const int64_t this_row = Smaller(row + k, end_row - 1);
+      const int64_t this_row = Smaller(row + k, tile.end_row - 1);
       states[k] = load_row(this_row);
       offsets[k] = (n * call.rows + this_row) * call.columns;
     }
-    const int present = static_cast<int>(Smaller(kRows, end_row - row));
+    const int present = static_cast<int>(Smaller(kRows, tile.end_row - row));
     CBAM_NO_UNROLL
-    for (int64_t column = across * tiles.columns + lane * M::V; column < end_column;
+    for (int64_t column = tile.column + lane * M::V; column < tile.end_column;
          column += lanes * M::V) {
       body(offsets, states, present, column);
     }
@@ -481,36 +501,31 @@ CBAM_DEVICE void MapGrad(const Call<typename M::A>& call, int64_t n, int64_t ind
   using A = typename M::A;
   constexpr int V = M::V, kRows = RowsAtOnce<T>(V, kMaps<kGradient>);
   const bool serial = call.serial;
-  const Sides<A>& row_sides = M::kChannelsLast ? call.position_sides : call.channel_sides;
-  const Sides<A>& column_sides = M::kChannelsLast ? call.channel_sides : call.position_sides;
+  const A* const channels = call.channel_sides.data;
+  const A* const positions = call.position_sides.data;
+  const A* const row_sides = M::kChannelsLast ? positions : channels;
+  const A* const column_sides = M::kChannelsLast ? channels : positions;
   OverTile<M, kRows, Side<A>>(
       call, n, index,
       [&](int64_t row) {
-        return row_sides.data != nullptr
-                   ? reinterpret_cast<const Side<A>*>(row_sides.data)[n * call.rows + row]
-                   : NeutralSide<A>();
+        return row_sides != nullptr ? RowSideOf(row_sides, n * call.rows + row) : NeutralSide<A>();
       },
       [&](const int64_t(&offsets)[kRows], const Side<A>(&row_side)[kRows], int present,
           int64_t column) {
         Elements<M, kGradient, true> elements[kRows];
         CBAM_UNROLL
         for (int k = 0; k < kRows; ++k) elements[k].LoadAt(call, offsets[k] + column);
-        const A* const sides =
-            column_sides.data != nullptr ? column_sides.data + n * 4 * call.columns : nullptr;
-        A gate[V], mean_share[V], max_share[V], maximum[V];
-        LoadOr<V>(sides, column, A(1), gate);
-        LoadOr<V>(sides, call.columns + column, A(0), mean_share);
-        LoadOr<V>(sides, 2 * call.columns + column, A(0), max_share);
-        LoadOr<V>(sides, 3 * call.columns + column, NotANumber<A>(), maximum);
+        ColumnSides<M> sides;
+        sides.LoadAll(column_sides, call.columns, n, column);
         CBAM_UNROLL
         for (int k = 0; k < kRows; ++k) {
           if (k >= present) continue;
           Vec<T, V> results;
           CBAM_UNROLL
           for (int i = 0; i < V; ++i) {
-            const Side<A> side = {gate[i], mean_share[i], max_share[i], maximum[i]};
-            const Side<A>& channel = M::kChannelsLast ? side : row_side[k];
-            const Side<A>& position = M::kChannelsLast ? row_side[k] : side;
+            const Side<A> column_side = sides.At(i);
+            const Side<A>& channel = ChannelOf<M>(row_side[k], column_side);
+            const Side<A>& position = PositionOf<M>(row_side[k], column_side);
             FromCompute(MapGradient<kGradient>(elements[k].X(i), elements[k].Dy(i), channel,
                                                serial ? channel.gate : A(1), position),
                         &results.value[i]);

@@ -67,14 +67,12 @@ CBAM_DEVICE void ReadPair(const A* values, int64_t size, int64_t n, int64_t i, A
   *maximum = values[(n * 2 + 1) * size + i];
 }
 
-// Weights of a product: of output o and inner index i at o * output_step + i * inner_step.
+// Weights of a product, [inner, outputs] or, read the other way round, [outputs, inner].
 template <typename A>
 struct Weights {
   const A* data;
   int64_t outputs;
   int64_t inner;
-  int64_t output_step;
-  int64_t inner_step;
 };
 
 // For the outputs of a tile of kLanes: shared[s * kThreads + r * kLanes + lane] = the part that is
@@ -82,8 +80,8 @@ struct Weights {
 // all threads may use it after this, by Folded. Weights whose inner indices lie side by side come by
 // way of shared memory; the others are read where they are.
 template <int kLanes, bool kInnerFirst, typename A, typename Value>
-CBAM_DEVICE void Multiply(const Weights<A>& weights, int64_t tile, int present, A* shared,
-                          Value value) {
+CBAM_DEVICE void SumProducts(const Weights<A>& weights, int64_t tile, int present, A* shared,
+                             Value value) {
   // Half of the shared memory for these weights.
   constexpr int kTile = kItemBytes / 2 / static_cast<int>(sizeof(A)) / kLanes - 1;
   constexpr int kSize = kInnerFirst ? (kTile >= 128 ? 128 : kTile >= 32 ? 32 : 16) : kSlice<A>;
@@ -106,9 +104,9 @@ CBAM_DEVICE void Multiply(const Weights<A>& weights, int64_t tile, int present, 
       for (int at = ThreadIndex(); at < kLanes * kSize; at += kThreads) {
         const int64_t row = tile * kLanes + at / kSize;
         const int i = at % kSize;
-        staged[at / kSize * (kSize + 1) + i] =
-            row < weights.outputs && i < size ? weights.data[row * weights.output_step + slice + i]
-                                              : A(0);
+        staged[at / kSize * (kSize + 1) + i] = row < weights.outputs && i < size
+                                                   ? weights.data[row * weights.inner + slice + i]
+                                                   : A(0);
       }
     }
     Barrier();
@@ -116,7 +114,7 @@ CBAM_DEVICE void Multiply(const Weights<A>& weights, int64_t tile, int present, 
       CBAM_UNROLL_4
       for (int i = row_thread; i < size; i += kThreads / kLanes) {
         const A weight = kInnerFirst ? staged[lane * (kSize + 1) + i]
-                                     : weights.data[(slice + i) * weights.inner_step + output];
+                                     : weights.data[(slice + i) * weights.outputs + output];
         CBAM_UNROLL
         for (int q = 0; q < kSums; q += 4) {
           const Vec<A, 4> four = Load<A, 4>(shared + i * kSumsApart + q);
@@ -154,9 +152,9 @@ CBAM_DEVICE void Folded(const Weights<A>& weights, int64_t tile, int present, co
 template <typename A>
 CBAM_DEVICE void Hidden(const Call<A>& call, int64_t group_index, int tile) {
   const Group<A> group(call, group_index);
-  const Weights<A> weights = {call.w0, call.hidden, call.channels, 1, call.hidden};
+  const Weights<A> weights = {call.w0, call.hidden, call.channels};
   A* const shared = Shared<A>();
-  Multiply<kUnits, false>(
+  SumProducts<kUnits, false>(
       weights, tile, group.present, shared, [&](int s, int64_t c, A* mean, A* maximum) {
         const int64_t n = group.first + s;
         Fold<true>(call.channel_source, n, c, mean, maximum);
@@ -178,9 +176,9 @@ CBAM_DEVICE void Hidden(const Call<A>& call, int64_t group_index, int tile) {
 template <typename A>
 CBAM_DEVICE void Gate(const Call<A>& call, int64_t group_index, int tile, bool logits_only) {
   const Group<A> group(call, group_index);
-  const Weights<A> weights = {call.w1, call.channels, call.hidden, 1, call.channels};
+  const Weights<A> weights = {call.w1, call.channels, call.hidden};
   A* const shared = Shared<A>();
-  Multiply<kGateChannels, false>(
+  SumProducts<kGateChannels, false>(
       weights, tile, group.present, shared, [&](int s, int64_t j, A* mean, A* maximum) {
         ReadPair(call.hidden_values, call.hidden, group.first + s, j, mean, maximum);
       });
@@ -188,18 +186,18 @@ CBAM_DEVICE void Gate(const Call<A>& call, int64_t group_index, int tile, bool l
       weights, tile, group.present, shared, [&](int s, int64_t c, A mean, A maximum) {
         const int64_t n = group.first + s;
         const A bias = call.b1 != nullptr ? call.b1[c] : A(0);
-        A logits[2] = {mean + bias, maximum + bias};
+        mean += bias;
+        maximum += bias;
         if (logits_only) {
-          call.logits[n * 2 * call.channels + c] = logits[0];
-          call.logits[(n * 2 + 1) * call.channels + c] = logits[1];
+          call.logits[n * 2 * call.channels + c] = mean;
+          call.logits[(n * 2 + 1) * call.channels + c] = maximum;
           return;
         }
         if (call.mlp_relu) {
-          logits[0] = Relu(logits[0]);
-          logits[1] = Relu(logits[1]);
+          mean = Relu(mean);
+          maximum = Relu(maximum);
         }
-        const A sum =
-            call.use_mean && call.use_max ? logits[0] + logits[1] : logits[call.use_mean ? 0 : 1];
+        const A sum = (call.use_mean ? mean : A(0)) + (call.use_max ? maximum : A(0));
         call.channel_gate[n * call.channels + c] = Sigmoid(sum);
       });
 }
@@ -208,9 +206,9 @@ CBAM_DEVICE void Gate(const Call<A>& call, int64_t group_index, int tile, bool l
 template <typename A>
 CBAM_DEVICE void HiddenGrad(const Call<A>& call, int64_t group_index, int tile) {
   const Group<A> group(call, group_index);
-  const Weights<A> weights = {call.w1, call.hidden, call.channels, call.channels, 1};
+  const Weights<A> weights = {call.w1, call.hidden, call.channels};
   A* const shared = Shared<A>();
-  Multiply<kUnits, true>(
+  SumProducts<kUnits, true>(
       weights, tile, group.present, shared, [&](int s, int64_t c, A* mean, A* maximum) {
         const int64_t n = group.first + s, at = n * call.channels + c;
         A d_gate, count;
@@ -240,9 +238,9 @@ CBAM_DEVICE void HiddenGrad(const Call<A>& call, int64_t group_index, int tile) 
 template <typename A>
 CBAM_DEVICE void ChannelSides(const Call<A>& call, int64_t group_index, int tile) {
   const Group<A> group(call, group_index);
-  const Weights<A> weights = {call.w0, call.channels, call.hidden, call.hidden, 1};
+  const Weights<A> weights = {call.w0, call.channels, call.hidden};
   A* const shared = Shared<A>();
-  Multiply<kGateChannels, true>(
+  SumProducts<kGateChannels, true>(
       weights, tile, group.present, shared, [&](int s, int64_t j, A* mean, A* maximum) {
         ReadPair(call.d_hidden, call.hidden, group.first + s, j, mean, maximum);
       });

@@ -376,15 +376,19 @@ class Plan {
     *sides = {Take(problem_.batch, 4, size), size, together};
   }
 
-  void FillPool(bool over_channels, const void* x, void* first, void* second, int64_t stride,
-                int64_t step) {
-    PlanPasses(1, 1);
+  // What pools and their gradients share.
+  void FillPools(const void* x, bool over_channels, int64_t stride, int64_t step, int maps) {
+    PlanPasses(maps, maps);
     call.x = x;
     call.pool_over_channels = over_channels;
-    call.pool_first = first;
-    call.pool_second = second;
     call.pool_stride = stride;
     call.pool_step = step;
+  }
+  void FillPool(bool over_channels, const void* x, void* first, void* second, int64_t stride,
+                int64_t step) {
+    FillPools(x, over_channels, stride, step, 1);
+    call.pool_first = first;
+    call.pool_second = second;
     if (over_channels) {
       TakeSpatialPass(static_cast<A>(call.channels));
     } else {
@@ -407,16 +411,12 @@ class Plan {
 
   void FillPoolGrad(bool over_channels, const void* x, const void* maximum, const void* d_first,
                     const void* d_second, void* dx, int64_t stride, int64_t step) {
-    PlanPasses(2, 2);
-    call.x = x;
+    FillPools(x, over_channels, stride, step, 2);
     call.dy = x;
     call.result = dx;
-    call.pool_over_channels = over_channels;
     call.pool_maximum = maximum;
     call.d_pool_first = d_first;
     call.d_pool_second = d_second;
-    call.pool_stride = stride;
-    call.pool_step = step;
     const int64_t results = over_channels ? call.positions : call.channels;
     call.pool_maxima = Take(problem_.batch, results);
     if (over_channels) {
