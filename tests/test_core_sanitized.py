@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 import subprocess
+from pathlib import Path
 
 import pytest
 from cuda_on_cpu import CACHE, COMPILER, CSRC, sanitizer_works
@@ -32,20 +34,30 @@ def run(*command: object, **environment: str) -> str:
     return done.stdout
 
 
+def built(name: str, source: Path, settings: dict[str, object], *targets: str) -> Path:
+    """The folder that CMake has built in. It stays, so that a second run compiles what changed.
+
+    Even where the environment that brought Ninja is gone.
+    """
+    key = hashlib.sha256(f"{source} {COMPILER}".encode()).hexdigest()[:12]
+    folder = CACHE.with_name(f"cbam_ops_{name}_{key}")
+    settings = {
+        "CMAKE_MAKE_PROGRAM": shutil.which("ninja"),
+        "CMAKE_CXX_COMPILER": COMPILER,
+        **settings,
+    }
+    defines = [f"-D{name}={value}" for name, value in settings.items()]
+    run("cmake", "-G", "Ninja", "-S", source, "-B", folder, *defines)
+    run("cmake", "--build", folder, *(["--target", *targets] if targets else []))
+    return folder
+
+
 @pytest.mark.parametrize("sanitizer", ["address,undefined", "thread"])
 def test_core_under_a_sanitizer(sanitizer: str) -> None:
-    """address, undefined: what lies outside of memory or of the language. thread: data races.
-
-    The build folder stays, so that a second run compiles what changed.
-    """
+    """address, undefined: what lies outside of memory or of the language. thread: data races."""
     if not sanitizer_works(sanitizer):
         pytest.skip(f"-fsanitize={sanitizer} does not work with {COMPILER} here")
-    key = hashlib.sha256(f"{CSRC} {COMPILER}".encode()).hexdigest()[:12]
-    folder = CACHE.parent / f"cbam_ops_core_{sanitizer.replace(',', '_')}_{key}"
-    run(
-        "cmake", "-G", "Ninja", "-S", CSRC / "testing", "-B", folder,
-        f"-DCBAM_OPS_SANITIZE={sanitizer}", f"-DCMAKE_CXX_COMPILER={COMPILER}",
-    )  # fmt: skip
-    run("cmake", "--build", folder)
+    name = f"core_{sanitizer.replace(',', '_')}"
+    folder = built(name, CSRC / "testing", {"CBAM_OPS_SANITIZE": sanitizer})
     output = run(folder / "core_test", UBSAN_OPTIONS="print_stacktrace=1")
     assert "tested: baseline" in output

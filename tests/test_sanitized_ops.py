@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 import os
 import subprocess
@@ -12,8 +11,8 @@ from pathlib import Path
 import pybind11
 import pytest
 import tensorflow as tf
-from cuda_on_cpu import CACHE, COMPILER, sanitizer_works
-from test_core_sanitized import run
+from cuda_on_cpu import COMPILER, sanitizer_works
+from test_core_sanitized import built
 from test_hostile import SCRIPT
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -26,14 +25,11 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def libraries() -> Path:
-    """The folder with the libraries; it stays, so that a second run compiles what changed."""
-    key = hashlib.sha256(f"{ROOT} {COMPILER} {sys.executable}".encode()).hexdigest()[:12]
-    folder = CACHE.parent / f"cbam_ops_sanitized_{key}"
+    """The folder with the libraries."""
     tensorflow = importlib.util.find_spec("tensorflow")
     assert tensorflow is not None and tensorflow.origin is not None
     settings = {
         "CMAKE_BUILD_TYPE": "Release",
-        "CMAKE_CXX_COMPILER": COMPILER,
         "CMAKE_CXX_FLAGS": "-fsanitize=address -fno-omit-frame-pointer -g1",
         "CMAKE_CXX_FLAGS_RELEASE": "-O1 -DNDEBUG",
         "CBAM_OPS_INSTRUCTION_SETS": "",  # the kernels of each are test_core_sanitized.py's
@@ -44,10 +40,7 @@ def libraries() -> Path:
         "Python_EXECUTABLE": sys.executable,
         "pybind11_DIR": pybind11.get_cmake_dir(),
     }
-    defines = [f"-D{name}={value}" for name, value in settings.items()]
-    run("cmake", "-G", "Ninja", "-S", ROOT, "-B", folder, *defines)
-    run("cmake", "--build", folder, "--target", "cbam_ops_tf", "cbam_ops_xla")
-    return folder / "csrc"
+    return built("sanitized", ROOT, settings, "cbam_ops_tf", "cbam_ops_xla") / "csrc"
 
 
 @pytest.mark.parametrize("kind", ["eager", "graph", "custom_call"])
