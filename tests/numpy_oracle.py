@@ -29,6 +29,7 @@ from numpy.typing import DTypeLike
 
 Array = np.ndarray
 Tensors = dict[str, Array]
+MLP = ("w0", "b0", "w1", "b1")
 
 
 def to_nhwc(x: Array, layout: str) -> Array:
@@ -89,6 +90,10 @@ _GATES: dict[str, tuple[Callable[[Array], Array], Callable[[Array], Array]]] = {
         lambda z: (np.abs(z) < 3).astype(z.dtype) / 6,
     ),
 }
+
+
+def _affine(values: Array, weights: Array, bias: Array | None) -> Array:
+    return values @ weights + (0 if bias is None else bias)
 
 
 def _share(values: Array, largest: Array, axes: tuple[int, ...], ties: str = "even") -> Array:
@@ -226,12 +231,12 @@ def forward(
             (pooling != "avg", "max", maximum),
         ):
             if used:
-                pre = t @ cast(w0) + (0 if b0 is None else cast(b0))
+                pre = _affine(t, cast(w0), None if b0 is None else cast(b0))
                 if w1 is None:
                     branch = pre
                 else:
                     hidden = _HIDDEN[hidden_activation][0](pre)
-                    branch = hidden @ cast(w1) + (0 if b1 is None else cast(b1))
+                    branch = _affine(hidden, cast(w1), None if b1 is None else cast(b1))
                     out["_hidden_" + name] = hidden
                 out["_pre_" + name], out["_branch_" + name] = pre, branch
                 logits = logits + (_relu(branch) if mlp_activation == "relu" else branch)
@@ -407,7 +412,8 @@ def backward(
                 hidden, slope = saved["_hidden_" + name], _HIDDEN[hidden_activation][1](pre)
                 d_hidden = (d_branch @ cast(w1).T) * absolute(slope)
                 if magnitude:  # the hidden unit is a sum that cancels too
-                    hidden = (t @ cast(w0) + (0 if b0 is None else cast(b0))) * absolute(slope)
+                    hidden = _affine(t, cast(w0), None if b0 is None else cast(b0))
+                    hidden = hidden * absolute(slope)
                 out["dw1"] += hidden.T @ d_branch
                 if b1 is not None:
                     out["db1"] += d_branch.sum(axis=0)
@@ -422,6 +428,21 @@ def backward(
                 dx = dx + d_t * share
     out["dx"] = from_nhwc(dx, layout)
     return out
+
+
+def channel_gate_magnitude(values: Tensors, results: Tensors, options: dict[str, Any]) -> Array:
+    """What the sums behind a channel gate come to without their signs, at the gate's slope."""
+    sizes = {name: np.abs(values[name]) if name in values else None for name in MLP}
+    total = np.zeros_like(results["channel_gate"])
+    for index, name in enumerate(("mean", "max")):
+        if "_branch_" + name not in results:
+            continue
+        size = _affine(np.abs(results["channel_descriptors"][index]), sizes["w0"], sizes["b0"])
+        if sizes["w1"] is not None:
+            slope = _HIDDEN[options.get("hidden_activation", "relu")][1](results["_pre_" + name])
+            size = _affine(size * np.abs(slope), sizes["w1"], sizes["b1"])
+        total = total + size
+    return results["channel_gate"] + np.abs(results["_channel_slope"]) * total
 
 
 def options_of(case: Any) -> dict[str, Any]:
@@ -477,6 +498,8 @@ def evaluate(
             results["mean"] = np.full(1, logits)
     names = case.output_names()
     cotangents = case.cotangents([results[name] for name in names])
+    if magnitude and "channel_gate" in results:
+        results["channel_gate"] = channel_gate_magnitude(values, results, options)
     d = {f"d_{name}": v for name, v in zip(names, cotangents, strict=True) if "gate" in name}
     gradients = backward(
         dy=cotangents[0],
