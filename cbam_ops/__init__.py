@@ -23,6 +23,7 @@ __all__ = [
     "NativeUnavailableError",
     "SpatialAttention",
     "__version__",
+    "add_attention",
     "build_info",
     "cbam",
     "cbam_with_batch_norm",
@@ -33,6 +34,7 @@ __all__ = [
     "fuse",
     "fusing",
     "gates",
+    "inserting",
     "layers",
     "models",
     "ops",
@@ -61,9 +63,10 @@ try:
 
         _loader.load_ops()
         # Last, since Keras may be set to another backend than TensorFlow.
-        from . import fusing, layers, models
+        from . import fusing, inserting, layers, models
         from ._torch_weights import from_torch, to_torch
         from .fusing import fuse
+        from .inserting import add_attention
         from .inspecting import gates
         from .layers import CBAM, ChannelAttention, SpatialAttention
 except Exception as error:  # what a broken installation raises is of any type

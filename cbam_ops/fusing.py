@@ -20,7 +20,6 @@ import inspect
 import itertools
 import math
 import types
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -30,6 +29,16 @@ import tensorflow as tf
 
 from cbam_ops import _call, _console, layers, testing
 from cbam_ops._dialects import dialects
+from cbam_ops._graphs import (
+    Graph,
+    Rebuild,
+    checked,
+    graphs_of,
+    is_graph,
+    is_own,
+    sublayers_of,
+    variables_of,
+)
 
 __all__ = ["Attention", "fuse"]
 
@@ -69,53 +78,12 @@ class _LeftError(Exception):
 # --- graph ----------------------------------------------------------------------------------------
 
 
-class _Graph:
-    """The calls of a functional model.
-
-    Attributes:
-      nodes: in the order in which `keras.models.clone_model` visits them.
-      producer: the node of a tensor, by the tensor's id.
-      consumers: the nodes that take a tensor, by its id.
-      outputs: the ids of the model's outputs.
-      chain: whether it is a Sequential, whose layers take one tensor.
-    """
-
-    def __init__(self, model: Any) -> None:
-        self.chain = isinstance(model, keras.Sequential)
-        by_depth = keras.Function(model.inputs, model.outputs)._nodes_by_depth
-        self.nodes = [
-            node for depth in sorted(by_depth, reverse=True) for node in by_depth[depth]
-            if not node.is_input
-        ]  # fmt: skip
-        self.place = {id(node): i for i, node in enumerate(self.nodes)}
-        self.producer = {id(tensor): node for node in self.nodes for tensor in node.outputs}
-        self.consumers: dict[int, list[Any]] = collections.defaultdict(list)
-        for node in self.nodes:
-            for tensor in node.input_tensors:
-                self.consumers[id(tensor)].append(node)
-        self.outputs = {id(tensor) for tensor in model.outputs}
-
-
 def _run(nodes: Iterable[Any], values: dict[int, Any]) -> None:
     """Runs calls on values of tensors by their ids, and adds what they return."""
     for node in nodes:
         arguments, keywords = node.arguments.fill_in(values)
         outputs = keras.tree.flatten(node.operation(*arguments, **keywords))
         values.update(zip(map(id, node.outputs), outputs, strict=True))
-
-
-def _is_graph(operation: Any) -> bool:
-    """Whether it is a model whose calls are known."""
-    return isinstance(operation, (keras.Function, keras.Sequential)) and operation.built
-
-
-def _sublayers(operation: Any) -> list[Any]:
-    """The layer and all inside it; nothing of an op."""
-    return operation._flatten_layers() if isinstance(operation, keras.layers.Layer) else []
-
-
-def _variables(operation: Any) -> list[Any]:
-    return operation.variables if isinstance(operation, keras.layers.Layer) else []
 
 
 # --- regions --------------------------------------------------------------------------------------
@@ -141,7 +109,7 @@ class _Region(NamedTuple):
 
     @property
     def variables(self) -> list[Any]:
-        found = (variable for operation in self.operations for variable in _variables(operation))
+        found = (variable for operation in self.operations for variable in variables_of(operation))
         return list({id(variable): variable for variable in found}.values())
 
 
@@ -149,7 +117,7 @@ class _Region(NamedTuple):
 _MOST_CALLS = 80
 
 
-def _regions(graph: _Graph, last: Any, strict: bool = True) -> Iterator[_Region]:
+def _regions(graph: Graph, last: Any, strict: bool = True) -> Iterator[_Region]:
     """The regions that end with a call, small ones first.
 
     Not `strict`: with those that something leaves besides the output, or with other weights.
@@ -171,7 +139,7 @@ def _regions(graph: _Graph, last: Any, strict: bool = True) -> Iterator[_Region]
         if not made or len(inside) == _MOST_CALLS:
             return
         node = max(made, key=lambda node: graph.place[id(node)])
-        weights = _variables(node.operation)
+        weights = variables_of(node.operation)
         if strict and not all(_may_belong(weight, output.shape) for weight in weights):
             return
         inside[id(node)] = node
@@ -184,7 +152,7 @@ def _alike(a: Any, b: Any) -> bool:
     return a.shape == b.shape and a.dtype == b.dtype
 
 
-def _leaks(graph: _Graph, region: _Region) -> bool:
+def _leaks(graph: Graph, region: _Region) -> bool:
     """Whether something made inside is used outside, besides the output."""
     inside = {id(node) for node in region.nodes}
     made = (tensor for node in region.nodes for tensor in node.outputs)
@@ -305,7 +273,7 @@ def _candidates(region: _Region) -> Iterator[_Candidate]:
 
 def _batch_norm(region: _Region) -> Any:
     """The region's batch norm, or None."""
-    everything = [layer for operation in region.operations for layer in _sublayers(operation)]
+    everything = [layer for operation in region.operations for layer in sublayers_of(operation)]
     for layer in everything:
         if getattr(layer, "activity_regularizer", None) is not None:
             raise _LeftError(f"{layer.name} has an activity regularizer")
@@ -472,9 +440,9 @@ def _computing_in(dtype: str, operations: list[Any]) -> Iterator[None]:
 
     A traced function would keep the weights of a probe.
     """
-    everything = [layer for operation in operations for layer in _sublayers(operation)]
+    everything = [layer for operation in operations for layer in sublayers_of(operation)]
     # A model inside converts to the type of its inputs.
-    inputs = [tensor for layer in everything if _is_graph(layer) for tensor in layer.inputs]
+    inputs = [tensor for layer in everything if is_graph(layer) for tensor in layer.inputs]
     inputs = [tensor for tensor in inputs if tf.as_dtype(tensor.dtype).is_floating]
     places = [
         *((layer, "_dtype_policy", keras.DTypePolicy(dtype)) for layer in everything),
@@ -664,7 +632,7 @@ def _activations(region: _Region) -> set[str]:
     """The names of the activations of the region's layers."""
     names = set()
     for operation in region.operations:
-        for layer in _sublayers(operation):
+        for layer in sublayers_of(operation):
             function = getattr(layer, "activation", None)
             if function is not None:
                 names.add(getattr(function, "__name__", type(function).__name__))
@@ -829,44 +797,35 @@ class _Search:
 
     def __init__(self, model: Any) -> None:
         self.model = model
-        self.graphs: dict[int, _Graph] = {}
+        self.graphs = graphs_of(model)
         self.found: dict[int, _Found] = {}
         self.left: dict[int, str] = {}
         self._users: dict[int, set[int]] = collections.defaultdict(set)
-        self._read(model)
-        for graph, _ in self._remaining():
+        for graph in self.graphs.values():
+            for node in graph.nodes:
+                for variable in () if is_graph(node.operation) else variables_of(node.operation):
+                    self._users[id(variable)].add(id(node))
+        for graph in self._remaining():
             self._look(graph)
         self._keep_shared_together()
 
-    def _read(self, model: Any) -> None:
-        graph = self.graphs[id(model)] = _Graph(model)
-        for node in graph.nodes:
-            if not _is_graph(node.operation):
-                for variable in _variables(node.operation):
-                    self._users[id(variable)].add(id(node))
-            elif id(node.operation) not in self.graphs:
-                self._read(node.operation)
-
-    def _remaining(self) -> Iterator[tuple[_Graph, str]]:
-        """The graphs that no region includes, outer ones first, and the names that lead there."""
-        names = {id(self.model): ""}
-        models = [self.model]
-        for model in models:
-            graph, name = self.graphs[id(model)], names[id(model)]
-            yield graph, name
+    def _remaining(self) -> Iterator[Graph]:
+        """The graphs that no region includes, outer ones first."""
+        remaining = [self.graphs[id(self.model)]]
+        for graph in remaining:
+            yield graph
             gone = self.inner | self.found.keys()
             for node in graph.nodes:
-                inside = node.operation
-                if _is_graph(inside) and id(node) not in gone and id(inside) not in names:
-                    names[id(inside)] = f"{name}{inside.name}/"
-                    models.append(inside)
+                inside = self.graphs.get(id(node.operation))
+                if inside and id(node) not in gone and inside not in remaining:
+                    remaining.append(inside)
 
     @property
     def inner(self) -> set[int]:
         """The ids of the calls that regions include besides their last ones."""
         return {id(n) for found in self.found.values() for n in found.region.nodes[:-1]}
 
-    def _look(self, graph: _Graph) -> None:
+    def _look(self, graph: Graph) -> None:
         # From the last on: a module is met before its parts.
         for node in reversed(graph.nodes):
             if id(node) in self.inner or not _may_end(node):
@@ -887,17 +846,17 @@ class _Search:
                 if inside or _looks_like_attention(node):
                     self.left[id(node)] = inside or reason or _why_no_region(graph, node)
 
-    def _inside(self, graph: _Graph, operation: Any) -> str:
+    def _inside(self, graph: Graph, operation: Any) -> str:
         """What a layer of one's own has inside, in words; empty if there is no attention."""
         texts = []
-        for part in _sublayers(operation)[1:] if _is_own(type(operation)) else ():
+        for part in sublayers_of(operation)[1:] if is_own(type(operation)) else ():
             with contextlib.suppress(_LeftError):
                 found = self._identify(graph, _alone(part))
                 kind, words = found.candidate.layer.__name__, _words(found.row(""))
                 texts.append(f"{part.path} in it is what cbam_ops.{kind}({words}) computes")
         return ", ".join(texts) + "; put it into the class by hand" if texts else ""
 
-    def _identify(self, graph: _Graph, region: _Region) -> _Found:
+    def _identify(self, graph: Graph, region: _Region) -> _Found:
         reasons: list[_LeftError] = []
         for form, added in _forms(region):
             try:
@@ -927,7 +886,7 @@ class _Search:
         calls = set()
         for node in nodes:
             calls.add(id(node))
-            if _is_graph(node.operation):
+            if is_graph(node.operation):
                 calls |= self._calls(self.graphs[id(node.operation)].nodes)
         return calls
 
@@ -955,7 +914,7 @@ class _Search:
         graphs = self.graphs.values()
         same = [n for graph in graphs for n in graph.nodes if n.operation is operation]
         place = [id(n) for n in same].index(id(node))
-        if len(same) == 1 or _variables(operation):
+        if len(same) == 1 or variables_of(operation):
             return operation.name
         taken = {n.operation.name for graph in graphs for n in graph.nodes}
         names = (f"{operation.name}_{i}" for i in itertools.count(place))
@@ -963,17 +922,17 @@ class _Search:
 
     def report(self) -> list[Attention]:
         rows = []
-        for graph, path in self._remaining():
+        for graph in self._remaining():
             for node in graph.nodes:
-                layer = path + self.name(node)
+                layer = graph.path + self.name(node)
                 if id(node) in self.found:
-                    rows.append(self.found[id(node)].row(layer, path))
+                    rows.append(self.found[id(node)].row(layer, graph.path))
                 elif id(node) in self.left and id(node) not in self.inner:
                     rows.append(Attention(layer, reason=self.left[id(node)]))
         return rows
 
 
-def _why_no_region(graph: _Graph, node: Any) -> str:
+def _why_no_region(graph: Graph, node: Any) -> str:
     """Why there is no region that ends with this call."""
     rank = len(node.outputs[0].shape)
     if rank != 4:
@@ -997,7 +956,7 @@ def _alone(layer: Any) -> _Region:
       _LeftError: it is not one of somebody's own that takes a map.
     """
     shapes = [*(layer._build_shapes_dict or {}).values()]
-    if not _is_own(type(layer)) or len(shapes) != 1 or len(shapes[0]) != 4:
+    if not is_own(type(layer)) or len(shapes) != 1 or len(shapes[0]) != 4:
         raise _LeftError("it takes no map")
     x, y = (keras.KerasTensor(tuple(shapes[0]), dtype=layer.compute_dtype) for _ in "xy")
     arguments = types.SimpleNamespace(fill_in=lambda values: ((values[id(x)],), {}))
@@ -1010,7 +969,7 @@ def _alone(layer: Any) -> _Region:
 def _forms(region: _Region) -> Iterator[tuple[_Region, dict[str, Any]]]:
     """The region as it is, and as one that adds its map, or ends with a ReLU, out of sight."""
     yield region, {}
-    if _is_own(type(region.nodes[-1].operation)):
+    if is_own(type(region.nodes[-1].operation)):
         with_residual = region._replace(residual=region.map)
         yield with_residual, {}
         yield with_residual, {"activation": "relu"}
@@ -1020,26 +979,20 @@ def _forms(region: _Region) -> Iterator[tuple[_Region, dict[str, Any]]]:
 def _may_end(node: Any) -> bool:
     """Whether a region may end with this call: it combines tensors, or is somebody's own."""
     name = type(node.operation).__name__
-    if _is_graph(node.operation) or name in _TAILS:
+    if is_graph(node.operation) or name in _TAILS:
         return False
-    return len(node.input_tensors) > 1 or _is_own(type(node.operation))
-
-
-def _is_own(kind: type) -> bool:
-    """Whether a class is somebody's own, or what it does is."""
-    stock = kind.__module__.split(".")[0] in ("keras", "cbam_ops", "tensorflow", "builtins")
-    return not stock or kind is keras.layers.Lambda
+    return len(node.input_tensors) > 1 or is_own(type(node.operation))
 
 
 def _looks_like_attention(node: Any) -> bool:
     """Whether a call that is not replaced is worth a line of the report."""
-    own = _is_own(type(node.operation))
+    own = is_own(type(node.operation))
     if len(node.outputs) != 1 or not 3 <= len(node.outputs[0].shape) <= 5:
         return False
     shape = node.outputs[0].shape
     shapes = [tensor.shape for tensor in node.input_tensors]
     if len(shapes) == 1:
-        return own and shapes[0] == shape and len(shape) == 4 and bool(_variables(node.operation))
+        return own and shapes[0] == shape and len(shape) == 4 and bool(variables_of(node.operation))
     gates = [other for other in shapes if other != shape and (len(other) == 2 or 1 in other)]
     multiplies = own or type(node.operation).__name__ == "Multiply"
     return multiplies and shape in shapes and bool(gates)
@@ -1047,7 +1000,7 @@ def _looks_like_attention(node: Any) -> bool:
 
 def _trainable(region: _Region, candidate: _Candidate) -> bool:
     """Whether the region's weights are trained, all or none."""
-    trained = {id(v) for o in region.operations if _variables(o) for v in o.trainable_variables}
+    trained = {id(v) for o in region.operations if variables_of(o) for v in o.trainable_variables}
     states = {id(v) in trained for n, v in candidate.weights.items() if n not in _STATISTICS}
     if len(states) > 1:
         raise _LeftError("some of its weights are frozen")
@@ -1055,7 +1008,7 @@ def _trainable(region: _Region, candidate: _Candidate) -> bool:
 
 
 def _with_tails(
-    graph: _Graph, region: _Region, candidate: _Candidate
+    graph: Graph, region: _Region, candidate: _Candidate
 ) -> Iterator[tuple[_Region, _Candidate]]:
     """The region with the addition of a residual, and the ReLU, that follow it."""
     while "activation" not in candidate.options:
@@ -1064,7 +1017,7 @@ def _with_tails(
             return
         (node,) = consumers
         others = [tensor for tensor in node.input_tensors if tensor is not region.output]
-        if _variables(node.operation) or _is_graph(node.operation) or len(node.outputs) != 1:
+        if variables_of(node.operation) or is_graph(node.operation) or len(node.outputs) != 1:
             return
         if not all(_alike(tensor, region.output) for tensor in (*node.outputs, *others)):
             return
@@ -1085,55 +1038,29 @@ def _with_tails(
 # --- the new model --------------------------------------------------------------------------------
 
 
-class _Rebuild:
-    """Makes the new model, layer by layer, each once however often it is called."""
+class _Rebuild(Rebuild):
+    """Makes the new model."""
 
     def __init__(self, search: _Search) -> None:
+        super().__init__(search.graphs, "fuse")
         self._search = search
-        self._made: dict[Any, Any] = {}
-        self._copies: list[tuple[Any, Any]] = []
 
-    def model(self, model: Any) -> Any:
-        """A model like this one, or the same again."""
-        if id(model) not in self._made:
-            make = self._sequential if isinstance(model, keras.Sequential) else self._functional
-            self._made[id(model)] = make(model)
-        return self._made[id(model)]
+    def layers(self, node: Any) -> list[Any]:
+        if id(node) in self._search.inner:
+            # Keeps the place of a layer that the next one includes.
+            return [keras.layers.Identity(name=node.operation.name)]
+        if id(node) in self._search.found:
+            return [self._attention(node)]
+        return super().layers(node)
 
-    def _sequential(self, model: Any) -> Any:
-        made: list[Any] = [_clone(tensor._keras_history.operation) for tensor in model.inputs]
-        inner = self._search.inner
-        for node in self._search.graphs[id(model)].nodes:
-            if id(node) in inner:
-                # Keeps the place of a layer that the next one includes.
-                made.append(keras.layers.Identity(name=node.operation.name))
-            elif id(node) in self._search.found:
-                made.append(self._attention(node))
-            else:
-                made.append(self._clone(node.operation))
-        return keras.Sequential(made, name=model.name, trainable=model.trainable)
-
-    def _functional(self, model: Any) -> Any:
-        values = {id(t): _clone(t._keras_history.operation).output for t in model.inputs}
-        inner = self._search.inner
-        for node in self._search.graphs[id(model)].nodes:
-            if id(node) in inner:
-                continue
-            if id(node) in self._search.found:
-                region = self._search.found[id(node)].region
-                residual = None if region.residual is None else values[id(region.residual)]
-                y = self._attention(node)(values[id(region.map)], residual=residual)
-                values[id(region.output)] = y
-                continue
-            arguments, keywords = node.arguments.fill_in(values)
-            outputs = self._clone(node.operation)(*arguments, **keywords)
-            values.update(zip(map(id, node.outputs), keras.tree.flatten(outputs), strict=True))
-        inputs, outputs = (
-            keras.tree.map_structure(lambda tensor: values[id(tensor)], struct)
-            for struct in (model.input, model.output)
-        )
-        make = type(model) if _takes_a_graph(model) else keras.Model
-        return make(inputs, outputs, name=model.name, trainable=model.trainable)
+    def call(self, node: Any, values: dict[int, Any]) -> None:
+        if id(node) in self._search.found:
+            region = self._search.found[id(node)].region
+            residual = None if region.residual is None else values[id(region.residual)]
+            y = self._attention(node)(values[id(region.map)], residual=residual)
+            values[id(region.output)] = y
+        elif id(node) not in self._search.inner:
+            super().call(node, values)
 
     def _attention(self, node: Any) -> Any:
         """The layer in the place of the region that ends with this call."""
@@ -1149,45 +1076,6 @@ class _Rebuild:
             self._made[found.key] = layer
         return self._made[found.key]
 
-    def _clone(self, operation: Any) -> Any:
-        if _is_graph(operation):
-            return self.model(operation)
-        if id(operation) not in self._made:
-            self._made[id(operation)] = _clone(operation)
-            self._copies.append((operation, self._made[id(operation)]))
-        return self._made[id(operation)]
-
-    def copy_weights(self) -> None:
-        """Gives the new layers the values, and the trainability, of the old ones."""
-        for old, new in self._copies:
-            variables, copies = _variables(old), _variables(new)
-            if [v.shape for v in variables] != [v.shape for v in copies]:
-                raise ValueError(f"fuse: {old.name} made again from its config has other weights.")
-            for a, b in zip(_sublayers(old), _sublayers(new), strict=True):
-                b.trainable = a.trainable
-            for a, b in zip(variables, copies, strict=True):
-                b.assign(a)
-                b.trainable = a.trainable
-
-
-def _clone(operation: Any) -> Any:
-    """Another layer or op like this one, without its weights' values."""
-    if isinstance(operation, keras.layers.Lambda):
-        # Its code is not made into a text and back.
-        return keras.layers.Lambda(
-            operation.function, operation._output_shape, operation.mask, operation.arguments,
-            name=operation.name, trainable=operation.trainable, dtype=operation.dtype_policy,
-        )  # fmt: skip
-    try:
-        return type(operation).from_config(operation.get_config())
-    except Exception as error:
-        if not isinstance(operation, keras.layers.Layer):
-            return operation  # an op has no state
-        raise ValueError(
-            f"fuse: {operation.name} cannot be made again from its config: "
-            f"{_console.first_line(error)}"
-        ) from error
-
 
 def _policy(region: _Region) -> Any:
     """The dtype policy of the region's layers with weights.
@@ -1195,7 +1083,7 @@ def _policy(region: _Region) -> Any:
     Raises:
       _LeftError: they have none that can be trained, or compute in another type than the map has.
     """
-    owners = [v for o in region.operations for v in _sublayers(o) if v._trainable_variables]
+    owners = [v for o in region.operations for v in sublayers_of(o) if v._trainable_variables]
     if not owners:
         raise _LeftError("none of its weights can be trained")
     policies = [owner.dtype_policy for owner in owners]
@@ -1203,73 +1091,6 @@ def _policy(region: _Region) -> Any:
         if policy.compute_dtype == region.output.dtype:
             return policy
     raise _LeftError(f"its layers compute in {policies[0].compute_dtype}, not in its map's type")
-
-
-def _checked(model: Any) -> Any:
-    """The model, or one whose calls are known.
-
-    Raises:
-      ValueError: its calls cannot be known, or a model with them would not be the same.
-    """
-    if not isinstance(model, keras.Model):
-        raise ValueError(
-            f"fuse: `model` must be a model of Keras 3, got {type(model).__module__}."
-            f"{type(model).__name__}"
-        )
-    graph = isinstance(model, (keras.Function, keras.Sequential))
-    own = {name for kind in type(model).__mro__ if _is_own(kind) for name in vars(kind)}
-    methods = sorted(name for name in own - _HARMLESS if not name.startswith("_"))
-    if methods and not (graph and _takes_a_graph(model)):
-        raise ValueError(
-            f"fuse: {type(model).__name__} has methods of its own ({', '.join(methods)}), which a "
-            "model with other layers would lose; fuse the models and layers that it is made of."
-        )
-    if not model.built or (graph and not model.inputs):
-        raise ValueError(f"fuse: {model.name} has no input shape yet; call it on data once.")
-    return model if graph else _traced(model)
-
-
-# What a class of one's own may define, and lose.
-_HARMLESS = frozenset(("call", "build", "get_config", "from_config", "compute_output_shape"))
-
-
-def _takes_a_graph(model: Any) -> bool:
-    """Whether the model's class is constructed from inputs and outputs, or a list of layers."""
-    specification = inspect.getfullargspec(type(model).__init__)
-    if isinstance(model, keras.Sequential):
-        return specification.args[1:2] == ["layers"]
-    known = specification.args[1:3] == ["inputs", "outputs"]
-    return known or bool(specification.varargs and specification.varkw)
-
-
-def _traced(model: Any) -> Any:
-    """A functional model of the layers that a subclassed one calls."""
-    shapes = [*(model._build_shapes_dict or {}).values()]
-    if len(shapes) != 1 or not all(size is None or isinstance(size, int) for size in shapes[0]):
-        raise ValueError(f"fuse: {model.name}, a {type(model).__name__}, must have one input.")
-    inputs = keras.Input(batch_shape=(None, *shapes[0][1:]), dtype=model.input_dtype)
-    choices: list[dict[str, Any]] = [{}]
-    if "training" in inspect.signature(model.call).parameters:
-        choices = [{"training": None}, {"training": True}]
-    try:
-        traces = [
-            keras.Model(inputs, model.call(inputs, **keywords), name=model.name)
-            for keywords in choices
-        ]
-    except Exception as error:
-        raise ValueError(
-            f"fuse: {type(model).__name__}.call cannot be traced, since it does more than call "
-            f"Keras's layers and ops: {_console.first_line(error)}"
-        ) from error
-    calls = [
-        [(type(node.operation), id(node.operation) * bool(_variables(node.operation)))
-         for node in _Graph(trace).nodes] for trace in traces
-    ]  # fmt: skip
-    if calls[0] != calls[-1]:
-        raise ValueError(
-            f"fuse: {type(model).__name__}.call cannot be traced: it calls other layers in training"
-        )
-    return traces[0]
 
 
 def fuse(model: Any, verbose: int = 0, return_report: bool = False) -> Any:
@@ -1312,20 +1133,12 @@ def fuse(model: Any, verbose: int = 0, return_report: bool = False) -> Any:
     References:
         - [Woo et al., 2018](https://arxiv.org/abs/1807.06521)
     """
-    graph = _checked(model)
+    graph = checked(model, "fuse")
     search = _Search(graph)
     rebuild = _Rebuild(search)
     new = rebuild.model(graph)
     rebuild.copy_weights()
-    if model.compiled:
-        try:
-            new.compile_from_config(model.get_compile_config())
-        except Exception as error:  # whatever the user's own loss or metric raises
-            warnings.warn(
-                f"fuse: the new model is not compiled, since not all that {model.name} was "
-                f"compiled with can be made again from its config: {_console.first_line(error)}",
-                stacklevel=2,
-            )
+    rebuild.compile(model, new)
     report = search.report()
     if verbose:
         _print(report)
