@@ -36,7 +36,6 @@ NVCC_FLAGS = [
     "-no-compress",
     "-Xcompiler=-fPIC,-fvisibility=hidden",
 ]
-NVCC_FLAGS += ["-gencode=arch=compute_90,code=compute_90"]
 MACHINE = ("program", "arithmetic", "memory", "compile", "machine")
 
 
@@ -118,12 +117,16 @@ class PtxKernels(cuda_on_cpu.Kernels):
     Args:
       csrc: the source tree; a changed copy of it for planted faults.
       only_float32: leaves out the other types, which takes a quarter of the time.
+      capability: for which compute capability, 10 * major + minor.
     """
 
-    def __init__(self, csrc: Path = CSRC, *, only_float32: bool = False) -> None:
+    def __init__(
+        self, csrc: Path = CSRC, *, only_float32: bool = False, capability: int = 90
+    ) -> None:
         # The machine's memory is the host's.
         sources = [source for source in cuda_sources(csrc) if source.stem != "memory"]
-        flags = list(NVCC_FLAGS)
+        target = f"compute_{capability}"
+        flags = [*NVCC_FLAGS, f"-gencode=arch={target},code={target}"]
         if only_float32:
             sources = [s for s in sources if s.stem == "kernels" or "float32" in s.stem]
             flags.append("-DCBAM_OPS_CUDA_FLOAT32_ONLY=1")

@@ -12,6 +12,7 @@ import itertools
 import shutil
 from pathlib import Path
 
+import numpy as np
 import ptx_counts
 import pytest
 from cuda_on_cpu import COMPILER, CSRC, KernelError, Kernels
@@ -50,6 +51,11 @@ def compiled() -> PtxKernels:
     return PtxKernels()
 
 
+@pytest.fixture(scope="session")
+def oldest() -> PtxKernels:
+    return PtxKernels(capability=75)
+
+
 @pytest.fixture(params=[0, 1], ids=["one at a time", "interleaved"])
 def kernels(compiled: PtxKernels, request: pytest.FixtureRequest) -> PtxKernels:
     compiled.configure(seed=request.param)
@@ -63,6 +69,23 @@ def test_every_module(kernels: PtxKernels, module: str, dtype: str, layout: str)
     """Fails where nvcc's translation of a type, layout or order is another function."""
     case = ALL_MODULES[module].replace(size=(3, 4, 6, 16), dtype=dtype, data_format=layout)
     check(case.replace(fill="steps"), kernels)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_oldest_gpus_compute_the_same_numbers(
+    compiled: PtxKernels, oldest: PtxKernels, dtype: str, layout: str
+) -> None:
+    """Fails where what device.cuh has for them alone, maxima and bfloat16, is something else."""
+    case = Case(size=(3, 6, 7, 24), dtype=dtype, data_format=layout)
+    x = case.arrays()["x"]
+    x[1].flat[50] = np.nan
+    problem = Problem(case, x=x)
+    expected = problem.both(compiled)
+    assert np.isnan(expected["channel_descriptors"]).sum() == 2
+    for name, value in problem.both(oldest).items():
+        same = np.array_equal(value.astype(float), expected[name].astype(float), equal_nan=True)
+        assert same, name
 
 
 OPTIONS = (
