@@ -15,19 +15,22 @@ too. JAX is timed where it is. It has not run on a GPU yet.
 4. timing        the suite's cases.gpu_cases(): ours, PyTorch, torch.compile, JAX, TensorFlow's
                  graph and XLA, beside a device copy; batch 256, 32, 1
 5. network       CBAM's share of a training step of ResNet-50, in PyTorch
-6. sanitizers    compute-sanitizer's memcheck, initcheck, synccheck and racecheck over small shapes,
+6. counters      `ncu --set full` of both kernels at ResNet-50's stages: time, instructions, bytes
+                 from memory, L2's hits, conflicts, resident blocks; what the model counts beside it
+7. sanitizers    compute-sanitizer's memcheck, initcheck, synccheck and racecheck over small shapes,
                  without PyTorch, each array in an allocation of its own
 
-Prints a short table and the targets last; writes checks.csv, timing.csv, network.csv and a picture,
-rows as they come. Each part runs in a process of its own, which may crash. Exit code 1 if anything
-is wrong. Each STEP can run alone, in under four minutes with the build; without one all run.
-`--plan` prints how long each may take, and needs nothing. `--device cpu` runs the steps that are
-PyTorch's without a GPU: correctness, streams, timing, network.
+Prints a short table and the targets last; writes checks.csv, timing.csv, network.csv, counters.csv
+and a picture, rows as they come. Each part runs in a process of its own, which may crash. Exit code
+1 if anything is wrong. Each STEP can run alone, in under four minutes with the build; without one
+all run. `--plan` prints how long each may take, and needs nothing. `--device cpu` runs the steps
+that are PyTorch's without a GPU: correctness, streams, timing, network.
 """
 
 from __future__ import annotations
 
 import argparse
+import csv
 import dataclasses
 import importlib.util
 import itertools
@@ -38,7 +41,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -52,14 +55,21 @@ PLAN = {
     "correctness": 40,
     "streams": 15,
     "tensorflow": 70,
-    "timing": 140,
+    "timing": 100,
     "network": 35,
-    "sanitizers": 100,
+    "counters": 60,
+    "sanitizers": 80,
 }
 SANITIZERS = ("memcheck", "initcheck", "synccheck", "racecheck")
 QUICK_PLAN = {**PLAN, "timing": 50, "network": 0}
-# JAX shares the GPU here, TensorFlow too.
-ENVIRONMENT = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", "TF_FORCE_GPU_ALLOW_GROWTH": "true"}
+# JAX shares the GPU here, TensorFlow too. Kernels that have no code for this GPU are compiled at
+# their first use: TensorFlow's own may be such, once and not in every process.
+ENVIRONMENT = {
+    "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
+    "TF_FORCE_GPU_ALLOW_GROWTH": "true",
+    "CUDA_CACHE_PATH": str(Path(tempfile.gettempdir()) / "cbam_ops_cuda_cache"),
+    "CUDA_CACHE_MAXSIZE": str(4 << 30),
+}
 
 
 def build(folder: Path) -> None:
@@ -242,18 +252,117 @@ def sanitize(folder: Path) -> dict[str, str]:
     return result
 
 
-def small_shapes(cuda: Any = None) -> None:
+def small_shapes() -> list[Any]:
     """What compute-sanitizer looks at."""
-    import device
+    from cbam_ops import testing
 
-    from cbam_ops import _core, testing
-    from cbam_ops._cli import gpu_kernels
-
-    kernels = device.Apart(cuda or _core.cuda)
     relu = testing.options(activation="relu")
     case = testing.Case(size=(5, 8, 8, 32), residual=True, options=relu)
-    for layout, dtype in itertools.product(("NHWC", "NCHW"), ("float32", "bfloat16")):
-        gpu_kernels.both_passes(kernels, case.replace(data_format=layout, dtype=dtype))
+    return [
+        case.replace(data_format=layout, dtype=dtype)
+        for layout, dtype in itertools.product(("NHWC", "NCHW"), ("float32", "bfloat16"))
+    ]
+
+
+def run_apart(cases: Iterable[Any], cuda: Any = None) -> None:
+    """Both passes without PyTorch, each array in an allocation of its own."""
+    import device
+
+    from cbam_ops import _core
+    from cbam_ops._cli import gpu_kernels
+
+    for case in cases:
+        gpu_kernels.both_passes(device.Apart(cuda or _core.cuda), case)
+
+
+# ---- counters ------------------------------------------------------------------------------------
+
+# What ncu calls them, and the units that it may give them in.
+COUNTERS = {
+    "microseconds": "gpu__time_duration.sum",
+    "instructions": "smsp__inst_executed.sum",
+    "dram_read": "dram__bytes_read.sum",
+    "dram_written": "dram__bytes_write.sum",
+    "l2_hits_percent": "lts__t_sector_hit_rate.pct",
+    "conflicts": "l1tex__data_bank_conflicts_pipe_lsu_mem_shared.sum",
+    "registers": "launch__registers_per_thread",
+    "blocks_by_registers": "launch__occupancy_limit_registers",
+    "blocks_by_shared_memory": "launch__occupancy_limit_shared_mem",
+    "active_warps": "sm__warps_active.avg.per_cycle_active",
+}
+UNITS = {"ns": 1e-3, "nsecond": 1e-3, "us": 1, "usecond": 1, "ms": 1e3, "msecond": 1e3}
+UNITS |= {"byte": 1, "Kbyte": 1e3, "Mbyte": 1e6, "Gbyte": 1e9}
+
+
+def profiled_cases() -> list[Any]:
+    """The maps of counts.csv, larger."""
+    import cases
+
+    return [
+        stage.problem.replace(dtype=stage.dtype, data_format=layout)
+        for stage in cases.gpu_cases([32])
+        for layout in ("NHWC", "NCHW")
+    ]
+
+
+def counters_of(output: str, cases: Sequence[Any]) -> list[dict[str, Any]]:
+    """What ncu printed, a row for each kernel, with what the model takes it to be.
+
+    Args:
+      output: of `ncu --csv --page raw`: names, units, and a line for each kernel.
+      cases: what ran, a forward and a backward kernel of each.
+
+    Raises:
+      ValueError: it has other kernels than those.
+    """
+    start = output.find('"ID"')
+    names, units, *lines = csv.reader(output[start:].splitlines()) if start >= 0 else ([], [])
+    kernels = [dict(zip(names, line, strict=True)) for line in lines if len(line) == len(names)]
+    unit = dict(zip(names, units, strict=True))
+    directions = [
+        "forward" if "Forward" in kernel["Kernel Name"] else "backward" for kernel in kernels
+    ]
+    if directions != ["forward", "backward"] * len(cases):
+        raise ValueError(f"ncu saw {len(kernels)} kernels, {2 * len(cases)} were expected")
+    with (ROOT / "csrc" / "core" / "cuda" / "counts.csv").open() as file:
+        counts = {tuple(row.values())[:5]: row for row in csv.DictReader(file)}
+    rows = []
+    for case, kernel, direction in zip(np.repeat(cases, 2), kernels, directions, strict=True):
+        stage = "x".join(map(str, case.size[1:]))
+        elements = int(np.prod(case.size))
+        row = {"stage": stage, "dtype": case.dtype, "layout": case.data_format}
+        row |= {"direction": direction, "n": case.size[0]}
+        for name, metric in COUNTERS.items():
+            if kernel.get(metric):
+                value = float(kernel[metric].replace(",", "")) * UNITS.get(unit[metric], 1)
+                row[name] = value
+        expected = counts[stage, case.dtype, case.data_format, direction, "all"]
+        row["instructions_counted"] = float(expected["instructions"]) * elements / 32
+        row["dram_counted"] = float(expected["dram"]) * elements
+        rows.append(row)
+    return rows
+
+
+def profile(folder: Path, path: Path) -> str:
+    """ncu over the stages: writes a row for each kernel; "ok", or why there are none."""
+    from cbam_ops._cli.bench import write_rows
+
+    tool = shutil.which("ncu")
+    if not tool:
+        return "not run: ncu not found"
+    command = [tool, "--csv", "--page", "raw", "--set", "full", "--kernel-name", "regex:ward"]
+    command += [sys.executable, __file__, "--stages", str(folder)]
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, check=False, timeout=PLAN["counters"]
+        )
+        rows = counters_of(done.stdout, profiled_cases())
+    except subprocess.TimeoutExpired:
+        return f"not run to the end within {PLAN['counters']} seconds"
+    except ValueError as error:
+        return f"not run: {error}\n{(done.stdout + done.stderr)[-1500:]}"
+    write_rows(path, rows)
+    return "ok"
 
 
 # ---- TensorFlow, in a process of its own ---------------------------------------------------------
@@ -411,16 +520,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="cpu: the same code on a CPU and small maps, to try it without a GPU; no times of it",
     )
     parser.add_argument("--plan", action="store_true", help="print how long each part may take")
+    # What other programs look at: the folder with the package.
     parser.add_argument("--small-shapes", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--stages", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)
     unknown = set(arguments.steps) - set(steps)
     if unknown:
         parser.error(f"there is no step {', '.join(unknown)}: the steps are {', '.join(steps)}")
     arguments.steps = arguments.steps or steps
-    if arguments.small_shapes:
+    if looked_at := arguments.small_shapes or arguments.stages:
         sys.modules["tensorflow"] = None  # type: ignore[assignment]
-        sys.path.insert(0, str(arguments.small_shapes))
-        small_shapes()
+        sys.path.insert(0, str(looked_at))
+        run_apart(small_shapes() if arguments.small_shapes else profiled_cases())
         return 0
     plan = QUICK_PLAN if arguments.quick else PLAN
     if arguments.plan:
@@ -518,6 +629,8 @@ def _everything(arguments: argparse.Namespace, plan: dict[str, int], folder: Pat
         print(network_table(network))
     for old in workers:
         old.close()
+    if "counters" in arguments.steps:
+        say(f"counters: {profile(folder, output / 'counters.csv')}")
     if "sanitizers" in arguments.steps:
         for tool, text in sanitize(folder).items():
             say(f"{tool}: {text}")

@@ -7,6 +7,7 @@ CBAM_OPS_TEST_DEVICE=CPU runs the tests themselves on another device (test_cuda_
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator
 
@@ -107,6 +108,18 @@ def test_results_have_the_same_bits_every_time():
             assert_same_bits(value, expected[index], f"result {index}")
 
 
+def ones_to_wait_for() -> tf.Tensor:
+    with tf.device(DEVICE):
+        return tf.ones([2**26 if DEVICE == "GPU" else 2**10])
+
+
+def zero_after_a_while(ones: tf.Tensor) -> tf.Tensor:
+    """A long op, without the libraries that a product of matrices needs."""
+    for _ in range(16):
+        ones = tf.sin(ones * (math.pi / 2))
+    return tf.round(tf.reduce_max(ones)) - 1.0
+
+
 def test_ours_waits_for_what_came_before():
     """A long op ahead on TensorFlow's stream, 50 times: a kernel on another stream would not wait.
 
@@ -115,17 +128,12 @@ def test_ours_waits_for_what_came_before():
     drawn = SEVERAL_BLOCKS.draw()
     tensors = moved(drawn, DEVICE)
     expected = bits(everything(tensors))
-    size = 4096 if DEVICE == "GPU" else 64
 
     @tf.function
     def program(big: tf.Tensor, tensors: dict[str, tf.Tensor]) -> list[tf.Tensor]:
-        for _ in range(4):
-            big = tf.matmul(big, big)
-        late = {**tensors, "x": tensors["x"] + (big[0, 0] - 1.0)}
-        return everything(late)
+        return everything({**tensors, "x": tensors["x"] + zero_after_a_while(big)})
 
-    with tf.device(DEVICE):
-        big = tf.eye(size)
+    big = ones_to_wait_for()
     for _ in range(REPEATS):
         for index, value in enumerate(bits(program(big, tensors))):
             assert_same_bits(value, expected[index], f"result {index}")
@@ -232,17 +240,14 @@ def test_inside_xla_the_bits_are_the_same(case, xla_dtype, data_format):
 def test_inside_xla_ours_waits_for_what_came_before():
     """Fails where the kernels run on another stream than the rest of XLA's program."""
     tensors = moved(SEVERAL_BLOCKS.draw(), DEVICE)
-    size = 4096 if DEVICE == "GPU" else 64
 
     @tf.function(autograph=False, jit_compile=True)
     def program(big, tensors):
-        for _ in range(4):
-            big = tf.matmul(big, big)
-        return everything({**tensors, "x": tensors["x"] + (big[0, 0] - 1.0)})
+        return everything({**tensors, "x": tensors["x"] + zero_after_a_while(big)})
 
     with tf.device(DEVICE):
         expected = bits(everything(tensors))
-        big = tf.eye(size)
+        big = ones_to_wait_for()
         for _ in range(REPEATS):
             for index, value in enumerate(bits(program(big, tensors))):
                 assert_same_bits(value, expected[index], f"result {index}")

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import csv
 import itertools
 import os
 import re
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ import numpy as np
 import pytest
 import report
 import results
+from gpu_model import COUNTS
 
 from cbam_ops import _bench, testing
 from cbam_ops._cli import gpu_kernels
@@ -95,6 +98,29 @@ def test_on_a_cpu_the_steps_with_pytorch_run(tmp_path):
     assert "streams: ok" in done.stdout
 
 
+@pytest.mark.parametrize(
+    ("framework", "providers"),
+    [("torch", ["ours", "torch-eager-channels-last"]), ("jax", ["jax"])],
+)
+def test_on_a_cpu_the_frameworks_are_timed(framework, providers):
+    """Fails where a baseline of another framework computes something else than CBAM."""
+    pytest.importorskip(framework)
+    program = f"""
+import dataclasses, sys
+sys.path.insert(0, {str(BENCHMARKS)!r})
+import cases, gpu_check
+case = dataclasses.replace(cases.gpu_cases([2])[0], h=4, w=5, c=32, providers={providers})
+done = gpu_check.work(case, 0.1, 2**12)
+print(sorted({{row["provider"] for row in done.rows}}), done.wrong, done.absent)
+"""
+    environment = {**os.environ, **gpu_check.ENVIRONMENT, "CBAM_OPS_BENCHMARK_DEVICE": "cpu"}
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, env=environment
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == f"{providers} {{}} {{}}"
+
+
 def test_a_step_that_there_is_not_is_an_error(capsys):
     with pytest.raises(SystemExit):
         gpu_check.main(["timing", "racecheck"])
@@ -135,7 +161,60 @@ def test_the_sanitizers_see_every_array_s_bounds():
 
 
 def test_what_the_sanitizers_look_at_runs():
-    gpu_check.small_shapes(cuda_on_cpu.module())
+    gpu_check.run_apart(gpu_check.small_shapes(), cuda_on_cpu.module())
+
+
+NCU = """==PROF== Connected to process 7
+"ID","Kernel Name","dram__bytes_read.sum","gpu__time_duration.sum","launch__registers_per_thread"
+"","","Mbyte","us","register/thread"
+"""
+
+
+def as_ncu_prints(directions: Sequence[str]) -> str:
+    lines = (
+        f'"{i}","void cbam_ops::cuda::{direction.title()}Kernel<M>(Call)","1,024.5","2.5","128"'
+        for i, direction in enumerate(directions)
+    )
+    return NCU + "\n".join(lines)
+
+
+def test_counters_stand_beside_what_the_model_counts():
+    both = gpu_check.profiled_cases()
+    rows = gpu_check.counters_of(as_ncu_prints(["forward", "backward"] * len(both)), both)
+    counted = list(csv.DictReader(COUNTS.read_text().splitlines()))
+    keys = ("stage", "dtype", "layout", "direction")
+    assert {tuple(row[key] for key in keys) for row in rows} == {
+        tuple(row[key] for key in keys) for row in counted
+    }
+    assert rows[1]["direction"] == "backward"
+    assert (rows[1]["dram_read"], rows[1]["microseconds"]) == (1024.5e6, 2.5)
+    assert "l2_hits_percent" not in rows[1], "ncu did not say it"
+    ideal = 2 * np.prod(both[0].size) * 4
+    assert ideal <= rows[0]["dram_counted"] < 1.05 * ideal
+    with pytest.raises(ValueError, match="ncu saw 3 kernels, 32 were expected"):
+        gpu_check.counters_of(as_ncu_prints(["forward"] * 3), both)
+
+
+@pytest.mark.parametrize("fault", ["", "ERR_NVGPUCTRPERM"])
+def test_the_profiler_runs_or_is_not_run(monkeypatch, tmp_path, fault):
+    pairs = ["forward", "backward"] * len(gpu_check.profiled_cases())
+    tool = tmp_path / "ncu"
+    tool.write_text(f"#!/bin/sh\ncat <<'END'\n{fault or as_ncu_prints(pairs)}\nEND\n")
+    monkeypatch.setenv("PATH", "")
+    assert gpu_check.profile(tmp_path, tmp_path / "rows.csv") == "not run: ncu not found"
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    said = gpu_check.profile(tmp_path, tmp_path / "rows.csv")
+    if fault:
+        assert said.startswith("not run: ncu saw 0 kernels") and fault in said
+    else:
+        assert said == "ok"
+        assert len((tmp_path / "rows.csv").read_text().splitlines()) == 1 + len(pairs)
+
+
+def test_what_the_profiler_looks_at_runs():
+    case = testing.Case(size=(1, 4, 4, 32), dtype="bfloat16", data_format="NCHW")
+    gpu_check.run_apart([case], cuda_on_cpu.module())
 
 
 def test_the_checks_cover_every_function_type_and_layout():
