@@ -1,29 +1,34 @@
-"""Residual networks with a CBAM in every block, in the manner of `keras.applications`.
-
-Two families, which differ in more than their depth:
+"""Networks with a CBAM in every block, in the manner of `keras.applications`.
 
 - `CBAMResNet18/34/50/101/152`: the network of the paper as its authors released it (the PyTorch
   repository Jongchan/attention-module): no biases in the convolutions, symmetric padding, stride on
   the 3x3 convolution, a projection shortcut with batch norm only where the shape changes, and a
   batch norm on the spatial attention's convolution. One thing differs: the spatial descriptors are
   mean first here, maximum first there. Weights of the release need the two input planes of every
-  spatial kernel swapped, as `cbam_ops.from_torch` does.
+  spatial kernel swapped, as `cbam_ops.from_torch` does. `width=1.5` and `width=2` are the paper's
+  WideResNet-18.
+- `CBAMResNeXt50/101`: the same with 32 groups of 4 in the 3x3 convolutions.
+- `CBAMMobileNet`: MobileNet with a module after each of its 27 convolutions' batch norms, as in the
+  paper; `width` is its alpha.
+- `CBAMCIFARResNet20/32/44/56/110`: the same blocks in the network of He et al. (2016) for images of
+  32 x 32: three stages of 16, 32 and 64 filters, no pooling before them.
 - `SeedCBAMResNet50/101/152`: an older TensorFlow network that this project grew from: biases
   everywhere, TensorFlow's `same` padding, stride on the first 1x1 convolution, a projection
   shortcut without batch norm in every block, a ReLU after the second dense layer of the channel
   attention.
 
-Both put the module after the last batch norm of a block and before the addition; one fused op
-computes the module, the addition and the ReLU after it (`CBAM(activation="relu")(x,
-residual=shortcut)`).
+The module is after the last batch norm of a block and before the addition; one fused op computes
+the module, the addition and the ReLU after it (`CBAM(activation="relu")(x, residual=shortcut)`).
 
 No pretrained weights are published for them. `build_resnet` is what all of them call: it can also
-build the same network without attention, or with the module made of stock Keras layers, which is
-what comparisons need.
+build the same network without attention, with squeeze and excitation, or with the module made of
+stock Keras layers, which is what comparisons need. `summary` counts the parameters and
+multiply-adds of any model.
 """
 
 from __future__ import annotations
 
+import inspect
 import operator
 import os
 import re
@@ -34,10 +39,19 @@ from typing import Any, NamedTuple, Protocol
 import keras
 import numpy as np
 
+from cbam_ops._counting import Summary, summary
 from cbam_ops._dialects import options_of_dialect
-from cbam_ops.layers import CBAM
+from cbam_ops.layers import CBAM, ChannelAttention
 
 __all__ = [
+    "CBAMCIFARResNet20",
+    "CBAMCIFARResNet32",
+    "CBAMCIFARResNet44",
+    "CBAMCIFARResNet56",
+    "CBAMCIFARResNet110",
+    "CBAMMobileNet",
+    "CBAMResNeXt50",
+    "CBAMResNeXt101",
     "CBAMResNet18",
     "CBAMResNet34",
     "CBAMResNet50",
@@ -46,9 +60,11 @@ __all__ = [
     "SeedCBAMResNet50",
     "SeedCBAMResNet101",
     "SeedCBAMResNet152",
+    "Summary",
     "build_resnet",
     "decode_predictions",
     "preprocess_input",
+    "summary",
 ]
 
 BOTTLENECK_EXPANSION = 4
@@ -86,7 +102,6 @@ DEPTHS = {
     152: Architecture((3, 8, 36, 3), bottleneck=True),
 }
 _MINIMUM_SIZE = 32  # five halvings, as in keras.applications
-_DEFAULT_SIZE = 224
 
 _ARGUMENTS_DOC = """
     Args:
@@ -98,7 +113,7 @@ _ARGUMENTS_DOC = """
         input_shape: optional shape without the batch, `(H, W, channels)` for `channels_last` or
             `(channels, H, W)` for `channels_first` (`keras.config.image_data_format()` decides).
             H and W are at least 32, or `None` for any size, with or without the top. Default:
-            224 x 224 x 3 with the top, any size and 3 channels without it.
+            {size} x {size} x 3 with the top, any size and 3 channels without it.
         pooling: what follows the last block when `include_top` is `False`: `None` (the 4-D
             feature map is the output), `"avg"` or `"max"` (global pooling, 2-D output). Ignored
             with the top.
@@ -112,17 +127,20 @@ _ARGUMENTS_DOC = """
         kernel_size: odd size of the spatial attention's convolution.
         dialect: whose module the blocks have: one of `cbam_ops.dialects` that is of a CBAM. `None`:
             this network's own, `"{dialect}"`.
+        width: what the filters of the blocks are multiplied by (rounded down); the stem has its
+            own.
 
     Returns:
         A `keras.Model`. Its input is a batch of images as `preprocess_input` makes them; its
-        output has shape `[N, classes]`, or without the top `[N, H/32, W/32, F]` (`[N, F, H/32,
-        W/32]` for `channels_first`; sizes rounded up) or `[N, F]`, F = {features}.
+        output has shape `[N, classes]`, or without the top `[N, H/{step}, W/{step}, F]` (`[N, F,
+        H/{step}, W/{step}]` for `channels_first`; sizes rounded up) or `[N, F]`, F = {features} at
+        width 1.
 
     Raises:
         ValueError: for a `weights` that is neither `None` nor a file of this very network, an
             `input_shape` or `input_tensor` that does not fit, an unknown `pooling`, `classes` below
-            1, a `ratio` larger than the narrowest block's {narrowest} channels, an even
-            `kernel_size`, an unknown `dialect`.
+            1, a `ratio` larger than the channels of the narrowest block, an even `kernel_size`, an
+            unknown `dialect`, a `width` of 0 or less.
 
     TensorFlow's CPU kernels convolve `channels_last` images only: a `channels_first` model can be
     built anywhere, and runs on a GPU.
@@ -200,18 +218,30 @@ def _data_format(data_format: str | None = None) -> str:
     return data_format
 
 
-# --- the module's three forms ---------------------------------------------------------------------
+# --- the module's four forms ----------------------------------------------------------------------
 #
-# Each takes the block's last feature map, the shortcut, the name of the CBAM layer, the name of the
-# closing ReLU and the arguments of the `CBAM` layer, and returns relu(cbam(x) + shortcut).
+# Each takes the block's last feature map, the shortcut or None, the name of the CBAM layer, the
+# name of the closing ReLU and the arguments of the `CBAM` layer, and returns relu(cbam(x) +
+# shortcut).
 
 
 def _fused_module(x: Any, shortcut: Any, name: str, out_name: str, options: dict[str, Any]) -> Any:
     return CBAM(activation="relu", name=name, **options)(x, residual=shortcut)
 
 
+def _squeeze_excite(
+    x: Any, shortcut: Any, name: str, out_name: str, options: dict[str, Any]
+) -> Any:
+    name = f"{name.removesuffix('cbam')}se"
+    known = inspect.signature(ChannelAttention).parameters
+    options = {key: value for key, value in options.items() if key in known}
+    options |= {"pooling": "avg", "activation": "relu"}
+    return ChannelAttention(name=name, **options)(x, residual=shortcut)
+
+
 def _no_module(x: Any, shortcut: Any, name: str, out_name: str, options: dict[str, Any]) -> Any:
-    x = keras.layers.Add(name=f"{out_name}_add")([x, shortcut])
+    if shortcut is not None:
+        x = keras.layers.Add(name=f"{out_name}_add")([x, shortcut])
     return keras.layers.ReLU(name=out_name)(x)
 
 
@@ -272,9 +302,11 @@ def _stock_module(x: Any, shortcut: Any, name: str, out_name: str, options: dict
 
 _MODULES: dict[str | None, Callable[[Any, Any, str, str, dict[str, Any]], Any]] = {
     "cbam": _fused_module,
+    "se": _squeeze_excite,
     "stock": _stock_module,
     None: _no_module,
 }
+_PREFIXES = {"cbam": "cbam_", "se": "se_", "stock": "stock_cbam_", None: ""}
 
 
 # --- the networks ---------------------------------------------------------------------------------
@@ -297,8 +329,12 @@ def _torch_default() -> Any:
 class _Network:
     """The layers of a network, from the images to the last feature map."""
 
-    depths: tuple[int, ...]
-    prefix: str  # of its name
+    rows: dict[int, Architecture]  # by depth
+    name: str  # without that of the attention, as is the next, of the constructor
+    constructor: str
+    size: int = 224  # of images
+    step: int = 32  # pixels of an image to one of the last feature map
+    classes: int = 1000
     title: str  # in the constructors' docstrings, as is the next
     source: str
     classifier: str  # name of the last layer
@@ -323,6 +359,12 @@ class _Network:
             **options,
             "data_format": self.data_format,
         }
+
+    @classmethod
+    def widened(cls, depth: int, width: float) -> Architecture:
+        """A row with more filters in its blocks, or fewer."""
+        row = cls.rows[depth]
+        return row._replace(filters=tuple(max(1, int(count * width)) for count in row.filters))
 
     def features(self, x: Any) -> Any:
         x = self.stem(x)
@@ -353,8 +395,9 @@ class _Network:
 
 
 class Released(_Network):
-    depths = tuple(DEPTHS)
-    prefix = ""
+    rows = DEPTHS
+    name = "{attention}resnet{depth}"
+    constructor = "CBAMResNet{depth}"
     title = "ResNet-{depth} with a CBAM in every block, as the paper's authors released it"
     source = (
         "Woo et al., CBAM: Convolutional Block Attention Module, ECCV 2018, sections 3 and 4.1;\n"
@@ -367,31 +410,37 @@ class Released(_Network):
     def conv(
         self,
         x: Any,
-        filters: int,
+        filters: int | None,
         size: int,
         stride: int,
         name: str,
         initializer: Any,
         groups: int = 1,
     ) -> Any:
-        """Convolution and batch norm; no bias, zeros of size // 2 on every side (not `same`)."""
+        """Convolution and batch norm; no bias, zeros of size // 2 on every side (not `same`).
+
+        Without `filters` a depthwise convolution.
+        """
         padding = "same"  # at stride 1, TensorFlow's is symmetric
         if stride > 1 and size > 1:
             x = keras.layers.ZeroPadding2D(
                 size // 2, data_format=self.data_format, name=f"{name}_pad"
             )(x)
             padding = "valid"
-        x = keras.layers.Conv2D(
-            filters,
-            size,
-            strides=stride,
-            padding=padding,
-            groups=groups,
-            use_bias=False,
-            data_format=self.data_format,
-            kernel_initializer=initializer,
-            name=f"{name}_conv",
-        )(x)
+        options: dict[str, Any] = {
+            "strides": stride,
+            "padding": padding,
+            "use_bias": False,
+            "data_format": self.data_format,
+            "name": f"{name}_conv",
+        }
+        if filters is None:
+            layer = keras.layers.DepthwiseConv2D(size, depthwise_initializer=initializer, **options)
+        else:
+            layer = keras.layers.Conv2D(
+                filters, size, groups=groups, kernel_initializer=initializer, **options
+            )
+        x = layer(x)
         return keras.layers.BatchNormalization(
             axis=self.channel_axis, momentum=0.9, epsilon=1e-5, name=f"{name}_bn"
         )(x)
@@ -421,6 +470,10 @@ class Released(_Network):
             if index > 1:
                 x = keras.layers.ReLU(name=f"{name}_{index - 1}_relu")(x)
             x = self.conv(x, width, size, steps, f"{name}_{index}", _he_normal(), groups)
+        return self.gated(x, shortcut, name)
+
+    def gated(self, x: Any, shortcut: Any, name: str) -> Any:
+        """The module, the addition and the ReLU at the end of a block."""
         options = {
             "mlp_kernel_initializer": _torch_default(),
             "spatial_kernel_initializer": _he_normal(),
@@ -433,9 +486,64 @@ class Released(_Network):
         return _he_normal("fan_in")
 
 
+class _ResNeXt(Released):
+    rows = {depth: DEPTHS[depth]._replace(groups=32, group_width=4) for depth in (50, 101)}
+    name = "{attention}resnext{depth}"
+    constructor = "CBAMResNeXt{depth}"
+    title = "ResNeXt-{depth} (32x4d) with a CBAM in every block, as the paper has it"
+
+
+class _CIFAR(Released):
+    rows = {
+        6 * blocks + 2: Architecture((blocks,) * 3, False, (16, 32, 64), 16)
+        for blocks in (3, 5, 7, 9, 18)
+    }
+    name = "{attention}cifar_resnet{depth}"
+    constructor = "CBAMCIFARResNet{depth}"
+    size, step, classes = 32, 4, 10
+    title = "ResNet-{depth} for images of 32 x 32, with a CBAM in every block"
+    source = (
+        "He et al., Deep Residual Learning for Image Recognition, CVPR 2016, section 4.2, with\n"
+        "    projections where the shape changes; the module as in `CBAMResNet18`."
+    )
+
+    def stem(self, x: Any) -> Any:
+        x = self.conv(x, self.architecture.stem, 3, 1, "conv1", _he_normal())
+        return keras.layers.ReLU(name="conv1_relu")(x)
+
+
+class _MobileNet(Released):
+    rows = {28: Architecture((1, 2, 2, 6, 2), False, (64, 128, 256, 512, 1024), 32)}
+    name = "{attention}mobilenet"
+    constructor = "CBAMMobileNet"
+    title = "MobileNet with a CBAM after every batch norm, as the paper has it"
+    source = (
+        "Howard et al., MobileNets, 2017, table 1; Woo et al. 2018, section 4.1, which put the\n"
+        "    module after each of the 27 convolutions."
+    )
+
+    @classmethod
+    def widened(cls, depth: int, width: float) -> Architecture:
+        row = super().widened(depth, width)
+        return row._replace(stem=max(1, int(row.stem * width)))
+
+    def stem(self, x: Any) -> Any:
+        x = self.conv(x, self.architecture.stem, 3, 2, "conv1", _he_normal())
+        return self.gated(x, None, "conv1")
+
+    def block(self, x: Any, stage: int, block: int, stride: int) -> Any:
+        number = sum(self.architecture.blocks[:stage]) + block + 1
+        for name, size in ((f"conv_dw_{number}", 3), (f"conv_pw_{number}", 1)):
+            filters = None if size == 3 else self.architecture.filters[stage]
+            x = self.conv(x, filters, size, stride if size == 3 else 1, name, _he_normal())
+            x = self.gated(x, None, name)
+        return x
+
+
 class _Seed(_Network):
-    depths = (50, 101, 152)
-    prefix = "seed_"
+    rows = {depth: DEPTHS[depth] for depth in (50, 101, 152)}
+    name = "seed_{attention}resnet{depth}"
+    constructor = "SeedCBAMResNet{depth}"
     title = "the seed's ResNet-{depth} with a CBAM in every block"
     source = (
         "the Keras network this project grew from (module docstring); the module itself is\n"
@@ -472,14 +580,25 @@ class _Seed(_Network):
         return self.module(x, shortcut, f"{name}_cbam", f"{name}_relu3", self.options)
 
 
-_NETWORKS: dict[str, type[_Network]] = {"released": Released, "seed": _Seed}
+_NETWORKS: dict[str, type[_Network]] = {
+    "released": Released,
+    "resnext": _ResNeXt,
+    "cifar": _CIFAR,
+    "mobilenet": _MobileNet,
+    "seed": _Seed,
+}
 
 
 # --- around the network ---------------------------------------------------------------------------
 
 
 def image_input(
-    input_tensor: Any, input_shape: Any, include_top: bool, data_format: str, channels: int = 3
+    input_tensor: Any,
+    input_shape: Any,
+    include_top: bool,
+    data_format: str,
+    channels: int = 3,
+    default_size: int = _Network.size,
 ) -> Any:
     """The Keras tensor of the images, checked."""
     layout = "(H, W, channels)" if data_format == "channels_last" else "(channels, H, W)"
@@ -524,7 +643,7 @@ def image_input(
             )
         return input_tensor
     if input_shape is None:
-        size = _DEFAULT_SIZE if include_top else None
+        size = default_size if include_top else None
         sizes = (size, size)
         input_shape = (*sizes, channels) if channel_index == 2 else (channels, *sizes)
     return keras.Input(shape=input_shape)
@@ -540,35 +659,42 @@ def build_resnet(
     input_tensor: Any = None,
     input_shape: Sequence[int | None] | None = None,
     pooling: str | None = None,
-    classes: int = 1000,
+    classes: int | None = None,
     classifier_activation: Any = "softmax",
     name: str | None = None,
     ratio: int | None = None,
     kernel_size: int = 7,
     dialect: str | None = None,
+    width: float = 1.0,
 ) -> keras.Model:
-    """Builds a residual network of one family and depth with the wanted attention in its blocks.
+    """Builds a network of one family and depth with the wanted attention in its blocks.
 
     The constructors `CBAMResNet50` and so on call it; call it yourself to compare a network with
-    its plain form or with its form in stock Keras layers, all else equal.
+    its plain form, with squeeze and excitation or with its form in stock Keras layers, all else
+    equal.
 
     Args:
-        depth: 18, 34, 50, 101 or 152; the seed's network has 50, 101 and 152.
-        network: `"released"` (the paper's, as its authors released it) or `"seed"`.
-        attention: `"cbam"` (the fused layer), `"stock"` (the same function in stock Keras layers,
-            whose weights have the same shapes) or `None` (the plain residual network).
+        depth: 18, 34, 50, 101 or 152 of the released network, 50 or 101 of ResNeXt, 20, 32, 44, 56
+            or 110 of that for CIFAR's images, 50, 101 or 152 of the seed's; 28 of MobileNet, which
+            is no residual network.
+        network: `"released"` (the paper's, as its authors released it), `"resnext"`, `"cifar"`,
+            `"mobilenet"` or `"seed"`.
+        attention: `"cbam"` (the fused layer), `"se"` (squeeze and excitation in its place, with the
+            same hidden units), `"stock"` (CBAM in stock Keras layers, whose weights have the same
+            shapes) or `None` (the plain network).
         include_top: this and the next six as in `CBAMResNet50`.
         weights: path of a weights file, or `None`.
         input_tensor: Keras tensor of the images, or `None`.
         input_shape: shape of the images, or `None`.
         pooling: `None`, `"avg"` or `"max"`.
-        classes: number of classes.
+        classes: number of classes; `None` is 1000, for the network for CIFAR's images 10.
         classifier_activation: activation of the classifier.
-        name: name of the model; default e.g. `cbam_resnet50`, `stock_cbam_resnet50`, `resnet50`,
-            with `seed_` before it for the seed's network.
+        name: name of the model; default e.g. `cbam_resnet50`, `se_resnet50`, `stock_cbam_resnet50`,
+            `resnet50`, with `seed_` before it for the seed's network.
         ratio: reduction ratio of the channel attention, or `None`.
         kernel_size: size of the spatial attention's convolution.
         dialect: whose module the blocks have, or `None` for the network's own.
+        width: what the filters of the blocks are multiplied by.
 
     Returns:
         A `keras.Model`.
@@ -577,14 +703,15 @@ def build_resnet(
         ValueError: for an argument that is none of the above, and as `CBAMResNet50` raises.
     """
     if network not in _NETWORKS:
-        raise ValueError(f'`network` must be "released" or "seed", got {network!r}')
+        known = " or ".join(f'"{name}"' for name in _NETWORKS)
+        raise ValueError(f"`network` must be {known}, got {network!r}")
     family = _NETWORKS[network]
-    if depth not in family.depths:
+    if depth not in family.rows:
         raise ValueError(
-            f"`depth` must be one of {family.depths} for the {network} network, got {depth}"
+            f"`depth` must be one of {tuple(family.rows)} for the {network} network, got {depth}"
         )
     if attention not in _MODULES:
-        raise ValueError(f'`attention` must be "cbam", "stock" or None, got {attention!r}')
+        raise ValueError(f'`attention` must be "cbam", "se", "stock" or None, got {attention!r}')
     if weights is not None and not os.path.isfile(weights):
         raise ValueError(
             "`weights` must be None (random initialization) or the path of an existing weights "
@@ -592,16 +719,20 @@ def build_resnet(
         )
     if pooling not in (None, "avg", "max"):
         raise ValueError(f'`pooling` must be None, "avg" or "max", got {pooling!r}')
+    classes = family.classes if classes is None else classes
     if include_top and (isinstance(classes, bool) or operator.index(classes) < 1):
         raise ValueError(f"`classes` must be at least 1, got {classes!r}")
+    if not width > 0:
+        raise ValueError(f"`width` must be a number above 0, got {width!r}")
     if name is None:
-        prefix = {"cbam": "cbam_", "stock": "stock_cbam_", None: ""}[attention]
-        name = f"{family.prefix}{prefix}resnet{depth}"
+        name = family.name.format(attention=_PREFIXES[attention], depth=depth)
 
     data_format = _data_format()
-    images = image_input(input_tensor, input_shape, include_top, data_format)
+    images = image_input(
+        input_tensor, input_shape, include_top, data_format, default_size=family.size
+    )
     options = {"kernel_size": kernel_size} | ({} if ratio is None else {"ratio": ratio})
-    layers = family(DEPTHS[depth], attention, dialect, options)
+    layers = family(family.widened(depth, width), attention, dialect, options)
     x = layers.features(images)
 
     if include_top:
@@ -646,13 +777,14 @@ class _Constructor(Protocol):
         input_tensor: Any = None,
         input_shape: Sequence[int | None] | None = None,
         pooling: str | None = None,
-        classes: int = 1000,
+        classes: int = ...,
         classifier_activation: Any = "softmax",
         name: str = ...,
         *,
         ratio: int | None = None,
         kernel_size: int = 7,
         dialect: str | None = None,
+        width: float = 1.0,
     ) -> keras.Model: ...
 
 
@@ -666,13 +798,14 @@ def _constructor(network: str, depth: int) -> _Constructor:
         input_tensor: Any = None,
         input_shape: Sequence[int | None] | None = None,
         pooling: str | None = None,
-        classes: int = 1000,
+        classes: int = family.classes,
         classifier_activation: Any = "softmax",
-        name: str = f"{family.prefix}cbam_resnet{depth}",
+        name: str = family.name.format(attention=_PREFIXES["cbam"], depth=depth),
         *,
         ratio: int | None = None,
         kernel_size: int = 7,
         dialect: str | None = None,
+        width: float = 1.0,
     ) -> keras.Model:
         return build_resnet(
             depth,
@@ -688,17 +821,17 @@ def _constructor(network: str, depth: int) -> _Constructor:
             ratio=ratio,
             kernel_size=kernel_size,
             dialect=dialect,
+            width=width,
         )
 
-    construct.__name__ = construct.__qualname__ = (
-        f"{'Seed' if network == 'seed' else ''}CBAMResNet{depth}"
-    )
+    construct.__name__ = construct.__qualname__ = family.constructor.format(depth=depth)
     title = family.title.format(depth=depth)
     construct.__doc__ = f"Instantiates {title}.\n" + _ARGUMENTS_DOC.format(
-        features=DEPTHS[depth].outputs(-1),
-        narrowest=DEPTHS[depth].outputs(0),
+        features=family.rows[depth].outputs(-1),
         source=family.source,
         dialect=family.dialect,
+        size=family.size,
+        step=family.step,
     )
     return construct
 
@@ -708,6 +841,14 @@ CBAMResNet34 = _constructor("released", 34)
 CBAMResNet50 = _constructor("released", 50)
 CBAMResNet101 = _constructor("released", 101)
 CBAMResNet152 = _constructor("released", 152)
+CBAMResNeXt50 = _constructor("resnext", 50)
+CBAMResNeXt101 = _constructor("resnext", 101)
+CBAMMobileNet = _constructor("mobilenet", 28)
+CBAMCIFARResNet20 = _constructor("cifar", 20)
+CBAMCIFARResNet32 = _constructor("cifar", 32)
+CBAMCIFARResNet44 = _constructor("cifar", 44)
+CBAMCIFARResNet56 = _constructor("cifar", 56)
+CBAMCIFARResNet110 = _constructor("cifar", 110)
 SeedCBAMResNet50 = _constructor("seed", 50)
 SeedCBAMResNet101 = _constructor("seed", 101)
 SeedCBAMResNet152 = _constructor("seed", 152)

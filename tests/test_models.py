@@ -11,7 +11,7 @@ import tensorflow as tf
 
 import cbam_ops
 from cbam_ops import models, testing
-from cbam_ops.layers import CBAM
+from cbam_ops.layers import CBAM, ChannelAttention
 from cbam_ops.testing import assert_close
 
 SMALL = (32, 32, 3)
@@ -23,8 +23,13 @@ RELEASED = {
     (50, "cbam"): (28_089_624, "4.096", "3.864362"),
     (101, "cbam"): (49_330_172, None, "7.581366"),
     (152, "cbam"): (66_826_848, None, None),
+    (18, "se"): (None, "1.814", None),
+    (50, "se"): (28_088_024, "4.092", "3.860488"),
+    (101, "se"): (None, None, "7.574938"),
     (18, None): (None, "1.814", None),
+    (34, None): (None, "3.664", None),
     (50, None): (25_557_032, "4.089", "3.857973"),
+    (101, None): (None, None, "7.570194"),
 }
 SEED_TOTAL = {50: 42_714_184, 101: 81_876_251, 152: 114_137_454}
 
@@ -95,10 +100,13 @@ def _randomize(model: keras.Model, rng: np.random.Generator) -> None:
 @pytest.mark.parametrize(("depth", "attention"), RELEASED)
 def test_released_sizes(shapes_only, depth, attention):
     """Fails for a layer, a bias or a shortcut too many, or a stride in the wrong place."""
-    model = _constructor(depth)() if attention else models.build_resnet(depth, attention=None)
+    if attention == "cbam":
+        model = _constructor(depth)()
+    else:
+        model = models.build_resnet(depth, attention=attention)
     assert model.input_shape == (None, 224, 224, 3)
     assert model.output_shape == (None, 1000)
-    assert model.name == f"{'cbam_' if attention else ''}resnet{depth}"
+    assert model.name == f"{attention}_resnet{depth}".removeprefix("None_")
     parameters, multiply_adds, with_stride_on_first = RELEASED[depth, attention]
     assert parameters in (None, _trainable(model))
     for expected, on_first in ((multiply_adds, False), (with_stride_on_first, True)):
@@ -107,22 +115,56 @@ def test_released_sizes(shapes_only, depth, attention):
             assert f"{_multiply_adds(model, on_first) / 1e9:.{digits}f}" == expected
 
 
-# Of the paper's other networks, which its checkpoints may be of: 32 groups of 4, a wider trunk.
-ARCHITECTURES = {
-    27_561_496: models.DEPTHS[50]._replace(groups=32, group_width=4),
-    48_958_716: models.DEPTHS[101]._replace(groups=32, group_width=4),
-    26_075_516: models.DEPTHS[18]._replace(filters=(96, 192, 384, 768)),
-    45_971_256: models.DEPTHS[18]._replace(filters=(128, 256, 512, 1024)),
+# Of the paper's other networks; of MobileNet in M as its table has them, with its multiply-adds in
+# G; of the network for CIFAR's images those of He et al.'s with projections.
+OTHERS = {
+    "CBAMResNeXt50": ({}, 27_561_496, None),
+    "CBAMResNeXt101": ({}, 48_958_716, None),
+    "CBAMResNet18, 1.5": ({"width": 1.5}, 26_075_516, None),
+    "CBAMResNet18, 2": ({"width": 2}, 45_971_256, None),
+    "CBAMMobileNet": ({}, "5.07", "0.576"),
+    "CBAMMobileNet, 0.7": ({"width": 0.7}, "2.71", None),
 }
 
 
-@pytest.mark.parametrize("parameters", ARCHITECTURES)
-def test_sizes_of_other_architectures(shapes_only, parameters):
-    """A wrong count means other widths or groups than ResNeXt's and WideResNet's."""
-    network = models.Released(ARCHITECTURES[parameters], "cbam", None, {})
-    images = keras.Input(SMALL)
-    model = keras.Model(images, network.top(network.features(images), 1000, "softmax"))
-    assert _trainable(model) == parameters
+@pytest.mark.parametrize("network", OTHERS)
+def test_sizes_of_other_networks(shapes_only, network):
+    """A wrong count means other widths, groups or places of modules than the paper's."""
+    arguments, parameters, multiply_adds = OTHERS[network]
+    model = getattr(models, network.partition(",")[0])(**arguments)
+    assert _trainable(model) == parameters or f"{_trainable(model) / 1e6:.2f}" == parameters
+    assert multiply_adds in (None, f"{_multiply_adds(model) / 1e9:.3f}")
+
+
+def test_mobilenet(shapes_only):
+    """Fails when the plain network is not Keras's, or a module is left out of the 27."""
+    plain = models.build_resnet(28, network="mobilenet", attention=None)
+    keras_own = keras.applications.MobileNet(weights=None)
+    assert plain.name == "mobilenet"
+    sizes, own_sizes = ([int(np.prod(w.shape)) for w in m.weights] for m in (plain, keras_own))
+    assert sizes == own_sizes
+    assert f"{_multiply_adds(plain) / 1e9:.3f}" == "0.569"
+    squeezed = models.build_resnet(28, network="mobilenet", attention="se")
+    assert f"{_multiply_adds(squeezed) / 1e9:.3f}" == "0.570"
+    model = models.CBAMMobileNet()
+    places = cbam_ops.add_attention(plain, dry_run=True)
+    modules = [layer for layer in model.layers if isinstance(layer, CBAM)]
+    assert [m.name for m in modules] == [p.layer.replace("_bn", "_cbam") for p in places]
+    assert [m.output.shape for m in modules] == [p.shape for p in places]
+
+
+@pytest.mark.parametrize(
+    ("depth", "parameters"), [(20, 272_474), (32, 466_906), (44, 661_338), (56, 855_770)]
+)
+def test_networks_for_cifar(shapes_only, depth, parameters):
+    """Fails when a stage, a projection or the classifier is another than He et al.'s."""
+    plain = models.build_resnet(depth, network="cifar", attention=None)
+    assert (plain.input_shape, plain.output_shape) == ((None, 32, 32, 3), (None, 10))
+    assert _trainable(plain) == parameters
+    model = getattr(models, f"CBAMCIFARResNet{depth}")(include_top=False)
+    assert model.name == f"cbam_cifar_resnet{depth}"
+    assert model.output_shape == (None, None, None, 64)
+    assert sum(isinstance(layer, CBAM) for layer in model.layers) == (depth - 2) // 2
 
 
 @pytest.mark.parametrize("depth", SEED_TOTAL)
@@ -140,21 +182,98 @@ def _multiply_adds(model: keras.Model, stride_on_first: bool = False) -> int:
     """
     total = 0
     for layer in model.layers:
-        if isinstance(layer, keras.layers.Conv2D):
+        if type(layer) is keras.layers.Conv2D:
             height, width = layer.output.shape[1:3]
             count = height * width * int(np.prod(layer.kernel.shape))
             first = layer.name.endswith("block1_1_conv") and not layer.name.startswith("conv2")
             total += count // 4 if stride_on_first and first else count
         elif isinstance(layer, keras.layers.Dense):
             total += int(np.prod(layer.kernel.shape))
-        elif isinstance(layer, CBAM):
+        elif isinstance(layer, keras.layers.DepthwiseConv2D):
+            total += int(np.prod(layer.output.shape[1:])) * layer.kernel.shape[0] ** 2
+        elif isinstance(layer, CBAM | ChannelAttention):
             height, width = layer.output.shape[1:3]
             for weight in layer.weights:
-                if len(weight.shape) == 2:  # the MLP runs on the mean and on the maximum
-                    total += 2 * int(np.prod(weight.shape))
+                if len(weight.shape) == 2:  # the MLP runs on each pool
+                    total += len(layer.pooling.split("+")) * int(np.prod(weight.shape))
                 elif len(weight.shape) == 4:
                     total += height * width * int(np.prod(weight.shape))
     return total
+
+
+# --- summary --------------------------------------------------------------------------------------
+
+
+def test_summary_of_a_module_and_its_stock_form():
+    """Fails when a fused op is not counted, or more than the network's own arithmetic."""
+    for attention in ("cbam", "se", "stock", None):
+        model = models.build_resnet(20, network="cifar", attention=attention)
+        found = models.summary(model)
+        expected = models.CBAMCIFARResNet20() if attention == "stock" else model
+        assert found.multiply_adds == _multiply_adds(expected)
+        assert found.trainable_parameters == _trainable(model)
+        assert found.parameters == model.count_params()
+    with cbam_ops.use_implementation("reference"):
+        assert models.summary(expected).multiply_adds == _multiply_adds(expected)
+
+
+@pytest.mark.parametrize(
+    ("depth", "plain", "se", "cbam"),
+    [
+        (50, "3.857973", "3.860488", "3.864362"),
+        pytest.param(101, "7.570194", "7.574938", "7.581366", marks=pytest.mark.long),
+    ],
+)
+def test_summary_has_the_papers_figures(depth, plain, se, cbam):
+    """Keras's ResNet has its stride on the first 1x1, as the figures have it."""
+    model = getattr(keras.applications, f"ResNet{depth}")(weights=None)
+    assert f"{models.summary(model).multiply_adds / 1e9:.6f}" == plain
+    squeeze = cbam_ops.ChannelAttention(pooling="avg")
+    for attention, expected in ((squeeze, se), (CBAM(), cbam)):
+        with_attention = cbam_ops.add_attention(model, attention, start="paper")
+        assert f"{models.summary(with_attention).multiply_adds / 1e9:.6f}" == expected
+
+
+def test_summary_of_other_layers():
+    """Fails when a product of some layer of Keras is not counted, or counted twice."""
+    layers = keras.layers
+    image, series = keras.Input((9, 7, 4)), keras.Input((10, 16))
+    attended = layers.MultiHeadAttention(2, 8)(series, series)
+    for inputs, outputs, expected in (
+        (image, layers.Conv2D(6, 3, groups=2)(image), 7 * 5 * 6 * 9 * 2),
+        (image, layers.DepthwiseConv2D((3, 1))(image), 7 * 7 * 4 * 3),
+        (image, layers.Conv2DTranspose(6, 3, 2)(image), 9 * 7 * 4 * 9 * 6),
+        (series, layers.Conv1D(5, 3)(series), 8 * 5 * 3 * 16),
+        (series, layers.Dense(5)(series), 10 * 16 * 5),
+        (series, attended, 4 * 10 * 16 * 16 + 2 * 2 * 10 * 10 * 8),
+        ([image, series], [layers.Flatten()(image), layers.Dense(3)(series)], 10 * 16 * 3),
+    ):
+        assert models.summary(keras.Model(inputs, outputs)).multiply_adds == expected
+
+
+def test_summary_of_open_sizes_and_subclassed_models():
+    """Fails when an open size is counted as something, or only functional models are."""
+
+    class Mine(keras.Model):
+        def __init__(self):
+            super().__init__()
+            self.dense = keras.layers.Dense(3)
+
+        def call(self, x):
+            return tf.function(self.dense)(x)
+
+    mine = Mine()
+    with pytest.raises(ValueError, match="`model` must be a built keras.Model"):
+        models.summary(mine)
+    mine(np.zeros((5, 4), "float32"))
+    assert models.summary(mine) == (15, 15, 12)
+    model = models.CBAMCIFARResNet20(input_shape=(None, None, 3))
+    with pytest.raises(ValueError, match=r"`input_shape` must be given, .* \(None, None, 3\)"):
+        models.summary(model)
+    with pytest.raises(ValueError, match=r"`input_shape` must fit .*\(None, None, 3\), got"):
+        models.summary(model, (32, 32, 4))
+    fixed = models.summary(models.CBAMCIFARResNet20())
+    assert models.summary(model, (32, 32, 3)) == fixed
 
 
 # --- the same function as an independent composition ----------------------------------------------
@@ -532,8 +651,10 @@ def test_input_tensor_and_shape_disagree():
     [
         (20, {}, "`depth` must be one of .*18, 34, 50, 101, 152.* got 20"),
         (18, {"network": "seed"}, "`depth` must be one of .*50, 101, 152.* seed network, got 18"),
-        (18, {"network": "paper"}, '`network` must be "released" or "seed", got \'paper\''),
-        (18, {"attention": "se"}, '`attention` must be "cbam", "stock" or None, got \'se\''),
+        (18, {"network": "paper"}, '`network` must be "released" or .* "seed", got \'paper\''),
+        (18, {"network": "cifar"}, "`depth` must be one of .*20, 32, 44, 56, 110.* got 18"),
+        (18, {"attention": "eca"}, '`attention` must be "cbam", "se", "stock" or None, got \'eca'),
+        (18, {"width": 0}, "`width` must be a number above 0, got 0"),
     ],
 )
 def test_builder_rejects(depth, arguments, message):
