@@ -237,7 +237,7 @@ def _score(outputs: Any) -> tuple[Any, str]:
     return logits[0, best], f"class {best} ({value:.1%})"
 
 
-def _short(name: str, length: int = 26) -> str:
+def _short(name: str, length: int = 30) -> str:
     return name if len(name) <= length else f"...{name[3 - length :]}"
 
 
