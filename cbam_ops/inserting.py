@@ -15,7 +15,7 @@ that the model, with the models inside it, has anywhere is used:
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from typing import Any, NamedTuple
 
 import keras
@@ -151,7 +151,7 @@ def _residual_blocks(structure: _Structure) -> Iterator[Any]:
             for way in ways
         ]
         longest = sizes.index(max(sizes))
-        if not sizes[longest][0]:
+        if not sizes[longest][0] or sizes.count(sizes[longest]) > 1:
             continue
         node = graph.producer[id(tensors[longest])]
         while not (_kernels(node) or _is_normalisation(node)):
@@ -427,7 +427,8 @@ def add_attention(
             f"{attention!r}"
         )
     gain = _gain(attention, start)
-    if isinstance(where, str) and where != "blocks":
+    given = callable(where) or isinstance(where, Sequence | Set)
+    if where != "blocks" and (isinstance(where, str) or not given):
         raise ValueError(
             f'add_attention: `where` must be "blocks", a list of names or a function, got {where!r}'
         )

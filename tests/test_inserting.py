@@ -131,6 +131,15 @@ def test_places_in_residual_blocks():
     assert _layers(cbam_ops.add_attention(unet, dry_run=True)) == PLACES[1:]
 
 
+def test_ways_of_one_size_are_no_residual_block():
+    """Fails when one of two equal ways is taken for the shortcut of the other."""
+    image = keras.Input(SHAPE)
+    ways = [layers.Conv2D(8, 3, padding="same")(image) for _ in "ab"]
+    x = layers.Conv2D(8, 3, name="last")(layers.Add(name="sum")(ways))
+    places = cbam_ops.add_attention(keras.Model(image, x + x), dry_run=True)
+    assert [place.reason for place in places] == ["stage"]
+
+
 def test_places_in_models_inside():
     """Fails when a backbone inside a model is not looked into, or its places lose their names."""
     model = keras.Sequential([_residual_network("body"), layers.Dense(3)])
@@ -286,6 +295,7 @@ def test_bad_input_is_said():
         ((model, _cbam(activation="relu")), r"`attention` must have activation=None"),
         ((model, _cbam(mlp_activation="relu")), r"`attention` must have mlp_activation=None"),
         ((model, _cbam(), "everywhere"), r"`where` must be \"blocks\", a list of names or"),
+        ((model, _cbam(), 3), r"`where` must be \"blocks\", a list of names or .* got 3"),
         ((model, _cbam(), ["a_bm"]), r"`where` must name layers .* got 'a_bm'; near it are a_bn"),
         ((model, _cbam(), []), r"`where` must name a layer, got an empty list"),
         ((model, _cbam(), ["top"]), r"`where` must name layers that return one map.*top returns"),

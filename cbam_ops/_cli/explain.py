@@ -203,8 +203,9 @@ class _Network:
         for call, slope in zip(calls, slopes, strict=True):
             if slope is not None and len(slope.shape) == 4:
                 cam, cam_layer = self._cam(call.result, slope), call.name
+        spatial = {c.name: c.spatial_gate.numpy()[0] for c in calls if c.spatial_gate is not None}
         return _Look(
-            {c.name: c.spatial_gate.numpy()[0] for c in calls if c.spatial_gate is not None},
+            {name: gate for name, gate in spatial.items() if gate.ndim == 2},  # of no series
             {c.name: c.channel_gate.numpy()[0] for c in calls if c.channel_gate is not None},
             verdict,
             cam,
