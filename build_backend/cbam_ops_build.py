@@ -4,8 +4,9 @@ The TensorFlow already in the target environment is compiled against, if it is o
 will do; another one stops the build; and where there is none the newest becomes a requirement of
 the build, which the frontend then puts into the build environment. The CUDA compiler: find_cuda.py.
 
-CBAM_OPS_NATIVE=OFF in the environment (or scikit-build-core's own `wheel.cmake=false`) compiles
-nothing and needs none of them: the package then has the reference alone.
+Two more words in the environment: CBAM_OPS_INSTRUCTION_SETS is CMake's setting of that name
+(CpuLevels.cmake). CBAM_OPS_NATIVE=OFF, which scikit-build-core calls `wheel.cmake=false`, compiles
+nothing and needs none of the above: the package then has the reference alone.
 """
 
 from __future__ import annotations
@@ -80,6 +81,10 @@ def _complete(settings: Settings) -> dict[str, Any]:
     return {
         "cmake.define.CBAM_OPS_TENSORFLOW_DIR": str(found.directory),
         "cmake.define.CBAM_OPS_TENSORFLOW_VERSION": found.version,
+        # Always, so that the answer does not depend on an earlier build in the folder.
+        "cmake.define.CBAM_OPS_INSTRUCTION_SETS": os.environ.get(
+            "CBAM_OPS_INSTRUCTION_SETS", "AUTO"
+        ),
         **find_cuda.cmake_settings(settings),
         **(settings or {}),
     }

@@ -28,6 +28,7 @@ import cbam_ops
 ROOT = Path(__file__).resolve().parent.parent
 BASELINE_ONLY = "cmake.define.CBAM_OPS_INSTRUCTION_SETS="
 NO_CUDA = "cmake.define.CBAM_OPS_CUDA=OFF"
+NO_CUDA_OPTION = "-DCBAM_OPS_CUDA=OFF"
 
 
 def run(*command: str | Path, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -523,6 +524,20 @@ def configure(build: Path, *arguments: str, **environment: str) -> subprocess.Co
 
 def cuda_record(build: Path) -> dict[str, object]:
     return json.loads((build / "_build_record.json").read_text())["cuda"]
+
+
+def test_a_build_for_this_machine_has_its_best_level_and_the_baseline(tmp_path):
+    """Fails where an install takes time for levels that this machine does not use."""
+    from cbam_ops import _core
+
+    done = configure(tmp_path, NO_CUDA_OPTION)
+    assert done.returncode == 0, done.stderr
+    levels = list(json.loads((tmp_path / "_build_record.json").read_text())["cpu"]["levels"])
+    assert levels == list(dict.fromkeys(["baseline", _core.available_instruction_sets()[-1]]))
+    done = configure(tmp_path, NO_CUDA_OPTION, "-DCBAM_OPS_INSTRUCTION_SETS=AVX3")
+    assert done.returncode != 0
+    message = " ".join(done.stderr.split())
+    assert "must be AUTO, ALL or a list of AVX2 and AVX512, got 'AVX3'" in message
 
 
 def test_without_nvcc_auto_builds_for_the_cpu_and_says_so(tmp_path):

@@ -14,6 +14,7 @@ set(CBAM_OPS_FLAGS_AVX2 -mavx2 -mfma -mf16c)
 set(CBAM_OPS_FLAGS_AVX512
   -mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma -mf16c -mprefer-vector-width=512)
 
+# The baseline of other processors is their only level.
 include(CheckCXXSourceCompiles)
 check_cxx_source_compiles("
   #if !defined(__x86_64__)
@@ -21,9 +22,32 @@ check_cxx_source_compiles("
   #endif
   int main() {}" CBAM_OPS_X86_64)
 if(CBAM_OPS_X86_64)
-  set(CBAM_OPS_INSTRUCTION_SETS "AVX2;AVX512" CACHE STRING
-    "Instruction sets to compile for besides the baseline: AVX2, AVX512, both, or empty")
-  list(APPEND CBAM_OPS_LEVELS ${CBAM_OPS_INSTRUCTION_SETS})
+  set(CBAM_OPS_INSTRUCTION_SETS "AUTO" CACHE STRING
+    "Besides the baseline: AUTO (the best of this machine), ALL, or a list (AVX2;AVX512), also empty")
+  set(levels "${CBAM_OPS_INSTRUCTION_SETS}")
+  if(levels STREQUAL "ALL")
+    set(levels AVX2 AVX512)
+  elseif(levels STREQUAL "AUTO")
+    set(levels "")
+    set(needs_AVX2 avx2 fma f16c)
+    set(needs_AVX512 ${needs_AVX2} avx512f avx512bw avx512dq avx512vl)
+    file(STRINGS /proc/cpuinfo flags REGEX "^flags" LIMIT_COUNT 1)
+    separate_arguments(flags)
+    foreach(level IN ITEMS AVX2 AVX512)
+      set(missing ${needs_${level}})
+      list(REMOVE_ITEM missing ${flags})
+      if(NOT missing)
+        set(levels ${level})
+      endif()
+    endforeach()
+  endif()
+  foreach(level IN LISTS levels)
+    if(NOT level MATCHES "^AVX(2|512)$")
+      message(FATAL_ERROR "CBAM_OPS_INSTRUCTION_SETS must be AUTO, ALL or a list of AVX2 and AVX512, "
+        "got '${CBAM_OPS_INSTRUCTION_SETS}'.")
+    endif()
+  endforeach()
+  list(APPEND CBAM_OPS_LEVELS ${levels})
 endif()
 
 function(cbam_ops_add_cpu_levels library source)

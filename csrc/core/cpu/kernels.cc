@@ -17,22 +17,24 @@ namespace {
 constexpr InstructionSet kInstructionSets[] = {InstructionSet::kBaseline, InstructionSet::kAvx2,
                                                InstructionSet::kAvx512};
 
-InstructionSet Best() {
-  if (IsAvailable(InstructionSet::kAvx512)) return InstructionSet::kAvx512;
-  if (IsAvailable(InstructionSet::kAvx2)) return InstructionSet::kAvx2;
-  return InstructionSet::kBaseline;
+InstructionSet BestUpTo(InstructionSet highest) {
+  InstructionSet best = InstructionSet::kBaseline;
+  for (const InstructionSet instruction_set : kInstructionSets) {
+    if (instruction_set <= highest && IsAvailable(instruction_set)) best = instruction_set;
+  }
+  return best;
 }
 
 // The best available set that is not above what the environment asks for; an unknown name asks for
 // nothing.
 InstructionSet Initial() {
-  const InstructionSet best = Best();
   const char* wanted = std::getenv("CBAM_OPS_INSTRUCTION_SET");
-  if (wanted == nullptr) return best;
   for (const InstructionSet instruction_set : kInstructionSets) {
-    if (std::strcmp(wanted, Name(instruction_set)) == 0) return std::min(best, instruction_set);
+    if (wanted != nullptr && std::strcmp(wanted, Name(instruction_set)) == 0) {
+      return BestUpTo(instruction_set);
+    }
   }
-  return best;
+  return BestUpTo(InstructionSet::kAvx512);
 }
 
 std::atomic<InstructionSet>& Active() {
