@@ -532,8 +532,8 @@ def test_a_build_for_this_machine_has_its_best_level_and_the_baseline(tmp_path):
 
     done = configure(tmp_path, NO_CUDA_OPTION)
     assert done.returncode == 0, done.stderr
-    levels = list(json.loads((tmp_path / "_build_record.json").read_text())["cpu"]["levels"])
-    assert levels == list(dict.fromkeys(["baseline", _core.available_instruction_sets()[-1]]))
+    levels = json.loads((tmp_path / "_build_record.json").read_text())["cpu"]["levels"]
+    assert set(levels) == {"baseline", _core.available_instruction_sets()[-1]}
     done = configure(tmp_path, NO_CUDA_OPTION, "-DCBAM_OPS_INSTRUCTION_SETS=AVX3")
     assert done.returncode != 0
     message = " ".join(done.stderr.split())

@@ -26,7 +26,7 @@ struct Parallel {
 };
 
 // Instruction sets in rising order. kBaseline is what the compiler may assume on any machine (SSE2
-// on x86-64).
+// on x86-64, NEON on aarch64, where it is the only one).
 enum class InstructionSet : int32_t { kBaseline = 0, kAvx2 = 1, kAvx512 = 2 };
 
 // The best set this processor and this build have, unless the environment variable

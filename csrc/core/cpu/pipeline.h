@@ -55,6 +55,25 @@ inline int64_t ElementSize(DataType dtype) {
   return 8;
 }
 
+// What the calling thread's floating-point unit does with denormals, rounding and exceptions.
+#if defined(__SSE2__)
+using FloatingPointModes = unsigned int;
+inline FloatingPointModes GetFloatingPointModes() { return _mm_getcsr(); }
+inline void SetFloatingPointModes(FloatingPointModes modes) { _mm_setcsr(modes); }
+#elif defined(__aarch64__)
+using FloatingPointModes = uint64_t;
+inline FloatingPointModes GetFloatingPointModes() {
+  FloatingPointModes modes;
+  asm volatile("mrs %0, fpcr" : "=r"(modes));
+  return modes;
+}
+inline void SetFloatingPointModes(FloatingPointModes modes) {
+  asm volatile("msr fpcr, %0" : : "r"(modes) : "memory");
+}
+#else
+#error "csrc/core/cpu/pipeline.h does not know the floating-point modes of this processor"
+#endif
+
 // Calls body(i) for i in [0, tasks). Every task runs with the caller's floating-point modes:
 // frameworks flush denormals on some of their threads and not on others, and results must not
 // depend on who took a task.
@@ -64,26 +83,17 @@ void ForEach(const Parallel& parallel, int64_t tasks, const Body& body) {
     for (int64_t i = 0; i < tasks; ++i) body(i);
     return;
   }
-#if defined(__SSE2__)
   const struct Context {
     const Body& body;
-    unsigned int modes;
-  } context{body, _mm_getcsr()};
+    FloatingPointModes modes;
+  } context{body, GetFloatingPointModes()};
   const auto task = [](void* argument, int64_t i) {
     const auto* c = static_cast<const Context*>(argument);
-    const unsigned int own_modes = _mm_getcsr();
-    _mm_setcsr(c->modes);
+    const FloatingPointModes own_modes = GetFloatingPointModes();
+    SetFloatingPointModes(c->modes);
     c->body(i);
-    _mm_setcsr(own_modes);
+    SetFloatingPointModes(own_modes);
   };
-#else
-  const struct Context {
-    const Body& body;
-  } context{body};
-  const auto task = [](void* argument, int64_t i) {
-    static_cast<const Context*>(argument)->body(i);
-  };
-#endif
   parallel.run(parallel.context, tasks, task, const_cast<Context*>(&context));
 }
 

@@ -21,6 +21,8 @@
 #include <immintrin.h>
 #elif defined(__SSE2__)
 #include <emmintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 #if defined(CBAM_LEVEL_AVX512)
@@ -104,6 +106,8 @@ CBAM_INLINE VF Max(VF a, VF b) {
   return _mm256_max_ps(a, b);
 #elif defined(__SSE2__)
   return _mm_max_ps(a, b);
+#elif defined(__aarch64__)
+  return vmaxq_f32(a, b);
 #else
   return a > b ? a : b;
 #endif
@@ -115,6 +119,8 @@ CBAM_INLINE VD Max(VD a, VD b) {
   return _mm256_max_pd(a, b);
 #elif defined(__SSE2__)
   return _mm_max_pd(a, b);
+#elif defined(__aarch64__)
+  return vmaxq_f64(a, b);
 #else
   return a > b ? a : b;
 #endif
@@ -126,6 +132,8 @@ CBAM_INLINE VF Fma(VF a, VF b, VF c) {
   return _mm512_fmadd_ps(a, b, c);
 #elif defined(CBAM_LEVEL_AVX2)
   return _mm256_fmadd_ps(a, b, c);
+#elif defined(__aarch64__)
+  return vfmaq_f32(c, a, b);
 #else
   return a * b + c;
 #endif
@@ -135,6 +143,8 @@ CBAM_INLINE VD Fma(VD a, VD b, VD c) {
   return _mm512_fmadd_pd(a, b, c);
 #elif defined(CBAM_LEVEL_AVX2)
   return _mm256_fmadd_pd(a, b, c);
+#elif defined(__aarch64__)
+  return vfmaq_f64(c, a, b);
 #else
   return a * b + c;
 #endif
@@ -325,6 +335,16 @@ CBAM_INLINE VF Load(const Float16* p) {
 }
 CBAM_INLINE void Store(Float16* p, VF v) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
+}
+#elif defined(__aarch64__)
+CBAM_INLINE VF Load(const Float16* p) {
+  float16x4_t h;
+  __builtin_memcpy(&h, p, sizeof(h));
+  return vcvt_f32_f16(h);
+}
+CBAM_INLINE void Store(Float16* p, VF v) {
+  const float16x4_t h = vcvt_f16_f32(v);
+  __builtin_memcpy(p, &h, sizeof(h));
 }
 #else
 CBAM_INLINE VF Load(const Float16* p) {
