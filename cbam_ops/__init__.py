@@ -30,6 +30,8 @@ __all__ = [
     "channel_attention",
     "channel_pool",
     "dialects",
+    "export",
+    "exporting",
     "from_torch",
     "fuse",
     "fusing",
@@ -63,8 +65,9 @@ try:
 
         _loader.load_ops()
         # Last, since Keras may be set to another backend than TensorFlow.
-        from . import fusing, inserting, layers, models
+        from . import exporting, fusing, inserting, layers, models
         from ._torch_weights import from_torch, to_torch
+        from .exporting import export
         from .fusing import fuse
         from .inserting import add_attention
         from .inspecting import gates

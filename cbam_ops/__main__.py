@@ -22,7 +22,8 @@ _DESCRIPTION = "Fused CBAM attention for TensorFlow and Keras."
 _EPILOG = """\
 exit codes:
   0  success
-  1  the command ran, and its answer is no: accuracy missed, a check failed, nothing to fuse
+  1  the command ran, and its answer is no: accuracy missed, a check failed, nothing to fuse,
+     an export that computes something else
   2  the command could not run: wrong arguments, a missing package, fused ops that do not run,
      an output that cannot be written
   130  interrupted (Ctrl-C)
@@ -107,6 +108,11 @@ def _parser() -> argparse.ArgumentParser:
         description="Prints what this installation is. Paste it into a bug report.",
     )
     info.add_argument("--json", action="store_true", help="print one JSON object instead")
+    info.add_argument(
+        "--ops-library",
+        action="store_true",
+        help="print the path of the library with the fused ops instead, for tf.load_op_library",
+    )
 
     check = commands.add_parser(
         "check",
@@ -193,7 +199,58 @@ def _parser() -> argparse.ArgumentParser:
         "to 1, raw 0 to 255 (default: raw if the model scales them itself, else torch, or unit for "
         "images in grey)",
     )
-    for command in (fuse, explain):
+
+    export = commands.add_parser(
+        "export",
+        help="write a model for TensorFlow, LiteRT or ONNX Runtime without cbam_ops",
+        description=(
+            "Loads a Keras model, or a SavedModel whose fused ops it rewrites into stock ones, and "
+            "writes it for inference elsewhere. The result is run in a process without cbam_ops "
+            "and compared with the model. Exit code 1 if it does not run or computes something "
+            "else; it is then left beside OUT."
+        ),
+    )
+    export.add_argument(
+        "model", type=Path, metavar="MODEL", help="a .keras file or the folder of a SavedModel"
+    )
+    export.add_argument(
+        "output", type=Path, metavar="OUT", help="a folder, a .tflite or an .onnx file"
+    )
+    export.add_argument(
+        "--format",
+        default="tf_saved_model",
+        metavar="FORMAT",
+        help="tf_saved_model (stock ops; the default), tf_saved_model_native (fused ops), litert "
+        "or onnx",
+    )
+    export.add_argument(
+        "--optimizations",
+        metavar="WORD",
+        help="with litert: dynamic_range, float16 or int8 (default: none)",
+    )
+    export.add_argument(
+        "--data",
+        type=Path,
+        metavar="FILE",
+        help="inputs like the model's: a .npy file, or .npz by their names; int8 is calibrated on "
+        "them, and the first are compared (default: random ones are)",
+    )
+    export.add_argument(
+        "--signature", metavar="NAME", help="of a SavedModel (default: serving_default)"
+    )
+    export.add_argument(
+        "--opset",
+        dest="opset_version",
+        type=_positive,
+        metavar="N",
+        help="with onnx: the version of its ops (default: the converter's)",
+    )
+    export.add_argument(
+        "--no-verify", dest="verify", action="store_false", help="do not run and compare it"
+    )
+    export.add_argument("--overwrite", action="store_true", help="replace what is at OUT")
+
+    for command in (fuse, explain, export):
         command.add_argument(
             "--import",
             dest="modules",
@@ -223,7 +280,7 @@ def _run(arguments: argparse.Namespace) -> int:
     if arguments.command == "info":
         from cbam_ops._cli import info
 
-        return info.run(as_json=arguments.json)
+        return info.run(as_json=arguments.json, ops_library=arguments.ops_library)
     if arguments.command == "bench":
         from cbam_ops._cli import bench
 
@@ -248,6 +305,11 @@ def _run(arguments: argparse.Namespace) -> int:
             modules=arguments.modules,
             trust=arguments.trust,
         )
+    if arguments.command == "export":
+        from cbam_ops._cli import export
+
+        given = {k: v for k, v in vars(arguments).items() if k not in ("command", "traceback")}
+        return export.run(**given)
     if arguments.gpu_kernels is not None:
         from cbam_ops._cli import gpu_kernels
 

@@ -8,7 +8,9 @@ them, whether native ops run here, and what a function returns of an op's output
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+import sys
+import types
+from collections.abc import Callable, Mapping
 from types import ModuleType, SimpleNamespace
 from typing import Any, NamedTuple, NoReturn, ParamSpec, TypeVar
 
@@ -61,6 +63,8 @@ class Arguments(SimpleNamespace):
     """
 
     native: ModuleType | None = None
+    # A definition scales the spatial descriptors before it stacks them: `_stock_graph.rewrite`.
+    for_int8 = False
     # What some functions lack.
     residual: tf.Tensor | None = None
     bias: tf.Tensor | None = None
@@ -74,8 +78,13 @@ class Arguments(SimpleNamespace):
 
     @property
     def compute_type(self) -> tf.DType:
-        """The type of sums, descriptors and returned gates: float64 for float64, else float32."""
-        return tf.float64 if self.x.dtype is tf.float64 else tf.float32
+        """The type of sums, descriptors and returned gates."""
+        return compute_type(self.x.dtype)
+
+
+def compute_type(dtype: tf.DType) -> tf.DType:
+    """float64 for float64, else float32."""
+    return tf.float64 if dtype is tf.float64 else tf.float32
 
 
 Outputs = dict[str, Any]
@@ -124,9 +133,27 @@ def reference_of(
     return reference
 
 
-def definition_of(op: str) -> Callable[[Arguments], Outputs]:
-    """The definition of a native op in plain TensorFlow."""
-    return _definitions[op]
+def is_defined(op: str) -> bool:
+    """Whether an op, by its registered name, has a definition here."""
+    return op in _definitions
+
+
+def by_definition(op: str, values: Mapping[str, Any]) -> Outputs:
+    """The outputs of a native op by its definition.
+
+    Args:
+        op: Its registered name.
+        values: Its inputs and attributes by name, as the op has them.
+    """
+    arguments = dict(values)
+    for name, value in values.items():
+        if name in WORDS and value == "none":
+            arguments[name] = None
+        elif isinstance(value, list):  # an argument that may be absent
+            arguments[name] = value[0] if value else None
+    if arguments.get("gamma") is not None:
+        arguments["beta"] = arguments.pop("bias")
+    return _definitions[op](Arguments(**arguments))
 
 
 def op_of(function: str) -> str:
@@ -263,11 +290,47 @@ def _text(sizes: list[int | None]) -> str:
 def cause_of_the_place() -> _loader.Cause | None:
     """Why the library, though loaded, has no kernel for the place where the op would run."""
     if not tf.executing_eagerly():
+        converter = _converter_that_traces()
+        if converter is not None:
+            return _loader.Cause(
+                "converter",
+                f"{converter} traces the op for a runtime that has no kernel of it.",
+                "cbam_ops.export(model, ...) rewrites native ops into stock ones.",
+            )
         from tensorflow.python.ops import control_flow_util
 
         if control_flow_util.GraphOrParentsInXlaContext(tf.compat.v1.get_default_graph()):
             return cause_in_xla()
     return _cause_of_the_device()
+
+
+# What traces a model for another runtime, by the start of its modules' names.
+_CONVERTERS = {
+    "keras.src.export.litert": 'model.export(..., format="litert")',
+    "keras.src.export.onnx": 'model.export(..., format="onnx")',
+    "keras.src.export.openvino": 'model.export(..., format="openvino")',
+    "tensorflow.lite.python.": "tf.lite.TFLiteConverter",
+    "tf2onnx.": "tf2onnx",
+}
+
+
+def _converter_that_traces() -> str | None:
+    """The converter that this trace is for. Neither Keras nor TensorFlow tells a layer."""
+    frame: types.FrameType | None = sys._getframe()
+    while frame is not None:
+        module = frame.f_globals.get("__name__") or ""
+        for start, name in _CONVERTERS.items():
+            if module.startswith(start):
+                return name
+        frame = frame.f_back
+    return None
+
+
+def native_runs() -> bool:
+    """Whether an op called now, outside XLA, would run the native kernels."""
+    if options.implementation() == "reference":
+        return False
+    return not isinstance(_loader.load_ops(), _loader.Cause) and cause_of_the_place() is None
 
 
 def cause_in_xla() -> _loader.Cause | None:
@@ -316,7 +379,11 @@ def signature(op: str) -> Signature:
     """The signature of a loaded op by its registered name."""
     from tensorflow.python.framework import op_def_registry
 
-    definition = op_def_registry.get(op)
+    return signature_of(op_def_registry.get(op))
+
+
+def signature_of(definition: Any) -> Signature:
+    """The signature in a definition of an op (an `OpDef`)."""
     inputs = {argument.name: argument.number_attr for argument in definition.input_arg}
     outputs = {argument.name: argument.number_attr for argument in definition.output_arg}
     # Types, and lengths of inputs, TensorFlow takes from the inputs.

@@ -31,7 +31,7 @@ def _named(op: Any, arguments: Mapping[str, str], tensors: Iterable[Any]) -> dic
     }
 
 
-def _flat(values: Iterable[Any]) -> list[Any]:
+def flat(values: Iterable[Any]) -> list[Any]:
     return [v for value in values for v in (value if isinstance(value, list) else [value])]
 
 
@@ -55,7 +55,7 @@ def _gradient(op: Any, *d_outputs: tf.Tensor) -> list[tf.Tensor]:
     gradients = _call.run(options.loaded_ops(), f"{op.type}Grad", values)
     if "y" in outputs and not relu:
         gradients["d_residual"] = [values["dy"]] * residuals
-    return _flat(gradients[_d(name, given)] for name in inputs)
+    return flat(gradients[_d(name, given)] for name in inputs)
 
 
 def _second_gradient(op: Any, *upstream: tf.Tensor) -> list[tf.Tensor | None]:
@@ -64,47 +64,92 @@ def _second_gradient(op: Any, *upstream: tf.Tensor) -> list[tf.Tensor | None]:
     The outputs of the op that its gradient op takes are functions of the inputs, which account for
     the whole derivative; so they get none.
     """
-    forward = op.type.removesuffix("Grad")
-    inputs, outputs, _ = _call.signature(forward)
     taken, given, attributes = _call.signature(op.type)
-    values = _named(op, taken, op.inputs)
+    values = _named(op, taken, op.inputs) | _attributes(op, attributes)
     d_gradients = _named(op, given, upstream)
-    primals = {name: count for name, count in inputs.items() if name in taken}
-    cotangents = {_d(name, taken): name for name in outputs if _d(name, taken) in taken}
-    words = _attributes(op, attributes)
-    y = values.get("y", [])
-
-    def function(*tensors: tf.Tensor) -> list[tf.Tensor]:
-        """The outputs before residual and activation."""
-        arguments = {**_named(op, primals, tensors), "activation": None}
-        gamma = arguments.pop("gamma", [])
-        if gamma:
-            arguments.update(gamma=gamma[0], beta=arguments.pop("bias"))
-        for name, word in words.items():
-            arguments.setdefault(name, None if word == "none" else word)
-        results = _call.definition_of(forward)(_call.Arguments(**arguments))
-        return [results[name] for name in cotangents.values()]
-
-    def mask(gradient: tf.Tensor) -> tf.Tensor:
-        """With an activation dy is masked before anything else; the mask is locally constant."""
-        return tf.where(y[0] > 0, gradient, tf.zeros_like(gradient)) if y else gradient
-
-    if "dy" in values:
-        values["dy"] = mask(values["dy"])
+    forward = op.type.removesuffix("Grad")
+    step = _Step(forward, _call.signature(forward), values)
     d_primals, d_cotangents = _gradient_of_gradient(
-        function,
-        _flat(values[name] for name in primals),
-        [values[name] for name in cotangents],
-        _flat(d_gradients[_d(name, given)] for name in primals),
+        step.outputs,
+        step.primals,
+        step.cotangents,
+        flat(d_gradients[_d(name, given)] for name in step.inputs),
     )
-    result = _named(op, primals, d_primals)
-    result.update(zip(cotangents, d_cotangents, strict=True))
+    result = step.by_input(d_primals)
+    result.update(zip(step.d_outputs, d_cotangents, strict=True))
     if "dy" in values:
         for d_residual in d_gradients["d_residual"]:
             result["dy"] += d_residual
-        result["dy"] = mask(result["dy"])
-    result["y"] = [None] * len(y)
-    return _flat(result.get(name) for name in taken)
+        result["dy"] = step.mask(result["dy"])
+    result["y"] = [None] * len(values.get("y", []))
+    return flat(result.get(name) for name in taken)
+
+
+class _Step:
+    """What a gradient op differentiates, by the definition of the op that it belongs to."""
+
+    def __init__(self, op: str, signature: _call.Signature, values: Mapping[str, Any]) -> None:
+        """Takes the op, and the inputs and attributes of its gradient op by name."""
+        self._op = op
+        inputs, outputs, _ = signature
+        self._values = values
+        self._y = values.get("y", [])
+        self.inputs = [name for name in inputs if name in values]
+        # The gradients of the outputs by name, with the outputs.
+        self.d_outputs = {_d(name, values): name for name in outputs if _d(name, values) in values}
+        self.primals = flat(values[name] for name in self.inputs)
+        self.cotangents = [
+            self.mask(values[name]) if name == "dy" else values[name] for name in self.d_outputs
+        ]
+
+    def by_input(self, tensors: Iterable[Any]) -> dict[str, Any]:
+        rest = iter(tensors)
+        return {
+            name: [next(rest) for _ in value] if isinstance(value, list) else next(rest)
+            for name, value in ((name, self._values[name]) for name in self.inputs)
+        }
+
+    def outputs(self, *primals: tf.Tensor) -> list[tf.Tensor]:
+        """The outputs before residual and activation."""
+        values = {**self._values, **self.by_input(primals), "residual": [], "activation": "none"}
+        results = _call.by_definition(self._op, values)
+        return [results[name] for name in self.d_outputs.values()]
+
+    def mask(self, gradient: tf.Tensor) -> tf.Tensor:
+        """With an activation dy is masked before anything else; the mask is locally constant."""
+        if not self._y:
+            return gradient
+        return tf.where(self._y[0] > 0, gradient, tf.zeros_like(gradient))
+
+
+def by_definition(
+    op: str, signature: _call.Signature, given: Mapping[str, Any], values: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The outputs of a gradient op by name, in plain TensorFlow.
+
+    Args:
+        op: The op whose gradient it is, by its registered name.
+        signature: That op's.
+        given: The names of the outputs.
+        values: The gradient op's inputs and attributes by name.
+    """
+    step = _Step(op, signature, values)
+    with tf.GradientTape() as tape:
+        tape.watch(step.primals)
+        outputs = step.outputs(*step.primals)
+    gradients = step.by_input(
+        tape.gradient(
+            outputs,
+            step.primals,
+            output_gradients=step.cotangents,
+            unconnected_gradients=tf.UnconnectedGradients.ZERO,
+        )
+    )
+    results = {_d(name, given): gradient for name, gradient in gradients.items()}
+    if "d_residual" in given:
+        dy = step.cotangents[list(step.d_outputs).index("dy")]
+        results["d_residual"] = [dy] * values["num_d_residual"]
+    return results
 
 
 def _gradient_of_gradient(

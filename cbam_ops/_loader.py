@@ -43,6 +43,7 @@ CauseKind = Literal[
     "load_failed",
     "no_kernel",
     "gpu_check",
+    "converter",
 ]
 
 
@@ -83,6 +84,12 @@ def compiled_directory() -> Path | None:
     if spec is None or not spec.origin:
         return None
     return Path(spec.origin).resolve().parent
+
+
+def ops_library() -> Path | None:
+    """The library of TensorFlow ops, for `tf.load_op_library`; None where nothing was built."""
+    directory = compiled_directory()
+    return None if directory is None else directory / LIBRARY
 
 
 def read_build_record(directory: Path) -> dict[str, Any]:

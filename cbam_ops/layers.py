@@ -19,7 +19,7 @@ from typing import Any, NamedTuple, TypeVar
 import keras
 import tensorflow as tf
 
-from cbam_ops import _call, _loader, ops, options
+from cbam_ops import _call, ops, options
 from cbam_ops._dialects import options_of_dialect
 
 __all__ = ["CBAM", "ChannelAttention", "SpatialAttention"]
@@ -389,7 +389,7 @@ class _Attention(keras.layers.Layer):
         """
         if not self._supports_jit:
             return False
-        cause = _call.cause_in_xla() if _native_runs() else None
+        cause = _call.cause_in_xla() if _call.native_runs() else None
         if cause is not None:
             options.warn_once(cause, "Keras leaves XLA out for models with cbam_ops layers.")
         return cause is None
@@ -397,13 +397,6 @@ class _Attention(keras.layers.Layer):
     @supports_jit.setter
     def supports_jit(self, value: bool) -> None:
         self._supports_jit = value
-
-
-def _native_runs() -> bool:
-    """Whether an op called now, outside XLA, would run the native kernels."""
-    if options.implementation() == "reference":
-        return False
-    return not isinstance(_loader.load_ops(), _loader.Cause) and _call.cause_of_the_place() is None
 
 
 @keras.saving.register_keras_serializable(package="cbam_ops")

@@ -164,7 +164,8 @@ def native_ops(
         loaded = cause
     if choice == "native":
         raise NativeUnavailableError(loaded)
-    warn_once(loaded)
+    if loaded.kind != "converter":  # of that there is nothing to mend
+        warn_once(loaded)
     return None
 
 

@@ -53,10 +53,10 @@ def _cbam(args: Arguments) -> Outputs:
         spatial_gate, statistics = _spatial_gate(x, args)
         u = _scale_positions(x, spatial_gate, data_format)
         channel_gate = _channel_gate(u, args)
-        gated = _scale_channels(u, channel_gate, data_format)
+        gated = scale_channels(u, channel_gate, data_format)
     else:
         channel_gate = _channel_gate(x, args)
-        u = _scale_channels(x, channel_gate, data_format)
+        u = scale_channels(x, channel_gate, data_format)
         spatial_gate, statistics = _spatial_gate(x if args.order == "parallel" else u, args)
         gated = _scale_positions(u, spatial_gate, data_format)
     return {
@@ -69,7 +69,7 @@ def _cbam(args: Arguments) -> Outputs:
 
 def _channel_attention(args: Arguments) -> Outputs:
     gate = _channel_gate(args.x, args)
-    gated = _scale_channels(args.x, gate, args.data_format)
+    gated = scale_channels(args.x, gate, args.data_format)
     return {"y": _finish(gated, args), "channel_gate": gate}
 
 
@@ -112,8 +112,9 @@ def _position_axes(data_format: str) -> list[int]:
 _HIDDEN: dict[str, Callable[[tf.Tensor], tf.Tensor]] = {
     "relu": tf.nn.relu,
     "swish": lambda t: t * tf.sigmoid(t),
-    # Not tf.nn.gelu, which divides by a square root of 2 in float32 whatever the type.
-    "gelu": lambda t: t * (1.0 + tf.math.erf(t * 0.5**0.5)) * 0.5,
+    # Not tf.nn.gelu, which divides by a square root of 2 in float32 whatever the type. LiteRT's
+    # converter knows it in this order.
+    "gelu": lambda t: 0.5 * t * (1.0 + tf.math.erf(t * 0.5**0.5)),
     "elu": tf.nn.elu,
     "mish": lambda t: t * tf.tanh(tf.nn.softplus(t)),
 }
@@ -163,8 +164,12 @@ def _spatial_logits(x: tf.Tensor, args: Arguments) -> tf.Tensor:
     """``[N, H, W]`` in the kernel's type: the convolution of the spatial descriptors."""
     # The spatial descriptors are put last in both layouts: CPUs have no NCHW convolution.
     pooled = _descriptors(x, [_channel_axis(args.data_format)], "avg+max", args)
-    descriptors = tf.stack(pooled, 3)
     kernel = args.kernel
+    if args.for_int8:
+        factors = tf.constant([8.0, 2.0], x.dtype)  # powers of two change no bit
+        pooled = [descriptor * factors[i] for i, descriptor in enumerate(pooled)]
+        kernel = kernel / tf.cast(factors[:, None], kernel.dtype)
+    descriptors = tf.stack(pooled, 3)
     z = tf.nn.conv2d(tf.cast(descriptors, kernel.dtype), kernel, strides=1, padding="SAME")
     z = z if args.bias is None else z + args.bias
     if descriptors.shape[0]:
@@ -213,7 +218,7 @@ def _first(x: tf.Tensor, axes: Sequence[int], maximum: tf.Tensor) -> tf.Tensor:
     return tf.reduce_sum(tf.where(first, x, tf.zeros_like(x)), axes)
 
 
-def _scale_channels(x: tf.Tensor, gate: tf.Tensor, data_format: str) -> tf.Tensor:
+def scale_channels(x: tf.Tensor, gate: tf.Tensor, data_format: str) -> tf.Tensor:
     gate = tf.cast(gate, x.dtype)
     gate = gate[:, :, None, None] if data_format == "NCHW" else gate[:, None, None, :]
     return tf.multiply(x, gate)

@@ -85,6 +85,8 @@ MIXED_MODEL = {"mixed_float16": 0.03, "mixed_bfloat16": 0.2}
 FLOAT32 = 1e-5
 # ... and in float64.
 FLOAT64 = 1e-13
+# An exported network against the model, by what it computes in or is rounded to.
+EXPORTED = {"float32": 1e-3, "float16": 0.03, "dynamic_range": 0.5, "int8": 0.5}
 # Of a few hundred random draws or more against their distribution's.
 STANDARD_DEVIATION = 0.1
 
@@ -221,8 +223,12 @@ def assert_accurate(
     assert not finding.fault, finding.fault
 
 
-def assert_close(actual: np.ndarray, expected: np.ndarray, tolerance: float, name: str) -> None:
-    """Asserts a largest error of ``tolerance`` times the largest expected value."""
+def relative_error(actual: np.ndarray, expected: np.ndarray, name: str) -> float:
+    """The largest error, as a part of the largest expected value.
+
+    Raises:
+      AssertionError: shapes differ, or a value is NaN or infinite where the other is not.
+    """
     actual, expected = np.asarray(actual), np.asarray(expected)
     assert actual.shape == expected.shape, f"{name}: shape {actual.shape}, not {expected.shape}"
     actual, expected = actual.astype(np.float64), expected.astype(np.float64)
@@ -231,9 +237,14 @@ def assert_close(actual: np.ndarray, expected: np.ndarray, tolerance: float, nam
     finite = np.isfinite(expected)
     error = _largest(np.subtract(actual, expected, where=finite, out=np.zeros_like(actual)))
     scale = _largest(expected)
-    assert error <= tolerance * scale, (
-        f"{name}: error {error:.3g}, {error / scale if scale else np.inf:.3g} of the largest "
-        f"value; allowed {tolerance:.3g}"
+    return error / scale if scale else np.inf if error else 0.0
+
+
+def assert_close(actual: np.ndarray, expected: np.ndarray, tolerance: float, name: str) -> None:
+    """Asserts a largest error of ``tolerance`` times the largest expected value."""
+    error = relative_error(actual, expected, name)
+    assert error <= tolerance, (
+        f"{name}: error {error:.3g} of the largest value; allowed {tolerance:.3g}"
     )
 
 

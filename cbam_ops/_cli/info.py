@@ -8,6 +8,7 @@ import platform
 import warnings
 from typing import Any
 
+from cbam_ops import _loader
 from cbam_ops._console import CommandError, import_tensorflow, say
 
 
@@ -131,8 +132,19 @@ def _sections(report: dict[str, Any]) -> dict[str, dict[str, Any]]:
     }
 
 
-def run(as_json: bool) -> int:
-    """Prints the report as text or as one JSON object; always exit code 0."""
+def run(as_json: bool, ops_library: bool = False) -> int:
+    """Prints the report as text or as one JSON object, or the path of the library of ops.
+
+    Raises:
+      CommandError: the library is asked for and cannot be loaded.
+    """
+    if ops_library:
+        import_tensorflow()
+        loaded = _loader.load_ops()
+        if isinstance(loaded, _loader.Cause):
+            raise CommandError(str(loaded))
+        say(str(_loader.ops_library()))
+        return 0
     report = collect()
     if as_json:
         say(json.dumps(report, indent=2, sort_keys=True, default=str))
