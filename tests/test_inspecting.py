@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import subprocess
+import sys
 from pathlib import Path
 
 import keras
@@ -184,13 +185,16 @@ def test_explain_draws_every_image(tmp_path, capsys, model_file):
 
 
 @pytest.mark.parametrize("attention", [cbam_ops.ChannelAttention, cbam_ops.SpatialAttention])
-def test_explain_half_a_module_on_grey_images(tmp_path, capsys, attention):
-    """Fails when a model must have both gates, or take colours."""
+def test_explain_half_a_module_on_grey_images(tmp_path, capsys, monkeypatch, attention):
+    """Fails when a model must have both gates, or take colours; or a terminal sees no progress."""
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    monkeypatch.setenv("TERM", "xterm")
     options = {} if attention is cbam_ops.SpatialAttention else {"ratio": 2}
     _network((*SIZE, 1), lambda **name: attention(**options, **name)).save(tmp_path / "m.keras")
     image = _photograph(tmp_path / "a.png")
     result = _explain(capsys, image, "--model", tmp_path / "m.keras", "--output", tmp_path)
     assert (result.returncode, result.stderr) == (0, "")
+    assert "explaining" in result.stdout and "100%" in result.stdout
     assert (tmp_path / "a_explained.png").stat().st_size > 10_000
 
 

@@ -21,7 +21,6 @@ from cbam_ops._console import (
     import_tensorflow,
     prepare_folder,
     require,
-    say,
     written,
 )
 
@@ -50,16 +49,19 @@ def run(
         _read(path)  # a bad one shows before the work
     import_tensorflow()
     logging.getLogger("matplotlib").setLevel(logging.ERROR)
+    from rich.console import Console
     from rich.progress import Progress
 
     network = _Network(load_model(model, modules, trust, compiled=False), model, pixels)
-    with Progress(disable=not sys.stdout.isatty(), transient=True) as progress:
+    console = Console(soft_wrap=True, markup=False, highlight=False)
+    bar = Progress(console=console, disable=not sys.stdout.isatty(), transient=True)
+    with bar as progress:
         for path, target in progress.track(_targets(images, output), description="explaining"):
             photograph = network.fit(_read(path))
             found = network.look(photograph)
             with written(target) as part:
                 _draw(part, f"{path.name} in {model.name}", photograph, found)
-            say(f"{path}: {target}")
+            console.print(f"{path}: {target}")
     return 0
 
 
