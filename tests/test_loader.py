@@ -137,7 +137,7 @@ def test_the_public_lists_agree():
     """Fails where a function is public in one place only."""
     functions = set(cbam_ops.reference.__all__)
     assert set(cbam_ops.ops.__all__) == functions | {"load_library"}
-    of_models = {"from_torch", "fuse", "gates", "to_torch"}
+    of_models = {"add_attention", "export", "from_torch", "fuse", "gates", "to_torch"}
     assert functions == {
         name for name in cbam_ops.__all__ if inspect.isfunction(getattr(cbam_ops, name))
     } - {"build_info", "set_implementation", *of_models}
