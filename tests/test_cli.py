@@ -509,7 +509,7 @@ def test_console_command_is_the_same_program():
 def test_unexpected_error_is_no_traceback(monkeypatch, capsys):
     """Fails when a bug shows a traceback without being asked for one."""
 
-    def fail(as_json: bool) -> int:
+    def fail(**arguments: object) -> int:
         raise ZeroDivisionError("oops")
 
     from cbam_ops._cli import info
@@ -526,7 +526,7 @@ def test_interrupt_gives_130(monkeypatch, capsys):
     """Fails when Ctrl-C in any command is not the exit code that shells expect."""
     from cbam_ops._cli import info
 
-    def interrupt(as_json: bool) -> int:
+    def interrupt(**arguments: object) -> int:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(info, "run", interrupt)
