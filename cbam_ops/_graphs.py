@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import inspect
+import tempfile
 import warnings
 from typing import Any
 
@@ -169,6 +170,8 @@ class Rebuild:
             for a, b in zip(values, copies, strict=True):
                 b.assign(a)
                 b.trainable = a.trainable
+            for a, b in zip(sublayers_of(old), sublayers_of(copy), strict=True):
+                _copy_adapted(a, b)
 
     def compile(self, model: Any, new: Any) -> None:
         """Compiles the new model as the old one is, with a fresh optimizer."""
@@ -182,6 +185,16 @@ class Rebuild:
                 f"compiled with can be made again from its config: {first_line(error)}",
                 stacklevel=3,
             )
+
+
+def _copy_adapted(old: Any, new: Any) -> None:
+    """Gives a preprocessing layer what `adapt` made and neither config nor variables hold."""
+    if hasattr(old, "save_assets"):  # a vocabulary
+        with tempfile.TemporaryDirectory() as folder:
+            old.save_assets(folder)
+            new.load_assets(folder)
+    elif isinstance(new, keras.layers.Normalization):
+        new.finalize_state()  # of its variables
 
 
 def checked(model: Any, who: str) -> Any:

@@ -86,7 +86,7 @@ class _Structure:
                 after[source].append(place)
         self._before, self._after = before, after
         # As sets of bits: the calls on every way from the inputs to a call, and to the outputs.
-        self.dominators = _meet(range(count + 2), before)
+        self._dominators = _meet(range(count + 2), before)
         self._followers = _meet(range(count + 1, -1, -1), after)
 
     def _made(self, tensor: Any) -> int:
@@ -99,7 +99,7 @@ class _Structure:
         Such a pair encloses a block.
         """
         place = self.place[id(node)]
-        start = (self.dominators[place] & ~(1 << place)).bit_length() - 1
+        start = (self._dominators[place] & ~(1 << place)).bit_length() - 1
         following = self._followers[start] & ~(1 << start)
         return start if following & -following == 1 << place else None
 
@@ -113,9 +113,9 @@ class _Structure:
                 waiting += self._before[place]
         return [self.graph.nodes[place - 1] for place in sorted(found)]
 
-    def trunk(self) -> list[Any]:
-        """The calls that every way from the inputs to the outputs goes through."""
-        bits = self.dominators[-1]
+    def trunk(self, output: Any) -> list[Any]:
+        """The calls that every way from the inputs to an output goes through."""
+        bits = self._dominators[self._made(output)]
         return [node for node in self.graph.nodes if bits >> self.place[id(node)] & 1]
 
 
@@ -176,23 +176,22 @@ def _after_normalisations(structure: _Structure) -> Iterator[Any]:
 
 
 def _stages(structure: _Structure) -> Iterator[Any]:
-    trunk = [n for n in structure.trunk() if not is_graph(n.operation)]
-    ends: list[tuple[Any, int]] = []  # with the number of its convolutions
-    last, kernels = None, 0
-    inside = {id(node) for node in trunk}
-    for node in structure.graph.nodes:
-        maps = len(node.outputs) == 1 and _is_map(node.outputs[0])
-        if id(node) in inside and (_strides(node) or not maps):
-            if last is not None and kernels:
-                ends.append((last, kernels))
-            last, kernels = None, 0
-        if maps:
-            kernels += bool(_kernels(node))
-            last = node if id(node) in inside else last
-    if last is not None and kernels:
-        ends.append((last, kernels))
-    several = [node for node, kernels in ends if kernels > 1]
-    yield from several or [node for node, _ in ends]
+    ends: dict[int, tuple[Any, int]] = {}  # with the number of their convolutions
+    for output in structure.graph.model.outputs:
+        trunk = {id(n) for n in structure.trunk(output) if not is_graph(n.operation)}
+        last, kernels = None, 0
+        for node in [*structure.graph.nodes, None]:
+            inside = node is None or id(node) in trunk
+            is_map = node is not None and len(node.outputs) == 1 and _is_map(node.outputs[0])
+            if inside and (not is_map or _strides(node)):
+                if last is not None and kernels:
+                    ends[id(last)] = last, kernels
+                last, kernels = None, 0
+            if is_map:
+                kernels += bool(_kernels(node))
+                last = node if inside else last
+    several = [node for node, kernels in ends.values() if kernels > 1]
+    yield from several or [node for node, _ in ends.values()]
 
 
 _BLOCKS: dict[str, Callable[[_Structure], Iterator[Any]]] = {

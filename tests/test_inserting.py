@@ -164,6 +164,9 @@ def test_places_in_stages():
         "conv_1_1", "conv_2_2",
     ]  # fmt: skip
     assert _layers(cbam_ops.add_attention(network(1, 1), dry_run=True)) == ["conv_0_0", "conv_1_0"]
+    deep = network(1, 2, 3)
+    pyramid = keras.Model(deep.inputs, [deep.get_layer("conv_1_1").output, deep.outputs[0]])
+    assert _layers(cbam_ops.add_attention(pyramid, dry_run=True)) == ["conv_1_1", "conv_2_2"]
 
 
 def test_given_places():
@@ -268,6 +271,28 @@ def test_the_model_keeps_its_weights_and_what_is_frozen(tmp_path):
     new.save(tmp_path / "new.keras")
     again = keras.models.load_model(tmp_path / "new.keras")
     assert np.array_equal(again(_images()), new(_images()))
+
+
+def test_what_preprocessing_layers_were_adapted_to_stays():
+    """Fails when a copy of such a layer has the vocabulary, or the mean, of a new one."""
+    images, numbers, words = _images(), np.array([[0.1], [0.8]]), tf.constant([["a"], ["b"]])
+    normal, look_up = layers.Normalization(), layers.StringLookup()
+    bins = layers.Discretization(num_bins=3)
+    for layer, data in ((normal, 3 * images + 2), (bins, np.arange(9) / 9), (look_up, ["b", "a"])):
+        layer.adapt(data)
+    inputs = {
+        "image": keras.Input(SHAPE, name="image"),
+        "number": keras.Input((1,), name="number"),
+        "word": keras.Input((1,), dtype="string", name="word"),
+    }
+    x = layers.Conv2D(16, 3)(layers.Conv2D(16, 3)(normal(inputs["image"])))
+    outputs = {"map": x, "bin": bins(inputs["number"]), "word": look_up(inputs["word"])}
+    model = keras.Model(inputs, outputs)
+    data = {"image": tf.constant(images), "number": tf.constant(numbers), "word": words}
+    new, old = cbam_ops.add_attention(model)(data), model(data)
+    assert list(new) == list(old) and np.unique(old["word"]).size == 2
+    for name, value in old.items():
+        assert np.array_equal(new[name], value), name
 
 
 def test_layout_and_types_are_the_models():
