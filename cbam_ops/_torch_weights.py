@@ -172,8 +172,7 @@ def from_torch(
     classes = _shape(shapes, f"{layout.classifier}.weight", 2)[0]
     outputs = network.top(network.features(images), classes, classifier_activation)
     if name is None:
-        depths = [str(d) for d, known in models.DEPTHS.items() if known == network.architecture]
-        name = f"cbam_resnet{''.join(depths)}"
+        name = models.name_of(network.architecture)
     model = keras.Model(images, outputs, name=name)
 
     keys = _keys(model, layout)

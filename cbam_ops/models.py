@@ -589,6 +589,15 @@ _NETWORKS: dict[str, type[_Network]] = {
 }
 
 
+def name_of(architecture: Architecture) -> str:
+    """What a network with CBAM is called by default; of no row's architecture "cbam_resnet"."""
+    for family in _NETWORKS.values():
+        for depth, row in family.rows.items():
+            if row == architecture:
+                return family.name.format(attention=_PREFIXES["cbam"], depth=depth)
+    return "cbam_resnet"
+
+
 # --- around the network ---------------------------------------------------------------------------
 
 

@@ -136,6 +136,14 @@ def test_sizes_of_other_networks(shapes_only, network):
     assert multiply_adds in (None, f"{_multiply_adds(model) / 1e9:.3f}")
 
 
+def test_names_of_architectures():
+    """Fails when a checkpoint's network is called otherwise than the constructor calls it."""
+    row = models.DEPTHS[50]
+    assert models.name_of(row) == "cbam_resnet50"
+    assert models.name_of(row._replace(groups=32, group_width=4)) == "cbam_resnext50"
+    assert models.name_of(row._replace(groups=2)) == "cbam_resnet"
+
+
 def test_mobilenet(shapes_only):
     """Fails when the plain network is not Keras's, or a module is left out of the 27."""
     plain = models.build_resnet(28, network="mobilenet", attention=None)
