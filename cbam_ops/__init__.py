@@ -8,7 +8,7 @@ names that need it raise ``ImportError``.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from . import _loader, testing
 from ._console import quiet_start_up
@@ -78,10 +78,12 @@ else:
     _error = None
 
 
-def __getattr__(name: str) -> Any:
-    if name in __all__:
-        raise ImportError(f"cbam_ops.{name} cannot be used: {_error}") from _error
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+if not TYPE_CHECKING:  # type checkers would take it for a module that has every name
+
+    def __getattr__(name: str) -> Any:
+        if name in __all__:
+            raise ImportError(f"cbam_ops.{name} cannot be used: {_error}") from _error
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:

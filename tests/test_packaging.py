@@ -408,6 +408,35 @@ def test_an_installation_without_compiled_ops_says_so(pure, tmp_path):
         assert line.count("pip install") == 1
 
 
+PIP = ["-m", "pip", "wheel", "--no-build-isolation", "--no-deps", "-w", "out"]
+UV = ["-m", "uv", "--quiet", "--offline", "build", "--no-build-isolation", "--wheel", "-o", "out"]
+
+
+@pytest.mark.parametrize(
+    ("command", "source"),
+    [
+        (PIP, "folder"),
+        (PIP, "sdist"),
+        (PIP, "git"),
+        (["-m", "build", "--no-isolation", "--wheel", "--outdir", "out"], "folder"),
+        (UV, "folder"),
+        (UV, "sdist"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else value[1],
+)
+def test_every_way_to_a_wheel(command, source, sdist, tmp_path):
+    """Without what compiles, which is one for all of them. The tools come with `.ci/run`."""
+    if importlib.util.find_spec(command[1]) is None:
+        pytest.skip(f"{command[1]} is not installed")
+    if source == "git" and not (ROOT / ".git").exists():
+        pytest.skip("the sources are no clone")
+    sources = {"folder": ROOT, "sdist": sdist, "git": f"git+file://{ROOT}"}
+    succeed(
+        *(sys.executable, *command, sources[source]), cwd=tmp_path, CBAM_OPS_NATIVE="OFF", CXX="no"
+    )
+    assert [path.suffix for path in (tmp_path / "out").iterdir()].count(".whl") == 1
+
+
 def test_a_mistyped_switch_is_an_error():
     done = backend(ROOT, "backend.get_requires_for_build_wheel()", CBAM_OPS_NATIVE="no")
     assert done.stderr.strip() == "CBAM_OPS_NATIVE must be ON or OFF, got 'no'."
