@@ -71,6 +71,21 @@ def test_every_module(kernels: PtxKernels, module: str, dtype: str, layout: str)
     check(case.replace(fill="steps"), kernels)
 
 
+@pytest.mark.parametrize(
+    ("layout", "size", "vector"),
+    [("NHWC", (2, 3, 3, 16), 4), ("NCHW", (2, 2, 6, 5), 4), ("NCHW", (2, 3, 3, 16), 1)],
+)
+def test_vectors_where_rows_allow(
+    compiled: PtxKernels, layout: str, size: tuple[int, ...], vector: int
+) -> None:
+    """Fails where what lies off a boundary, but is not read in vectors, costs the maps theirs."""
+    compiled.configure()
+    Problem(Case(size=size, data_format=layout)).both(compiled)
+    names = ptx_counts.demangle(kernel["kernel"] for kernel in compiled.counts()).values()
+    assert len(names) == 2
+    assert all(f"MapTraits<float, {vector}, " in name for name in names), names
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_oldest_gpus_compute_the_same_numbers(

@@ -373,7 +373,7 @@ CBAM_DEVICE void SumTaps(const Call<A>& call, int64_t n, const Patch& patch,
         }
       }
     }
-    sum = SumOverLanes(sum, kWarp);
+    sum = SumOverWarp(sum);
     if (lane == 0) call.taps[tap * blocks + block] = sum;
   }
 }
@@ -416,7 +416,7 @@ CBAM_DEVICE void Taps(const Call<A>& call, int index) {
   CBAM_NO_UNROLL
   for (int64_t i = ThreadIndex() % kWarp; i < blocks; i += kWarp)
     sum += call.taps[tap * blocks + i];
-  sum = SumOverLanes(sum, kWarp);
+  sum = SumOverWarp(sum);
   A* const to = tap < taps ? call.dkernel + tap : call.dbias;
   if (ThreadIndex() % kWarp == 0 && to != nullptr) *to = sum;
 }

@@ -285,16 +285,10 @@ CBAM_DEVICE A Relu(A v) {
   return v <= A(0) ? A(0) : v;
 }
 
-// Sums over `width` neighbouring lanes (a power of two, at most a warp); every lane gets the
-// result.
+// The sum over a warp, in every lane.
 template <typename A>
-CBAM_DEVICE A SumOverLanes(A value, int width) {
-  for (int mask = width / 2; mask > 0; mask /= 2) value += ShuffleXor(value, mask);
-  return value;
-}
-template <typename A>
-CBAM_DEVICE A MaximumOverLanes(A value, int width) {
-  for (int mask = width / 2; mask > 0; mask /= 2) value = Maximum(value, ShuffleXor(value, mask));
+CBAM_DEVICE A SumOverWarp(A value) {
+  for (int mask = kWarp / 2; mask > 0; mask /= 2) value += ShuffleXor(value, mask);
   return value;
 }
 

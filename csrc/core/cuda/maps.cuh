@@ -289,11 +289,13 @@ CBAM_DEVICE void ReduceRows(const Call<typename M::A>& call, int64_t n, int64_t 
         }
       }
     }
-    CBAM_UNROLL
-    for (int k = 0; k < kRows; ++k) {
-      first[k] = SumOverLanes(first[k], width);
-      second[k] =
-          kIsPool<kPass> ? MaximumOverLanes(second[k], width) : SumOverLanes(second[k], width);
+    CBAM_NO_UNROLL
+    for (int mask = width / 2; mask > 0; mask /= 2) {
+      CBAM_UNROLL
+      for (int k = 0; k < kRows; ++k) {
+        first[k] += ShuffleXor(first[k], mask);
+        second[k] = Join<kPass>(second[k], ShuffleXor(second[k], mask));
+      }
     }
     if (warps > 1) {
       A* const shared = Shared<A>();

@@ -23,7 +23,7 @@ constexpr int kOuterRight = 64;
 constexpr int kTapsAtOnce = kThreads / kWarp;
 constexpr int kChunk = 1024;  // small values of an item
 // Loads of an item of a forward pass; backward has half as much of each of two maps.
-constexpr int64_t kTileBytes = 24 * 1024;
+constexpr int64_t kTileBytes = 32 * 1024;
 
 inline int64_t CeilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline int64_t AtMost(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -32,17 +32,22 @@ inline int64_t AtLeast(int64_t a, int64_t b) { return a > b ? a : b; }
 inline int64_t Positions(const Problem& problem) { return problem.height * problem.width; }
 inline bool ChannelsLast(const Problem& problem) { return problem.layout == Layout::kNHWC; }
 
-// Tiles for a pass along the rows, `at_once` rows at a time per thread: lanes for two vectors each,
-// up to the whole block; rows for the wanted number of elements; very long rows in pieces.
+// Tiles for a pass along the rows, `at_once` rows at a time per thread. Rows longer than a vector for
+// each thread in pieces: what goes with the columns stays in the first-level cache from row to row.
+// As few lanes for a row as leave the wanted number of elements to the block, up to the whole block
+// while each has two vectors.
 inline Tiles RowTiles(int64_t rows, int64_t columns, int vector, int at_once, int64_t elements) {
   Tiles tiles = {};
-  tiles.lanes = 4;
-  while (tiles.lanes < kThreads && int64_t{2} * tiles.lanes * vector < columns) tiles.lanes *= 2;
-  tiles.columns = AtMost(AtLeast(1, columns), int64_t{8} * tiles.lanes * vector);
-  const int64_t batch = kThreads / tiles.lanes * at_once;
-  const int64_t batches = AtLeast(1, elements / (batch * tiles.columns));
-  tiles.rows = batch * AtMost(batches, AtLeast(1, CeilDiv(rows, batch)));
-  tiles.across = AtLeast(1, CeilDiv(columns, tiles.columns));
+  tiles.across = AtLeast(1, CeilDiv(columns, int64_t{kThreads} * vector));
+  tiles.columns = AtLeast(1, CeilDiv(CeilDiv(columns, tiles.across), vector)) * vector;
+  tiles.lanes = 8;
+  const auto batch = [&] { return int64_t{kThreads} / tiles.lanes * at_once; };
+  while (tiles.lanes < kThreads && int64_t{2} * tiles.lanes * vector < tiles.columns &&
+         batch() * tiles.columns > elements) {
+    tiles.lanes *= 2;
+  }
+  const int64_t batches = AtLeast(1, elements / (batch() * tiles.columns));
+  tiles.rows = batch() * AtMost(batches, AtLeast(1, CeilDiv(rows, batch())));
   tiles.down = CeilDiv(rows, tiles.rows);
   return tiles;
 }
@@ -300,7 +305,7 @@ class Plan {
   void Order(const ChannelPoolGradArgs&, ScheduleBuilder* builder) const { OrderPoolGrad(builder); }
   void Order(const SpatialPoolGradArgs&, ScheduleBuilder* builder) const { OrderPoolGrad(builder); }
 
-  // Whether all addresses allow the vectors.
+  // Whether all addresses allow the vectors: of the maps, and of what goes with their columns.
   bool Fits() const {
     if (call.columns % call.vector != 0) return false;
     const void* const maps[] = {call.x,    call.residual, call.dy,
@@ -308,8 +313,8 @@ class Plan {
     for (const void* map : maps) {
       if (reinterpret_cast<uintptr_t>(map) % (call.vector * sizeof(T)) != 0) return false;
     }
-    const A* const columns[] = {call.channel_gate, call.channel_maximum, call.spatial_gate,
-                                call.position_maximum};
+    const A* const columns[] = {call.channels_last ? call.channel_gate : call.spatial_gate,
+                                call.channels_last ? call.channel_maximum : call.position_maximum};
     for (const A* values : columns) {
       if (reinterpret_cast<uintptr_t>(values) % (call.vector * sizeof(A)) != 0) return false;
     }

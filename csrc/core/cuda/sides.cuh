@@ -72,7 +72,7 @@ CBAM_DEVICE void Fold(const Reduced<A>& reduced, int64_t n, int64_t i, A* first,
 // values.
 template <typename A>
 CBAM_DEVICE A BlockSum(A value, A* shared) {
-  value = SumOverLanes(value, kWarp);
+  value = SumOverWarp(value);
   Barrier();  // the last call's readers are done
   if (ThreadIndex() % kWarp == 0) shared[ThreadIndex() / kWarp] = value;
   Barrier();
