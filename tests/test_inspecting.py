@@ -29,8 +29,9 @@ def _network(shape=(*SIZE, 3), attention=cbam_ops.CBAM, name="net") -> keras.Mod
     return keras.Model(image, x, name=name)
 
 
-def _cbam(**options):
-    return cbam_ops.CBAM(ratio=2, kernel_size=3, **options)
+def _cbam(**options) -> cbam_ops.CBAM:
+    """With so many hidden units that some are not dead, and images differ."""
+    return cbam_ops.CBAM(hidden=16, kernel_size=3, **options)
 
 
 @keras.saving.register_keras_serializable("tests")
