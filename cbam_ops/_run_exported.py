@@ -31,7 +31,9 @@ def litert(call: Call, inputs: Arrays) -> Arrays:
     try:
         from ai_edge_litert.interpreter import Interpreter
     except ImportError:
-        from tensorflow.lite import Interpreter
+        import tensorflow as tf
+
+        Interpreter = tf.lite.Interpreter
     return Interpreter(call["path"]).get_signature_runner()(**inputs)
 
 
@@ -49,8 +51,8 @@ def main() -> None:
     run = {"litert": litert, "onnx": onnx}.get(call["format"], saved_model)
     outputs = run(call, dict(np.load(call["inputs"])))
     assert "cbam_ops" not in sys.modules, "the model was run with the help of cbam_ops"
-    arrays = {name: np.asarray(value) for name, value in outputs.items()}
-    np.savez(call["outputs"], allow_pickle=False, **arrays)
+    arrays: Arrays = {name: np.asarray(value) for name, value in outputs.items()}
+    np.savez(call["outputs"], **arrays)
 
 
 main()

@@ -349,7 +349,8 @@ def _compare(made: Path, format: str, sample: _Sample) -> tuple[float, str]:
     """The largest difference, of the largest output; and what is wrong, in a sentence."""
     folder = made.parent
     files = {name: folder / f"{name}.npz" for name in ("inputs", "outputs")}
-    _write(files["inputs"], {name: _wide(value) for name, value in sample.inputs.items()})
+    wide: dict[str, Any] = {name: _wide(value) for name, value in sample.inputs.items()}
+    np.savez(files["inputs"], **wide)
     library = _loader.ops_library() if format == "tf_saved_model_native" else None
     call = {"format": format, "path": made, "signature": sample.signature, "library": library}
     (folder / "call.json").write_text(json.dumps(call | files, default=str))
@@ -372,10 +373,6 @@ def _compare(made: Path, format: str, sample: _Sample) -> tuple[float, str]:
     except AssertionError as error:
         return np.inf, f"The export computes something else than the model: {error}."
     return max(testing.relative_error(actual[n], e, n) for n, e in sample.outputs.items()), ""
-
-
-def _write(file: Path, arrays: Arrays) -> None:
-    np.savez(file, allow_pickle=False, **arrays)
 
 
 def _put(made: Path, target: Path) -> None:

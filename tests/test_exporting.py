@@ -266,6 +266,16 @@ def test_a_model_that_was_traced_before(tmp_path):
 
 
 @pytest.mark.long
+def test_the_interpreter_in_tensorflow_does_too(tmp_path, monkeypatch, small):
+    """Where the extra is not installed."""
+    hidden = tmp_path / "hidden"
+    (hidden / "ai_edge_litert").mkdir(parents=True)
+    (hidden / "ai_edge_litert" / "__init__.py").write_text("raise ImportError('hidden')")
+    monkeypatch.setenv("PYTHONPATH", str(hidden))
+    cbam_ops.export(small, tmp_path / "model.tflite", "litert")
+
+
+@pytest.mark.long
 @needs("ai_edge_litert")
 @pytest.mark.parametrize("optimizations", ["dynamic_range", "float16", "int8"])
 def test_optimizations_of_litert(tmp_path, optimizations):
