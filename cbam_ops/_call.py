@@ -7,10 +7,12 @@ them, whether native ops run here, and what a function returns of an op's output
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import sys
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextvars import ContextVar
 from types import ModuleType, SimpleNamespace
 from typing import Any, NamedTuple, NoReturn, ParamSpec, TypeVar
 
@@ -89,6 +91,7 @@ def compute_type(dtype: tf.DType) -> tf.DType:
 
 Outputs = dict[str, Any]
 _definitions: dict[str, Callable[[Arguments], Outputs]] = {}
+_for_inference: ContextVar[dict[str, Any] | None] = ContextVar("for_inference", default=None)
 
 
 def not_converted(function: Callable[P, R]) -> Callable[P, R]:
@@ -99,7 +102,7 @@ def not_converted(function: Callable[P, R]) -> Callable[P, R]:
 def call(function: str, values: dict[str, Any]) -> Any:
     """What the public ``function`` returns for its arguments ``values``."""
     native = options.native_ops(cause_of_the_place)
-    args = Arguments(**values)
+    args = Arguments(**(values | (_for_inference.get() or {})))
     _convert(function, args)
     op = op_of(function)
     if native is None:
@@ -115,6 +118,20 @@ def call(function: str, values: dict[str, Any]) -> Any:
         refused = error
     _check_shapes(function, args)
     raise refused
+
+
+@contextlib.contextmanager
+def for_inference(for_int8: bool) -> Iterator[None]:
+    """Calls in the block are traced for inference elsewhere, where only values matter.
+
+    `ties` concern the gradient alone. With "even" what they keep stock becomes a fused op, and so
+    what `_stock_graph.rewrite` makes of one.
+    """
+    token = _for_inference.set({"ties": "even", "for_int8": for_int8})
+    try:
+        yield
+    finally:
+        _for_inference.reset(token)
 
 
 def reference_of(

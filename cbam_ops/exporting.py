@@ -7,6 +7,7 @@ without this package then runs the result (`_run_exported.py`), which is compare
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import os
@@ -109,7 +110,7 @@ def export(
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".cbam_ops_export_", dir=target.parent) as name:
         saved = Path(name).resolve() / "saved_model"
-        _save(model, saved, native=format == "tf_saved_model_native")
+        _save(model, saved, native=format == "tf_saved_model_native", int8=optimizations == "int8")
         chosen = _signature(saved, signature, needed=format in _SUFFIXES)
         sample = _sample(saved, chosen, data, optimizations) if verify and chosen else None
         if format != "tf_saved_model_native":
@@ -181,7 +182,7 @@ def _require(format: str, verify: bool) -> None:
 # --- the SavedModel -------------------------------------------------------------------------------
 
 
-def _save(model: Any, folder: Path, native: bool) -> None:
+def _save(model: Any, folder: Path, native: bool, int8: bool) -> None:
     """Writes the model as a SavedModel, with fused ops if they run here."""
     if isinstance(model, (str, os.PathLike)):
         path = Path(model)
@@ -199,7 +200,9 @@ def _save(model: Any, folder: Path, native: bool) -> None:
             "export: `model` must be a Keras model, a .keras file or the folder of a SavedModel, "
             f"got {type(model).__name__}"
         )
-    with options.use_implementation("native" if native or _call.native_runs() else "reference"):
+    elsewhere = contextlib.nullcontext() if native else _call.for_inference(for_int8=int8)
+    kernels = "native" if native or _call.native_runs() else "reference"
+    with options.use_implementation(kernels), elsewhere:  # type: ignore[arg-type]
         model.export(folder, format="tf_saved_model", verbose=False)
 
 

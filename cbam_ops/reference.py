@@ -187,7 +187,8 @@ def _descriptors(
     """The mean and the maximum over positions or channels, or the one that ``pooling`` names."""
     mean = maximum = None
     # A mean alone is one read in stock ops too, and its gradient none.
-    if args.native is not None and pooling != "avg" and args.ties == "even":
+    may_be_fused = pooling != "avg" and args.ties == "even" and not args.for_int8
+    if args.native is not None and may_be_fused:
         values = {"x": x, "data_format": args.data_format}
         if len(axes) == 2:
             mean, maximum = _call.run(args.native, "CbamOps>ChannelPool", values).values()

@@ -6,6 +6,7 @@ TensorFlow needs the extra `export`.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import itertools
 import json
@@ -266,6 +267,20 @@ def test_a_model_that_was_traced_before(tmp_path):
 
 
 @pytest.mark.long
+@pytest.mark.parametrize("format", FORMATS[2:])
+def test_every_dialect_elsewhere(tmp_path, format):
+    """What published code does otherwise, and trained networks of PyTorch with it."""
+    image = keras.Input((8, 8, 32))
+    outputs = {"channels_first": cbam_ops.CBAM(4, data_format="channels_first")(image)}
+    for name in cbam_ops.dialects:
+        outputs[f"{name} channel"] = cbam_ops.ChannelAttention.from_dialect(name, ratio=4)(image)
+        with contextlib.suppress(ValueError):  # it has no spatial part
+            outputs[name] = cbam_ops.CBAM.from_dialect(name, ratio=4)(image)
+    assert len(outputs) > 1.5 * len(cbam_ops.dialects)
+    cbam_ops.export(keras.Model(image, outputs), tmp_path / f"model{SUFFIX[format]}", format)
+
+
+@pytest.mark.long
 def test_the_interpreter_in_tensorflow_does_too(tmp_path, monkeypatch, small):
     """Where the extra is not installed."""
     hidden = tmp_path / "hidden"
@@ -290,13 +305,15 @@ def test_optimizations_of_litert(tmp_path, optimizations):
 
 @pytest.mark.long
 @needs("ai_edge_litert")
-@pytest.mark.parametrize("order", ["channel_first", "parallel"])
-def test_int8_does_not_cut_off_the_gated_map(tmp_path, order):
+@pytest.mark.parametrize(
+    "arguments", [{}, {"order": "parallel"}, {"ties": "first"}, {"gate_activation": "hard_sigmoid"}]
+)
+def test_int8_does_not_cut_off_the_gated_map(tmp_path, arguments):
     """Stock layers and the definition err by more than half of the largest value here."""
     keras.utils.set_random_seed(0)
     image = keras.Input((16, 16, 8))
     x = keras.layers.Conv2D(8, 1, use_bias=False)(image)
-    model = keras.Model(image, cbam_ops.CBAM(4, order=order)(x))
+    model = keras.Model(image, cbam_ops.CBAM(4, **arguments)(x))
     data = np.random.default_rng(7).standard_normal((40, 16, 16, 8), np.float32)
     path = tmp_path / "model.tflite"
     cbam_ops.export(model, path, "litert", optimizations="int8", data=data)
