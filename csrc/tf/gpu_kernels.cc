@@ -31,7 +31,7 @@ class TensorFlowStream {
   ActiveDevice device_;
 };
 
-[[maybe_unused]] const bool registered =
+[[maybe_unused]] const bool registered_on_gpus =
     RegisterKernels<GpuDevice<TensorFlowStream>>(tensorflow::DEVICE_GPU, ops::AllOps());
 
 }  // namespace
