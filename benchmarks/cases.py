@@ -20,6 +20,7 @@ NETWORKS = ("plain", "stock", OURS, "plain-xla", "stock-xla", OURS_XLA)
 
 RESNET18 = ((56, 56, 64), (28, 28, 128), (14, 14, 256), (7, 7, 512))
 MOBILENET = ((112, 112, 64), (56, 56, 128), (28, 28, 256), (14, 14, 512), (7, 7, 1024))
+SERIES, VOLUME = (5000, 1, 64), (32 * 64, 64, 32)
 UNFRIENDLY = ((28, 28, 3), (28, 28, 33), (14, 14, 257), (5, 5, 64), (1, 1, 512))
 
 
@@ -65,10 +66,10 @@ def operations(case: Case, mode: str) -> int:
     """
     values = case.n * case.h * case.w * case.c
     mlp = 2 * case.n * 2 * 2 * case.c * case.hidden
-    convolution = case.n * case.h * case.w * 2 * 2 * KERNEL_SIZE**2
+    convolution = case.n * case.h * case.w * 2 * 2 * KERNEL_SIZE ** len(case.sides)
     forward = 7 * values + mlp + convolution
     backward = 14 * values + 2 * mlp + 2 * convolution
-    if case.op != "cbam":  # the addition and the ReLU; the ReLU's mask
+    if case.has_residual:  # the addition and the ReLU; the ReLU's mask
         forward += 2 * values
         backward += values
     return {"forward": forward, "backward": backward, "step": forward + backward}[mode]
@@ -110,6 +111,8 @@ def all_cases() -> list[AnyCase]:
     add("threads", 1, RESNET50[:1], baselines=(), threads=1)
     add("threads", 1, RESNET50[:1], baselines=(), threads=2)
     add("block", 16, RESNET50, op="cbam+add+relu", baselines=(*STOCK, "keras"))
+    add("series", 16, [SERIES], op="cbam-1d")
+    add("volume", 2, [VOLUME], op="cbam-3d")
     add("segmentation", 1, [(512, 512, 64)], layouts=both, modes=brief)
     for batch in (1, 16, 64):
         add("14x14x768", batch, [(14, 14, 768)], modes=brief)
@@ -156,6 +159,8 @@ def tiny_cases() -> list[AnyCase]:
         Case("tiny", 2, 5, 4, 17, dtype="bfloat16", providers=everyone),
         Case("tiny", 3, 4, 4, 33, dtype="float16", layout="NCHW", modes=("step",)),
         Case("tiny", 2, 6, 5, 32, op="cbam+add+relu", providers=everyone),
+        Case("tiny", 2, 9, 1, 32, op="cbam-1d"),
+        Case("tiny", 2, 3 * 4, 4, 32, op="cbam-3d"),
     ]
 
 

@@ -129,9 +129,8 @@ def checks(quick: bool) -> Iterator[Check]:
     from cbam_ops import testing
 
     def of_the_core(case: testing.Case) -> bool:
-        """Whether one call of the kernels is the whole case, with weights of their type."""
-        composed = dict(case.options).get("order") == "spatial_first"
-        return not (composed or case.half_weights or case.function.endswith("pool"))
+        """Whether one call of the kernels is the whole case, and a gate is in it."""
+        return case.is_one_call and not case.function.endswith("pool")
 
     for layout in ("NHWC", "NCHW"):
         for case in filter(of_the_core, testing.OPTIONS):

@@ -73,7 +73,9 @@ _SETTLE_SECONDS = 0.004
 class Case:
     """One call of the module on a map of `n` x `h` x `w` x `c`, and who computes it.
 
-    `op` is "cbam", or "cbam+add+relu": the end of a residual block, `relu(cbam(x) + residual)`.
+    `op` is "cbam", or "cbam+add+relu": the end of a residual block, `relu(cbam(x) + residual)`; or
+    "cbam-1d", of a series of length `h`, and "cbam-3d", of a volume whose `h` rows are slices of
+    `w` x `w`, one after the other.
     `threads` is how many the frameworks get; 0 stands for all that there are.
     """
 
@@ -102,18 +104,29 @@ class Case:
         return max(1, self.c // RATIO)
 
     @property
+    def sides(self) -> tuple[int, ...]:
+        """The sides of the map."""
+        volume = (self.h // self.w, self.w, self.w)
+        return {"cbam-1d": (self.h,), "cbam-3d": volume}.get(self.op, (self.h, self.w))
+
+    @property
+    def has_residual(self) -> bool:
+        """Whether a residual and a ReLU are in it."""
+        return self.op == "cbam+add+relu"
+
+    @property
     def problem(self) -> testing.Case:
         """The call itself: what it takes and how that is drawn."""
         from cbam_ops import testing  # needs TensorFlow; reports do not
 
         problem = testing.Case(
-            size=(self.n, self.h, self.w, self.c),
+            size=(self.n, *self.sides, self.c),
             hidden=self.hidden,
             kernel_size=KERNEL_SIZE,
             dtype=self.dtype,
             data_format=self.layout,
         )
-        if self.op == "cbam":
+        if not self.has_residual:
             return problem
         return problem.replace(residual=True, options=testing.options(activation="relu"))
 
@@ -132,14 +145,14 @@ class Case:
     def weight_bytes(self) -> int:
         """Bytes of the weights, which are float32 for every type of map."""
         hidden = self.hidden
-        return 4 * (2 * self.c * hidden + hidden + self.c + 2 * KERNEL_SIZE**2 + 1)
+        return 4 * (2 * self.c * hidden + hidden + self.c + 2 * KERNEL_SIZE ** len(self.sides) + 1)
 
     def bytes_moved(self, mode: str) -> int:
         """Bytes that the arithmetic must move to or from memory, all else being kept in caches.
 
         Each map once per direction, the weights once per pass and their gradients once.
         """
-        maps = _MAPS_MOVED if self.op == "cbam" else _MAPS_MOVED_BLOCK
+        maps = _MAPS_MOVED_BLOCK if self.has_residual else _MAPS_MOVED
         passes = {"forward": 1, "backward": 2, "step": 3}[mode]
         return maps[mode] * self.map_bytes + passes * self.weight_bytes
 

@@ -27,16 +27,18 @@ R = TypeVar("R")
 FLOATING: tuple[tf.DType, ...] = (tf.float16, tf.bfloat16, tf.float32, tf.float64)
 HALF = (tf.float16, tf.bfloat16)
 
-# The arguments that are tensors, with the names of their dimensions; those of maps are written in
-# the order of NHWC. All but the maps are weights.
+# The sides of a map by its rank: a series, an image or a volume.
+SIDES = {3: ("L",), 4: ("H", "W"), 5: ("D", "H", "W")}
+# The arguments that are tensors, with the names of their dimensions; "..." stands for the sides of
+# maps, which are written with their channels last, and of the kernel. All but the maps are weights.
 DIMENSIONS = {
-    "x": ("N", "H", "W", "C"),
-    "residual": ("N", "H", "W", "C"),
+    "x": ("N", "...", "C"),
+    "residual": ("N", "...", "C"),
     "w0": ("C", "hidden"),
     "b0": ("hidden",),
     "w1": ("hidden", "C"),
     "b1": ("C",),
-    "kernel": ("k", "k", "2", "1"),
+    "kernel": ("...", "2", "1"),
     "bias": ("1",),
     "gamma": ("1",),
     "beta": ("1",),
@@ -46,7 +48,7 @@ MAY_BE_NONE = ("b0", "w1", "b1", "bias", "residual")
 # Without a hidden layer (no `w1`) the first layer of the MLP is the only one.
 _NO_HIDDEN_LAYER = {"w0": ("C", "C"), "b0": ("C",)}
 WORDS: dict[str, tuple[str | None, ...]] = {
-    "data_format": ("NHWC", "NCHW"),
+    "data_format": ("NHWC", "NCHW"),  # channels last or first, also of series and volumes
     "pooling": ("avg+max", "avg", "max"),
     "mlp_activation": (None, "relu"),
     "activation": (None, "relu"),
@@ -56,6 +58,12 @@ WORDS: dict[str, tuple[str | None, ...]] = {
     "gate_activation": ("sigmoid", "hard_sigmoid"),
     "ties": ("even", "first"),
 }
+
+
+# What zeros that stand for a bias are called in a graph.
+NO_BIAS = "no_bias"
+# TensorFlow's words for the same, by the rank of the map.
+_DATA_FORMATS = {3: ("NWC", "NCW"), 5: ("NDHWC", "NCDHW")}
 
 
 class Arguments(SimpleNamespace):
@@ -77,6 +85,12 @@ class Arguments(SimpleNamespace):
     hidden_activation = "relu"
     gate_activation = "sigmoid"
     ties = "even"
+
+    @property
+    def rank(self) -> int:
+        """The rank of the map; 4 where it is not known, or there is none."""
+        x = getattr(self, "x", None)
+        return 4 if x is None else x.shape.rank or 4
 
     @property
     def compute_type(self) -> tf.DType:
@@ -108,12 +122,12 @@ def call(function: str, values: dict[str, Any]) -> Any:
     if native is None:
         _check_shapes(function, args)
         return _results(_definitions[op](args), args)
-    if not tf.executing_eagerly() or not is_fused(op, args):
+    if not tf.executing_eagerly() or args.rank != 4 or not is_fused(op, args):
         _check_shapes(function, args)
-        return _results(_native(native, op, args), args)
+        return _results(native_outputs(native, op, args), args)
     # The op checks the shapes itself. What it refuses is then explained in the function's words.
     try:
-        return _results(_native(native, op, args), args)
+        return _results(native_outputs(native, op, args), args)
     except tf.errors.InvalidArgumentError as error:
         refused = error
     _check_shapes(function, args)
@@ -199,11 +213,11 @@ def _results(outputs: Outputs, args: Arguments) -> Any:
 def _convert(function: str, args: Arguments) -> None:
     """Makes tensors of what should be, and checks everything but the shapes."""
     for name, value in vars(args).items():
-        if name in WORDS:
+        if name == "data_format":
+            args.data_format = _layout(function, value, args.x.shape.rank)
+        elif name in WORDS:
             # An array or a tensor compares elementwise: the type is looked at first.
-            if not (value is None or isinstance(value, str)) or value not in WORDS[name]:
-                choices = " or ".join(repr(choice) for choice in WORDS[name])
-                _refuse(function, name, f"be {choices}, got {value!r}")
+            _check_word(function, name, value, WORDS[name])
         elif name == "epsilon":
             args.epsilon = _epsilon(function, value)
         elif name in DIMENSIONS and (value is not None or name not in MAY_BE_NONE):
@@ -211,6 +225,19 @@ def _convert(function: str, args: Arguments) -> None:
                 value = _tensor(function, name, value, None if name == "x" else args.x.dtype)
                 setattr(args, name, value)
             _check_type(function, args, name, value.dtype)
+
+
+def _check_word(function: str, name: str, value: Any, words: tuple[str | None, ...]) -> None:
+    if not (value is None or isinstance(value, str)) or value not in words:
+        choices = " or ".join(repr(choice) for choice in words)
+        _refuse(function, name, f"be {choices}, got {value!r}")
+
+
+def _layout(function: str, value: Any, rank: int | None) -> str:
+    """The layout, "NHWC" or "NCHW", for what may be said of a map of this rank."""
+    words, of_rank = WORDS["data_format"], _DATA_FORMATS.get(rank or 4, ())
+    _check_word(function, "data_format", value, (*words, *of_rank))
+    return "NCHW" if value[1] == "C" else "NHWC"
 
 
 def _epsilon(function: str, value: Any) -> float:
@@ -260,6 +287,10 @@ def _check_type(function: str, args: Arguments, name: str, dtype: tf.DType) -> N
 def _check_shapes(function: str, args: Arguments) -> None:
     """Checks that the shapes fit each other, as far as they are known."""
     known: dict[str, int] = {"1": 1, "2": 2}
+    sides = SIDES.get(args.rank)
+    if sides is None:
+        maps = " or ".join(_list("N", *sides, "C") for sides in SIDES.values())
+        _refuse(function, "x", f"have shape {maps}, got {_text(args.x.shape.as_list())}")
     one_layer = hasattr(args, "w0") and args.w1 is None
     if one_layer and args.b1 is not None:
         _refuse(function, "b1", f"be None as `w1` is, got shape {_text(args.b1.shape.as_list())}")
@@ -268,17 +299,20 @@ def _check_shapes(function: str, args: Arguments) -> None:
         if tensor is None or tensor.shape.rank is None:
             continue
         if name in MAPS:
-            dimensions = tuple(args.data_format)
+            last = args.data_format == "NHWC"
+            dimensions = ("N", *sides, "C") if last else ("N", "C", *sides)
+        elif name == "kernel":
+            dimensions = (*kernel_sides(sides), "2", "1")
         sizes = tensor.shape.as_list()
         if not _learn(known, dimensions, sizes):
-            wanted = f"[{', '.join(dimensions)}]"
-            expected = f"[{', '.join(str(known.get(letter, letter)) for letter in dimensions)}]"
+            wanted = _list(*dimensions)
+            expected = _list(*(str(known.get(letter, letter)) for letter in dimensions))
             if expected != wanted:
                 wanted += f" = {expected}"
             _refuse(function, name, f"have shape {wanted}, got {_text(sizes)}")
         for letter in dimensions:
-            if letter == "k" and known.get(letter, 1) % 2 == 0:
-                _refuse(function, name, f"have an odd k, got shape {_text(sizes)}")
+            if letter.startswith("k") and known.get(letter, 1) % 2 == 0:
+                _refuse(function, name, f"have an odd {letter}, got shape {_text(sizes)}")
             if letter != "N" and known.get(letter) == 0:
                 _refuse(function, name, f"have {letter} >= 1, got shape {_text(sizes)}")
 
@@ -297,8 +331,17 @@ def _refuse(function: str, name: str, must: str, cause: Exception | None = None)
     raise ValueError(f"{function}: `{name}` must {must}") from cause
 
 
+def kernel_sides(sides: tuple[str, ...]) -> tuple[str, ...]:
+    """What the kernel's sides are called beside those of a map."""
+    return tuple(f"k{side.lower()}" for side in sides) if len(sides) > 1 else ("k",)
+
+
 def _text(sizes: list[int | None]) -> str:
-    return "[" + ", ".join("?" if size is None else str(size) for size in sizes) + "]"
+    return _list(*("?" if size is None else str(size) for size in sizes))
+
+
+def _list(*items: str) -> str:
+    return f"[{', '.join(items)}]"
 
 
 # --- where the native ops can run -----------------------------------------------------------------
@@ -420,6 +463,8 @@ def is_fused(op: str, args: Arguments) -> bool:
     """Whether a native op computes this, as one or (`halves`) as two of them."""
     if args.gate_activation != "sigmoid" or args.ties != "even":
         return False
+    if args.rank == 5 and op in ("CbamOps>Cbam", "CbamOps>SpatialAttention"):
+        return False  # the convolution of a volume is TensorFlow's
     if op == "CbamOps>Cbam" and args.order == "parallel" and args.pooling != "avg+max":
         return False
     if op not in ("CbamOps>Cbam", "CbamOps>ChannelAttention"):
@@ -437,13 +482,15 @@ def halves(op: str, args: Arguments) -> tuple[str, ...]:
     return () if args.pooling == "avg+max" and is_fused(op, args) else both
 
 
-def _native(native: ModuleType, op: str, args: Arguments) -> Outputs:
+def native_outputs(native: ModuleType, op: str, args: Arguments) -> Outputs:
     """The outputs of a function, by native ops as far as there are such."""
+    if args.rank == 3 or (args.rank == 5 and is_fused(op, args)):
+        return _of_images(native, op, args)
     if parts := halves(op, args):
         without = {"residual": None, "activation": None}
-        outputs = _native(native, parts[0], Arguments(**{**vars(args), **without}))
-        rest = _native(native, parts[1], Arguments(**{**vars(args), "x": outputs["y"]}))
-        return outputs | rest
+        outputs = native_outputs(native, parts[0], Arguments(**{**vars(args), **without}))
+        then = Arguments(**{**vars(args), "x": outputs["y"]})
+        return outputs | native_outputs(native, parts[1], then)
     if is_fused(op, args):
         return _fused(native, op, args)
     # The definition, with fused pools; its weights have the compute type, as those of native ops.
@@ -453,6 +500,42 @@ def _native(native: ModuleType, op: str, args: Arguments) -> Outputs:
         if name in DIMENSIONS and name not in MAPS and value is not None
     }
     return _definitions[op](Arguments(**{**vars(args), **weights, "native": native}))
+
+
+def _of_images(native: ModuleType, op: str, args: Arguments) -> Outputs:
+    """The outputs for a series as an image of one column, for a volume as its slices, stacked."""
+    images = {name: _as_image(getattr(args, name, None), args.data_format) for name in MAPS}
+    kernel = getattr(args, "kernel", None)
+    if kernel is not None and args.rank == 3:
+        images["kernel"] = tf.expand_dims(kernel, 1)
+    outputs = native_outputs(native, op, Arguments(**{**vars(args), **images}))
+    last = args.data_format == "NHWC"
+    sizes = _sizes(args.x)
+    sides = sizes[1:-1] if last else sizes[2:]
+    descriptors = [*sizes[:1], *sides, 2] if last else [*sizes[:1], 2, *sides]
+    shapes = {"y": sizes, "spatial_gate": [*sizes[:1], *sides], "descriptors": descriptors}
+    return {
+        name: tf.reshape(value, shapes[name]) if name in shapes else value
+        for name, value in outputs.items()
+    }
+
+
+def _as_image(x: tf.Tensor | None, data_format: str) -> tf.Tensor | None:
+    if x is None:
+        return None
+    sizes, side = _sizes(x), data_format.index("H")
+    if len(sizes) == 3:
+        sizes.insert(side + 1, 1)
+    else:
+        sizes[side : side + 2] = [sizes[side] * sizes[side + 1]]
+    return tf.reshape(x, sizes)
+
+
+def _sizes(x: tf.Tensor) -> list[Any]:
+    """The sizes of a tensor, as numbers where they are known."""
+    known = x.shape.as_list()
+    sizes: Any = tf.shape(x) if None in known else known
+    return [sizes[i] if size is None else size for i, size in enumerate(known)]
 
 
 def _fused(native: ModuleType, op: str, args: Arguments) -> Outputs:
@@ -482,6 +565,6 @@ def _fused(native: ModuleType, op: str, args: Arguments) -> Outputs:
 def _zero_bias(weight: tf.Tensor, dtype: tf.DType) -> tf.Tensor:
     """Zeros for a bias that was not given, beside its weight."""
     size = weight.shape[-1:]
-    if size.is_fully_defined():
-        return tf.constant(np.zeros(size, dtype.as_numpy_dtype))  # tf.zeros takes six times as long
-    return tf.zeros(tf.shape(weight)[-1:], dtype)
+    if size.is_fully_defined():  # tf.zeros takes six times as long
+        return tf.constant(np.zeros(size, dtype.as_numpy_dtype), name=NO_BIAS)
+    return tf.zeros(tf.shape(weight)[-1:], dtype, name=NO_BIAS)

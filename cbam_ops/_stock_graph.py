@@ -291,7 +291,9 @@ class _Rewriting:
 
 def _shape(name: str, words: dict[str, Any]) -> list[int | None] | None:
     dimensions = _call.DIMENSIONS.get(name)
-    return None if dimensions is None else [None] * len(dimensions)
+    if dimensions is None:
+        return None
+    return [None] * (len(dimensions) + dimensions.count("..."))  # ops take images: two sides
 
 
 def _all_outputs(op: str, values: dict[str, Any]) -> dict[str, Any]:

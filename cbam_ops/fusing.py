@@ -179,12 +179,7 @@ def _core(shape: Sequence[int]) -> tuple[int, ...]:
 
 
 def _is_spatial(shape: Sequence[int]) -> bool:
-    return (
-        len(shape) == 4
-        and shape[0] == shape[1]
-        and shape[0] % 2 == 1
-        and tuple(shape[2:]) == (2, 1)
-    )
+    return len(shape) == 4 and tuple(shape[2:]) == (2, 1) and all(k % 2 for k in shape[:2])
 
 
 # --- candidates -----------------------------------------------------------------------------------
@@ -367,7 +362,8 @@ def _with_options(weights: dict[str, Any], common: dict[str, Any]) -> Iterator[_
         common = {"hidden": hidden, "use_bias": "b0" in weights, **common}
         words += ["pooling", "mlp_activation", *["hidden_activation"] * bool(hidden)]
     if "spatial_kernel" in weights:
-        size = weights["spatial_kernel"].shape[0]
+        height, width = weights["spatial_kernel"].shape[:2]
+        size = height if height == width else (height, width)
         common = {"kernel_size": size, "spatial_use_bias": "spatial_bias" in weights, **common}
         if "w0" in weights:
             layer = layers.CBAM

@@ -77,7 +77,7 @@ _MLP = (
 _SECOND_LAYER = _MLP[2:]
 _BATCH_NORM = "spatial_batch_norm"
 _SPATIAL = (
-    _Weight("spatial_kernel", "spatial_kernel", ("k", "k", 2, 1), "spatial_kernel"),
+    _Weight("spatial_kernel", "spatial_kernel", ("sides", 2, 1), "spatial_kernel"),
     _Weight("spatial_bias", "spatial_bias", (1,), "spatial_bias", "_has_spatial_bias"),
     _Weight("batch_norm_gamma", "batch_norm_gamma", (1,), "batch_norm_gamma", _BATCH_NORM),
     _Weight("batch_norm_beta", "batch_norm_beta", (1,), "batch_norm_beta", _BATCH_NORM),
@@ -95,7 +95,7 @@ class _Attention(keras.layers.Layer):
     _table: tuple[_Weight, ...]  # its weights
     _op: Callable[..., Any]
     _op_with_batch_norm: Callable[..., Any]  # of the batch's own statistics
-    _gate_dimensions: tuple[str, ...]
+    _gates: tuple[str, ...]
 
     # Where they are no arguments.
     spatial_batch_norm = False
@@ -118,7 +118,7 @@ class _Attention(keras.layers.Layer):
                 "None or False with spatial_batch_norm=True, whose beta is the bias",
                 self.spatial_use_bias,
             )
-        self.input_spec = keras.layers.InputSpec(ndim=4)
+        self.input_spec = keras.layers.InputSpec(min_ndim=3, max_ndim=5)
         self.supports_masking = True
 
     # --- arguments ---------------------------------------------------------------------------
@@ -149,7 +149,7 @@ class _Attention(keras.layers.Layer):
             case "ratio":
                 return self._integer(name, value, "a positive integer")
             case "kernel_size":
-                return self._integer(name, value, "an odd positive integer", odd=True)
+                return self._kernel_size(value)
             case "use_bias" | "spatial_batch_norm":
                 return bool(value)
             case "batch_norm_momentum" if not 0.0 <= value <= 1.0:
@@ -165,21 +165,26 @@ class _Attention(keras.layers.Layer):
             return value
         raise self._error(name, " or ".join(repr(choice) for choice in allowed), value)
 
-    def _integer(
-        self, name: str, value: Any, expected: str, least: int = 1, odd: bool = False
-    ) -> int:
+    def _integer(self, name: str, value: Any, expected: str, least: int = 1) -> int:
         try:
             number = int(value)
-            if (
-                number != value
-                or number < least
-                or (odd and number % 2 == 0)
-                or isinstance(value, bool)
-            ):
+            if number != value or number < least or isinstance(value, bool):
                 raise ValueError
         except (TypeError, ValueError):
             raise self._error(name, expected, value) from None
         return number
+
+    def _kernel_size(self, value: Any) -> int | tuple[int, ...]:
+        """A number stays one; a list, as from a file, becomes a tuple."""
+        several = isinstance(value, list | tuple)
+        try:
+            sides = tuple(self._integer("", side, "") for side in (value if several else [value]))
+            if not (1 <= len(sides) <= 3 and all(side % 2 for side in sides)):
+                raise ValueError
+        except ValueError:
+            expected = "an odd positive integer, or one for each side, as (height, width)"
+            raise self._error("kernel_size", expected, value) from None
+        return sides if several else sides[0]
 
     @classmethod
     def from_dialect(cls: type[_Layer], dialect: str, /, **overrides: Any) -> _Layer:
@@ -213,12 +218,25 @@ class _Attention(keras.layers.Layer):
     def build(self, input_shape: Any) -> None:
         """Creates the weights for a feature map of this shape."""
         channels = self._channels(input_shape)
-        sizes: dict[str | int, Any] = {"C": channels, "k": getattr(self, "kernel_size", None)}
+        sizes: dict[str, tuple[int, ...]] = {"C": (channels,)}
+        if "kernel_size" in self._arguments:
+            sizes["sides"] = self._kernel_sides(len(input_shape) - 2)
         if "ratio" in self._arguments:
-            sizes["hidden"] = self._hidden_units(channels) or channels
+            sizes["hidden"] = (self._hidden_units(channels) or channels,)
         for weight in self._table:
-            shape = tuple(sizes.get(size, size) for size in weight.shape)
+            shape: tuple[int, ...] = ()
+            for size in weight.shape:
+                shape += sizes[size] if isinstance(size, str) else (size,)
             setattr(self, weight.attribute, self._add(weight, shape) if self._has(weight) else None)
+
+    def _kernel_sides(self, count: int) -> tuple[int, ...]:
+        """The kernel's sides for maps with so many."""
+        if isinstance(self.kernel_size, int):
+            return (self.kernel_size,) * count
+        if len(self.kernel_size) != count:
+            expected = f"an odd positive integer or {count} of them for inputs of rank {count + 2}"
+            raise self._error("kernel_size", expected, self.kernel_size)
+        return self.kernel_size
 
     def _has(self, weight: _Weight) -> bool:
         if weight in _SECOND_LAYER and self.hidden == 0:
@@ -297,15 +315,21 @@ class _Attention(keras.layers.Layer):
     def _layout(self) -> str:
         return _DATA_FORMATS[self.data_format]
 
+    def _letters(self, rank: int) -> tuple[str, ...]:
+        """The names of a map's dimensions."""
+        sides = _call.SIDES[rank]
+        return ("N", *sides, "C") if self._layout == "NHWC" else ("N", "C", *sides)
+
     def _channels(self, input_shape: Any) -> int:
         """The number of channels; sets the input spec that goes with it."""
-        axis = self._layout.index("C")
-        if len(input_shape) != 4:
-            letters = ", ".join(self._layout)
+        rank = len(input_shape)
+        if rank not in _call.SIDES:
+            expected = " or ".join(f"[{', '.join(self._letters(rank))}]" for rank in _call.SIDES)
             raise ValueError(
-                f"{type(self).__name__}: `inputs` must have rank 4, [{letters}], got shape "
+                f"{type(self).__name__}: `inputs` must have shape {expected}, got shape "
                 f"{tuple(input_shape)}"
             )
+        axis = self._letters(rank).index("C")
         channels = input_shape[axis]
         if channels is None or channels < 1:
             raise ValueError(
@@ -313,7 +337,7 @@ class _Attention(keras.layers.Layer):
                 f"(axis {axis} with data_format={self.data_format!r}), got shape "
                 f"{tuple(input_shape)}"
             )
-        self.input_spec = keras.layers.InputSpec(ndim=4, axes={axis: channels})
+        self.input_spec = keras.layers.InputSpec(ndim=rank, axes={axis: channels})
         return channels
 
     def call(
@@ -372,10 +396,12 @@ class _Attention(keras.layers.Layer):
         if not return_gates:
             return y
         gate_type = "float64" if self.compute_dtype == "float64" else "float32"
-        sizes = dict(zip(self._layout, shape, strict=True))
+        letters = self._letters(len(shape))
+        sizes = dict(zip(letters, shape, strict=True))
+        dimensions = {"channel": ("N", "C"), "spatial": ("N", *_call.SIDES[len(shape)])}
         gates = (
-            keras.KerasTensor(tuple(sizes[d] for d in dimensions), dtype=gate_type)
-            for dimensions in self._gate_dimensions
+            keras.KerasTensor(tuple(sizes[d] for d in dimensions[gate]), dtype=gate_type)
+            for gate in self._gates
         )
         return (y, *gates)
 
@@ -411,7 +437,8 @@ class CBAM(_Attention):
     Args:
         ratio: Integer, what the input's C is divided by: the MLP has `C // ratio` hidden units. At
             most C. Defaults to 16.
-        kernel_size: Odd integer, size of the spatial convolution. Defaults to 7.
+        kernel_size: Odd integer, or a tuple with one for each side of the input, such as
+            `(height, width)`: size of the spatial convolution. Defaults to 7.
         spatial_batch_norm: Boolean, whether to normalise the spatial convolution's output before
             its sigmoid, as the paper's released code does. In training the batch's own statistics
             are used and the moving ones updated; at inference the moving ones are folded into the
@@ -471,12 +498,14 @@ class CBAM(_Attention):
     Input shape:
         4D tensor: `(batch, height, width, channels)` with `data_format="channels_last"`,
         `(batch, channels, height, width)` with `"channels_first"`. Batch, height and width may be
-        undefined; the batch may be empty.
+        undefined; the batch may be empty. Or a series, `(batch, length, channels)`, or a volume,
+        `(batch, depth, height, width, channels)`, in either format; the convolution then has one or
+        three dimensions.
 
     Output shape:
         That of the input. With `return_gates`, the tuple of the result, the channel gate
-        `(batch, channels)` and the spatial gate `(batch, height, width)`; gates are float32
-        (float64 under a float64 policy).
+        `(batch, channels)` and the spatial gate `(batch, height, width)`, without channels the
+        shape of the input; gates are float32 (float64 under a float64 policy).
 
     Call arguments:
         inputs: The feature map; float16, bfloat16, float32 or float64, by the dtype policy.
@@ -489,13 +518,15 @@ class CBAM(_Attention):
     Not fused is a part, channel or spatial, with another `hidden_activation` than `"relu"`, another
     `gate_activation` than `"sigmoid"` or `hidden=0`, and in the order `"parallel"` both parts if
     one has these or `pooling` is not `"avg+max"`: there the layer is composed of the fused pools
-    and stock TensorFlow. `ties="first"` is stock TensorFlow alone.
+    and stock TensorFlow, as is the spatial part of a volume. `ties="first"` is stock TensorFlow
+    alone.
 
     A mask on `inputs` is passed on unchanged and not used.
 
     Raises:
         ValueError: an argument is not one of those above, `ratio` is larger than C, the input does
-            not have rank 4, or its number of channels is undefined.
+            not have rank 3, 4 or 5, `kernel_size` has not as many sides as it, or its number of
+            channels is undefined.
 
     Example:
     >>> x = keras.random.normal((8, 56, 56, 256))
@@ -514,12 +545,12 @@ class CBAM(_Attention):
     _table = (*_MLP, *_SPATIAL)
     _op = staticmethod(ops.cbam)
     _op_with_batch_norm = staticmethod(ops.cbam_with_batch_norm)
-    _gate_dimensions = ("NC", "NHW")
+    _gates = ("channel", "spatial")
 
     def __init__(
         self,
         ratio: int = 16,
-        kernel_size: int = 7,
+        kernel_size: int | tuple[int, ...] = 7,
         spatial_batch_norm: bool = False,
         *,
         order: str = "channel_first",
@@ -596,7 +627,8 @@ class ChannelAttention(_Attention):
 
     Input shape:
         4D tensor: `(batch, height, width, channels)` with `data_format="channels_last"`,
-        `(batch, channels, height, width)` with `"channels_first"`.
+        `(batch, channels, height, width)` with `"channels_first"`; or a series or a volume, see
+        :class:`CBAM`.
 
     Output shape:
         That of the input. With `return_gates`, the tuple of the result and the channel gate
@@ -626,7 +658,7 @@ class ChannelAttention(_Attention):
 
     _table = _MLP
     _op = staticmethod(ops.channel_attention)
-    _gate_dimensions = ("NC",)
+    _gates = ("channel",)
 
     def __init__(
         self,
@@ -661,7 +693,8 @@ class SpatialAttention(_Attention):
     sigmoid of a convolution of the mean and the maximum over channels.
 
     Args:
-        kernel_size: Odd integer, size of the convolution. Defaults to 7.
+        kernel_size: Odd integer, or a tuple with one for each side of the input, such as
+            `(height, width)`: size of the convolution. Defaults to 7.
         spatial_batch_norm: Boolean, whether to normalise the convolution's output before its
             sigmoid; see :class:`CBAM`. Defaults to `False`.
         spatial_use_bias: Boolean or `None`, whether the convolution has a bias; `None` means one
@@ -690,7 +723,8 @@ class SpatialAttention(_Attention):
 
     Input shape:
         4D tensor: `(batch, height, width, channels)` with `data_format="channels_last"`,
-        `(batch, channels, height, width)` with `"channels_first"`.
+        `(batch, channels, height, width)` with `"channels_first"`; or a series or a volume, see
+        :class:`CBAM`.
 
     Output shape:
         That of the input. With `return_gates`, the tuple of the result and the spatial gate
@@ -720,11 +754,11 @@ class SpatialAttention(_Attention):
     _table = _SPATIAL
     _op = staticmethod(ops.spatial_attention)
     _op_with_batch_norm = staticmethod(ops.spatial_attention_with_batch_norm)
-    _gate_dimensions = ("NHW",)
+    _gates = ("spatial",)
 
     def __init__(
         self,
-        kernel_size: int = 7,
+        kernel_size: int | tuple[int, ...] = 7,
         spatial_batch_norm: bool = False,
         *,
         spatial_use_bias: bool | None = None,

@@ -1,7 +1,12 @@
 """The fused operations: each runs the native kernels where they can run, else the reference.
 
 Words and shapes (Woo et al., 2018, section 3): the feature map ``x`` is ``[N, H, W, C]`` (NHWC) or
-``[N, C, H, W]`` (NCHW) of type T: float16, bfloat16, float32 or float64. The compute type U is
+``[N, C, H, W]`` (NCHW) of type T: float16, bfloat16, float32 or float64. It may also be a series,
+``[N, L, C]`` or ``[N, C, L]``, or a volume, ``[N, D, H, W, C]`` or ``[N, C, D, H, W]``: "NHWC" then
+means channels last and "NCHW" channels first, and TensorFlow's own words do too ("NWC", "NCW",
+"NDHWC", "NCDHW"). What is said of ``[N, H, W]`` holds for ``[N, L]`` and ``[N, D, H, W]``; the
+kernel is ``[k, 2, 1]`` or ``[kd, kh, kw, 2, 1]``. A series is computed as an image of one column;
+a map of unknown rank is taken for an image. The compute type U is
 float64 for a float64 map and float32 for the others. Weights have type T or, beside a half type,
 float32; sums, descriptors and gates are of type U. An empty batch is legal; a height, width or
 number of channels of 0 is not.
@@ -14,7 +19,8 @@ What the kernels do not fuse is composed of the fused pools and stock TensorFlow
 ``hidden_activation`` that is not "relu", a ``gate_activation`` that is not "sigmoid" and an MLP of
 one layer, each for that part alone (of a "channel_first" or "spatial_first" :func:`cbam` the other
 part stays one fused op), and a "parallel" :func:`cbam` whose ``pooling`` is not "avg+max".
-``ties="first"`` is stock TensorFlow.
+So is the spatial part of a volume, whose convolution is TensorFlow's, and all of a volume's
+"parallel" :func:`cbam`. ``ties="first"`` is stock TensorFlow.
 
 All functions raise ``ValueError`` for arguments that do not fit each other (where sizes are known
 only when a graph runs, ``tf.errors.InvalidArgumentError``); the message names the argument, what
@@ -76,7 +82,8 @@ def cbam(
         w1: ``[hidden, C]``, second layer of the shared MLP; None if it has no hidden layer, but
             ``w0 [C, C]`` and ``b0 [C]`` alone.
         b1: ``[C]`` or None.
-        kernel: ``[k, k, 2, 1]`` with odd k; input plane 0 is the mean, plane 1 the maximum.
+        kernel: ``[kh, kw, 2, 1]`` with odd kh and kw; input plane 0 is the mean, plane 1 the
+            maximum.
         bias: ``[1]`` or None, the bias of the spatial convolution.
         data_format: "NHWC" or "NCHW".
         mlp_activation: None (the paper) or "relu", applied to each of the two MLP outputs before
@@ -233,7 +240,8 @@ def spatial_attention(
 
     Args:
         x: Feature map, ``[N, H, W, C]`` or ``[N, C, H, W]``.
-        kernel: ``[k, k, 2, 1]`` with odd k; input plane 0 is the mean, plane 1 the maximum.
+        kernel: ``[kh, kw, 2, 1]`` with odd kh and kw; input plane 0 is the mean, plane 1 the
+            maximum.
         bias: ``[1]`` or None.
         data_format: "NHWC" or "NCHW".
         residual: Like ``x`` or None; added to the gated map.
@@ -271,7 +279,7 @@ def spatial_attention_with_batch_norm(
 
     Args:
         x: Feature map, ``[N, H, W, C]`` or ``[N, C, H, W]``.
-        kernel: ``[k, k, 2, 1]`` with odd k.
+        kernel: ``[kh, kw, 2, 1]`` with odd kh and kw.
         gamma: ``[1]``, scale of the batch norm.
         beta: ``[1]``, offset of the batch norm.
         epsilon: Added to the variance; rounded to float32.

@@ -29,7 +29,7 @@ results and errors.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import reduce
+from functools import partial, reduce
 
 import tensorflow as tf
 
@@ -80,12 +80,12 @@ def _spatial_attention(args: Arguments) -> Outputs:
 
 
 def _channel_pool(args: Arguments) -> Outputs:
-    axes = _position_axes(args.data_format)
+    axes = _position_axes(args.x, args.data_format)
     return {"mean": tf.reduce_mean(args.x, axes), "maximum": tf.reduce_max(args.x, axes)}
 
 
 def _spatial_pool(args: Arguments) -> Outputs:
-    axis = _channel_axis(args.data_format)
+    axis = _channel_axis(args.x, args.data_format)
     pooled = [tf.reduce_mean(args.x, axis), tf.reduce_max(args.x, axis)]
     return {"descriptors": tf.stack(pooled, axis)}
 
@@ -101,12 +101,16 @@ channel_pool = _call.reference_of(ops.channel_pool, _channel_pool)
 spatial_pool = _call.reference_of(ops.spatial_pool, _spatial_pool)
 
 
-def _channel_axis(data_format: str) -> int:
-    return data_format.index("C")
+def _rank(x: tf.Tensor) -> int:
+    return x.shape.rank or 4
 
 
-def _position_axes(data_format: str) -> list[int]:
-    return [data_format.index("H"), data_format.index("W")]
+def _channel_axis(x: tf.Tensor, data_format: str) -> int:
+    return 1 if data_format == "NCHW" else _rank(x) - 1
+
+
+def _position_axes(x: tf.Tensor, data_format: str) -> list[int]:
+    return [axis for axis in range(1, _rank(x)) if axis != _channel_axis(x, data_format)]
 
 
 _HIDDEN: dict[str, Callable[[tf.Tensor], tf.Tensor]] = {
@@ -135,7 +139,7 @@ def _channel_gate(x: tf.Tensor, args: Arguments) -> tf.Tensor:
             t = t if args.b1 is None else t + args.b1
         return tf.nn.relu(t) if args.mlp_activation == "relu" else t
 
-    descriptors = _descriptors(x, _position_axes(args.data_format), args.pooling, args)
+    descriptors = _descriptors(x, _position_axes(x, args.data_format), args.pooling, args)
     return _GATES[args.gate_activation](reduce(tf.add, map(mlp, descriptors)))
 
 
@@ -160,24 +164,50 @@ def _spatial_gate(
     return gate, (tf.stop_gradient(mean), tf.stop_gradient(variance))
 
 
+_CONVOLUTIONS: dict[int, Callable[..., tf.Tensor]] = {
+    3: partial(tf.nn.conv1d, stride=1),
+    4: partial(tf.nn.conv2d, strides=1),
+    5: partial(tf.nn.conv3d, strides=[1] * 5),
+}
+
+
+def _convolve_slices(descriptors: tf.Tensor, kernel: tf.Tensor) -> tf.Tensor:
+    """The convolution of a volume: of its slices by all of the kernel's, added where they meet.
+
+    Of two channels to one, TensorFlow's 3-D convolution takes ten times as long on CPUs.
+    """
+    taps, shape = kernel.shape[0], tf.shape(descriptors)
+    slices = tf.reshape(descriptors, tf.concat([[-1], shape[2:]], 0))
+    z = tf.nn.conv2d(slices, tf.transpose(kernel[..., 0], [1, 2, 3, 0]), 1, "SAME")
+    z = tf.reshape(z, tf.concat([shape[:-1], [taps]], 0))
+    z = tf.pad(z, [[0, 0], [taps // 2, taps // 2], [0, 0], [0, 0], [0, 0]])
+    z = tf.add_n([z[:, tap : tap + shape[1], ..., tap : tap + 1] for tap in range(taps)])
+    z.set_shape([*descriptors.shape[:-1], 1])
+    return z
+
+
 def _spatial_logits(x: tf.Tensor, args: Arguments) -> tf.Tensor:
     """``[N, H, W]`` in the kernel's type: the convolution of the spatial descriptors."""
     # The spatial descriptors are put last in both layouts: CPUs have no NCHW convolution.
-    pooled = _descriptors(x, [_channel_axis(args.data_format)], "avg+max", args)
+    pooled = _descriptors(x, [_channel_axis(x, args.data_format)], "avg+max", args)
     kernel = args.kernel
     if args.for_int8:
         factors = tf.constant([8.0, 2.0], x.dtype)  # powers of two change no bit
         pooled = [descriptor * factors[i] for i, descriptor in enumerate(pooled)]
         kernel = kernel / tf.cast(factors[:, None], kernel.dtype)
-    descriptors = tf.stack(pooled, 3)
-    z = tf.nn.conv2d(tf.cast(descriptors, kernel.dtype), kernel, strides=1, padding="SAME")
+    descriptors = tf.stack(pooled, -1)
+    descriptors = tf.cast(descriptors, kernel.dtype)
+    if args.native is not None and _rank(x) == 5 and kernel.shape[0] is not None:
+        z = _convolve_slices(descriptors, kernel)
+    else:
+        z = _CONVOLUTIONS[_rank(x)](descriptors, kernel, padding="SAME")
     z = z if args.bias is None else z + args.bias
     if descriptors.shape[0]:
-        return tf.squeeze(z, 3)
+        return tf.squeeze(z, -1)
     # Of an empty batch (or one not known yet) by a reshape: on processors with AVX-512 TensorFlow
     # 2.21 returns it with as many channels as it was given, and its gradients take it so.
-    logits = tf.reshape(z, tf.shape(descriptors)[:3])
-    logits.set_shape(descriptors.shape[:3])
+    logits = tf.reshape(z, tf.shape(descriptors)[:-1])
+    logits.set_shape(descriptors.shape[:-1])
     return logits
 
 
@@ -189,12 +219,11 @@ def _descriptors(
     # A mean alone is one read in stock ops too, and its gradient none.
     may_be_fused = pooling != "avg" and args.ties == "even" and not args.for_int8
     if args.native is not None and may_be_fused:
-        values = {"x": x, "data_format": args.data_format}
-        if len(axes) == 2:
-            mean, maximum = _call.run(args.native, "CbamOps>ChannelPool", values).values()
-        else:
-            (pooled,) = _call.run(args.native, "CbamOps>SpatialPool", values).values()
-            mean, maximum = tf.unstack(pooled, axis=axes[0])
+        over_channels = axes == [_channel_axis(x, args.data_format)]
+        op = "CbamOps>SpatialPool" if over_channels else "CbamOps>ChannelPool"
+        pool = Arguments(x=x, data_format=args.data_format)
+        pooled = list(_call.native_outputs(args.native, op, pool).values())
+        mean, maximum = tf.unstack(pooled[0], axis=axes[0]) if over_channels else pooled
     descriptors = []
     if pooling != "max":
         descriptors.append(tf.reduce_mean(x, axes) if mean is None else mean)
@@ -212,7 +241,7 @@ def _first(x: tf.Tensor, axes: Sequence[int], maximum: tf.Tensor) -> tf.Tensor:
     """
     for axis in sorted(axes):
         maximum = tf.expand_dims(maximum, axis)
-    sizes = [tf.shape(x)[axis] if axis in axes else 1 for axis in range(4)]
+    sizes = [tf.shape(x)[axis] if axis in axes else 1 for axis in range(_rank(x))]
     places = tf.reshape(tf.range(tf.reduce_prod(sizes)), sizes)
     places = tf.where((x == maximum) | tf.math.is_nan(x), places, places.dtype.max)
     first = places == tf.reduce_min(places, axes, keepdims=True)
@@ -221,12 +250,13 @@ def _first(x: tf.Tensor, axes: Sequence[int], maximum: tf.Tensor) -> tf.Tensor:
 
 def scale_channels(x: tf.Tensor, gate: tf.Tensor, data_format: str) -> tf.Tensor:
     gate = tf.cast(gate, x.dtype)
-    gate = gate[:, :, None, None] if data_format == "NCHW" else gate[:, None, None, :]
+    whole, sides = slice(None), [tf.newaxis] * (_rank(x) - 2)
+    gate = gate[(whole, whole, *sides) if data_format == "NCHW" else (whole, *sides, whole)]
     return tf.multiply(x, gate)
 
 
 def _scale_positions(x: tf.Tensor, gate: tf.Tensor, data_format: str) -> tf.Tensor:
-    return tf.multiply(x, tf.expand_dims(tf.cast(gate, x.dtype), _channel_axis(data_format)))
+    return tf.multiply(x, tf.expand_dims(tf.cast(gate, x.dtype), _channel_axis(x, data_format)))
 
 
 def _finish(y: tf.Tensor, args: Arguments) -> tf.Tensor:

@@ -321,7 +321,7 @@ STATISTICS = {"cbam_with_batch_norm": (1, 2), "spatial_attention_with_batch_norm
 
 
 class Fill(NamedTuple):
-    """What a map holds: made of normal values `[N, H, W, C]` and the map's type.
+    """What a map holds: made of normal values, channels last, and the map's type.
 
     `weights` is the factor of `w0` and `kernel`: weights as training would make them bring the
     gates' logits near 1 whatever the map holds.
@@ -342,12 +342,12 @@ def _with(special: float, beside: float | None = None) -> Fill:
     """`special` at one place of the last sample, `beside` at the position before it."""
 
     def make(values: np.ndarray, dtype: str) -> np.ndarray:
-        n, h, w, c = values.shape
         if values.size:
-            positions = values[-1].reshape(h * w, c)
-            positions[h * w // 2, c // 2] = special
+            positions = values[-1].reshape(-1, values.shape[-1])
+            middle = len(positions) // 2, values.shape[-1] // 2
+            positions[middle] = special
             if beside is not None:
-                positions[h * w // 2 - 1, c // 2] = beside
+                positions[middle[0] - 1, middle[1]] = beside
         return values
 
     return Fill(make)
@@ -384,23 +384,24 @@ class Case:
 
     Attributes:
       function: its name.
-      size: `(N, H, W, C)`, whatever the layout.
+      size: `(N, H, W, C)`, whatever the layout; of a series `(N, L, C)`, of a volume
+        `(N, D, H, W, C)`.
       hidden: hidden units of the MLP; 0 for an MLP of one layer.
-      kernel_size: of the convolution.
+      kernel_size: of the convolution, a number or one for each side of the map.
       residual: whether a residual is added.
       biases: whether the MLP and the convolution have them.
       half_weights: whether weights beside a half map are of its type instead of float32.
       fill: what the map holds, one of `FILLS`.
       options: further keywords of the function; :func:`options` makes them.
       dtype: of the maps.
-      data_format: "NHWC" or "NCHW".
+      data_format: "NHWC" or "NCHW": channels last or first.
       seed: of the random values, which all types and both layouts have in common.
     """
 
     function: str = "cbam"
-    size: tuple[int, int, int, int] = (2, 5, 7, 13)
+    size: tuple[int, ...] = (2, 5, 7, 13)
     hidden: int = 3
-    kernel_size: int = 3
+    kernel_size: int | tuple[int, ...] = 3
     residual: bool = False
     biases: bool = True
     half_weights: bool = False
@@ -420,7 +421,8 @@ class Case:
         """The options, a word each."""
         words = []
         if "kernel" in self.names:
-            words.append(f"k{self.kernel_size}")
+            sides = (self.kernel_size,) if isinstance(self.kernel_size, int) else self.kernel_size
+            words.append("k" + "x".join(map(str, sides)))
         for key, value in self.options:
             words.append(f"mlp_{value}" if key == "mlp_activation" else str(value))
         words += ["residual"] * self.residual + ["half_weights"] * self.half_weights
@@ -442,31 +444,44 @@ class Case:
         return (*names, "residual") if self.residual else names
 
     @property
+    def kernel_sides(self) -> tuple[int, ...]:
+        """The size of the convolution along each side of the map."""
+        size = self.kernel_size
+        return (size,) * (len(self.size) - 2) if isinstance(size, int) else size
+
+    @property
     def weights_dtype(self) -> str:
         """The type of the weights."""
         return self.dtype if self.half_weights else compute_type(self.dtype)
 
     @property
     def hands_on_a_half(self) -> bool:
-        """Whether two ops compute it, the first of which hands on a map of a half type."""
-        first = dict(self.options).get("order") == "spatial_first"
-        return first and self.dtype in ("float16", "bfloat16")
+        """Whether several ops compute it and hand on maps or descriptors of a half type."""
+        composed = dict(self.options).get("order") == "spatial_first"
+        composed = composed or (len(self.size) == 5 and "kernel" in self.names)
+        return composed and self.dtype in ("float16", "bfloat16")
+
+    @property
+    def is_one_call(self) -> bool:
+        """Whether one call of a kernel, with weights of its type, is the whole case."""
+        composed = dict(self.options).get("order") == "spatial_first"
+        return len(self.size) == 4 and not composed and not self.half_weights
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """The shape of every argument that some function takes, maps as in NHWC."""
-        n, h, w, c = self.size
-        k, hidden = self.kernel_size, self.hidden or c
+        c = self.size[-1]
+        hidden = self.hidden or c
         return {
-            "x": (n, h, w, c),
+            "x": self.size,
             "w0": (c, hidden),
             "b0": (hidden,),
             "w1": (hidden, c),
             "b1": (c,),
-            "kernel": (k, k, 2, 1),
+            "kernel": (*self.kernel_sides, 2, 1),
             "bias": (1,),
             "gamma": (1,),
             "beta": (1,),
-            "residual": (n, h, w, c),
+            "residual": self.size,
         }
 
     def arrays(self) -> dict[str, np.ndarray]:
@@ -478,9 +493,9 @@ class Case:
         shapes = self.shapes()
         # Scales that keep the gates' logits near 1, so that no sigmoid saturates.
         scales = {
-            "w0": fill.weights * self.size[3] ** -0.5,
+            "w0": fill.weights * self.size[-1] ** -0.5,
             "w1": (self.hidden or 1) ** -0.5,
-            "kernel": fill.weights / self.kernel_size,
+            "kernel": fill.weights / np.prod(self.kernel_sides) ** 0.5,
         }
         arrays = {}
         for name in self.names:
@@ -488,7 +503,7 @@ class Case:
             if name == "x":
                 value = fill.make(value, self.dtype)
             if name in MAPS and self.data_format == "NCHW":
-                value = np.moveaxis(value, 3, 1)
+                value = np.moveaxis(value, -1, 1)
             dtype = self.dtype if name in MAPS else self.weights_dtype
             arrays[name] = value.astype(np.dtype(dtype), order="C")
         return arrays
@@ -683,6 +698,20 @@ OPTIONS = [
     Case("spatial_attention", fill="relu", kernel_size=7, biases=False),
     Case("spatial_attention", residual=True, options=options(activation="relu")),
     Case("spatial_attention_with_batch_norm", fill="relu"),
+    # Series and volumes.
+    Case(size=(2, 37, 13), kernel_size=7),
+    Case("cbam_with_batch_norm", size=(3, 19, 8), residual=True, half_weights=True),
+    Case("channel_attention", size=(2, 21, 9), fill="relu", options=options(pooling="avg")),
+    Case("spatial_attention", size=(2, 33, 5), fill="relu", options=options(activation="relu")),
+    Case("channel_pool", size=(2, 31, 5), fill="relu"),
+    Case("spatial_pool", size=(2, 17, 12), fill="relu"),
+    Case(size=(2, 3, 4, 5, 13), residual=True, fill="relu", options=options(activation="relu")),
+    Case(size=(2, 4, 3, 3, 9), kernel_size=(1, 3, 5), options=options(order="parallel"), seed=2),
+    Case("cbam_with_batch_norm", (2, 3, 5, 4, 8), options=options(order="spatial_first"), seed=3),
+    Case("channel_attention", size=(2, 3, 2, 5, 17), half_weights=True, fill="relu"),
+    Case("spatial_attention_with_batch_norm", size=(2, 4, 5, 3, 6), residual=True, seed=1),
+    Case("channel_pool", size=(2, 4, 3, 5, 7), fill="relu"),
+    Case("spatial_pool", size=(2, 3, 5, 4, 9), fill="relu"),
     Case("channel_pool", fill="relu"),
     Case("spatial_pool", fill="relu"),
 ]
@@ -698,6 +727,13 @@ SIZES = [
     Case(size=(1, 31, 29, 64), hidden=4, kernel_size=7, residual=True),
     Case(size=(9, 4, 4, 8), hidden=8, kernel_size=7, options=options(activation="relu")),
     Case("spatial_attention", size=(2, 64, 63, 1), kernel_size=7),
+    Case(size=(2, 9, 8, 17), hidden=2, kernel_size=(7, 1)),
+    Case("cbam_with_batch_norm", size=(2, 5, 19, 8), kernel_size=(3, 9), residual=True),
+    Case("spatial_attention", size=(1, 4, 40, 33), kernel_size=(1, 11), fill="relu"),
+    # Series: shorter than the kernel, longer than what is taken at a time.
+    Case(size=(2, 1500, 33), kernel_size=11, residual=True),
+    Case("cbam_with_batch_norm", size=(2, 201, 8), kernel_size=7),
+    Case("spatial_attention", size=(3, 65, 5), kernel_size=401, fill="saturated"),
     Case("channel_attention", size=(2, 2, 3, 1025), hidden=64),
     Case("channel_pool", size=(2, 70, 61, 5)),
     Case("spatial_pool", size=(2, 3, 5, 515)),

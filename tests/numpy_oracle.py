@@ -5,10 +5,11 @@ without TensorFlow and without the kernels' tricks: every intermediate is stored
 Evaluated in float64 it is the truth of the tests; evaluated in float32 it says what error an
 ordinary evaluation in that type has.
 
-Words and shapes: ``x`` is the feature map, ``[N, H, W, C]`` or ``[N, C, H, W]``; channel gate and
+Words and shapes: ``x`` is the feature map, ``[N, H, W, C]`` or ``[N, C, H, W]``, or a series or a
+volume, which have one or three sides; channel gate and
 channel descriptors ``[N, C]`` and ``[2, N, C]``; spatial gate and spatial descriptors ``[N, H, W]``
 and ``[N, 2, H, W]`` (mean, then max, for both layouts); ``w0 [C, hidden]``, ``w1 [hidden, C]``,
-``kernel [k, k, 2, 1]`` (plane 0 reads the mean, plane 1 the max).
+``kernel [kh, kw, 2, 1]`` (plane 0 reads the mean, plane 1 the max).
 
 ``gates`` is one of
 
@@ -34,12 +35,22 @@ MLP = ("w0", "b0", "w1", "b1")
 
 def to_nhwc(x: Array, layout: str) -> Array:
     """``x`` with its channels last."""
-    return x if layout == "NHWC" else np.transpose(x, (0, 2, 3, 1))
+    return x if layout == "NHWC" else np.moveaxis(x, 1, -1)
 
 
 def from_nhwc(x: Array, layout: str) -> Array:
     """The inverse of :func:`to_nhwc`."""
-    return x if layout == "NHWC" else np.transpose(x, (0, 3, 1, 2))
+    return x if layout == "NHWC" else np.moveaxis(x, -1, 1)
+
+
+def _sides(x: Array) -> tuple[int, ...]:
+    """The axes of positions."""
+    return tuple(range(1, x.ndim - 1))
+
+
+def _everywhere(values: Array, x: Array) -> Array:
+    """``[N, C]`` for all positions of ``x``."""
+    return np.expand_dims(values, _sides(x))
 
 
 def sigmoid(z: Array) -> Array:
@@ -104,39 +115,44 @@ def _share(values: Array, largest: Array, axes: tuple[int, ...], ties: str = "ev
     """
     equal = values == largest
     if ties == "first":
-        positions = equal.reshape(len(equal), -1, equal.shape[3]) if len(axes) == 2 else equal
-        axis = 1 if len(axes) == 2 else 3
+        over_channels = axes == (-1,)
+        positions = equal if over_channels else equal.reshape(len(equal), -1, equal.shape[-1])
+        axis = -1 if over_channels else 1
         first = positions & (np.cumsum(positions, axis=axis) == 1)
         return first.reshape(equal.shape).astype(values.dtype)
     with np.errstate(invalid="ignore", divide="ignore"):
         return equal / np.sum(equal, axis=axes, keepdims=True).astype(values.dtype)
 
 
-def _windows(planes: Array, k: int) -> Array:
-    """The k x k surroundings of every position, zeros outside: ``[N, planes, H, W, k, k]``."""
-    r = k // 2
-    padded = np.pad(planes, ((0, 0), (0, 0), (r, r), (r, r)))
-    return np.lib.stride_tricks.sliding_window_view(padded, (k, k), axis=(2, 3))
+def _windows(planes: Array, size: tuple[int, ...]) -> Array:
+    """The surroundings of every position, zeros outside: ``[N, planes, H, W, kh, kw]``."""
+    padded = np.pad(planes, ((0, 0), (0, 0), *((k // 2, k // 2) for k in size)))
+    return np.lib.stride_tricks.sliding_window_view(padded, size, axis=tuple(range(2, planes.ndim)))
 
 
 def conv(planes: Array, kernel: Array) -> Array:
-    """``[N, 2, H, W]`` by ``[k, k, 2, 1]`` to ``[N, H, W]``, stride 1, zero padding, same size."""
-    return np.tensordot(_windows(planes, len(kernel)), kernel[..., 0], ((4, 5, 1), (0, 1, 2)))
+    """``[N, 2, H, W]`` by ``[kh, kw, 2, 1]`` to ``[N, H, W]``: stride 1, zero padding."""
+    size = kernel.shape[:-2]
+    taps = range(2 + len(size), 2 + 2 * len(size))
+    ours, theirs = (*taps, 1), tuple(range(len(size) + 1))
+    return np.tensordot(_windows(planes, size), kernel[..., 0], (ours, theirs))
 
 
 def conv_grad(planes: Array, kernel: Array, dz: Array) -> tuple[Array, Array]:
     """Gradients of :func:`conv` with respect to ``planes`` and ``kernel``."""
-    k = len(kernel)
-    d_kernel = np.tensordot(_windows(planes, k), dz, ((0, 2, 3), (0, 1, 2)))  # [2, k, k]
-    turned = kernel[::-1, ::-1, :, 0]
-    d_planes = np.tensordot(_windows(dz[:, None], k)[:, 0], turned, ((3, 4), (0, 1)))
-    return np.moveaxis(d_planes, 3, 1), np.moveaxis(d_kernel, 0, 2)[..., None]
+    size, sides = kernel.shape[:-2], dz.ndim - 1
+    everywhere = (0, *range(2, 2 + sides)), tuple(range(1 + sides))
+    d_kernel = np.tensordot(_windows(planes, size), dz, everywhere)  # [2, kh, kw]
+    turned = np.flip(kernel[..., 0], tuple(range(sides)))
+    taps = tuple(range(1 + sides, 1 + 2 * sides)), tuple(range(sides))
+    d_planes = np.tensordot(_windows(dz[:, None], size)[:, 0], turned, taps)
+    return np.moveaxis(d_planes, -1, 1), np.moveaxis(d_kernel, 0, -1)[..., None]
 
 
 def channel_pool(x: Array, layout: str = "NHWC", dtype: DTypeLike = np.float64) -> Tensors:
     """Mean and maximum over positions, each ``[N, C]``."""
     v = to_nhwc(x, layout).astype(dtype)
-    return {"mean": v.mean(axis=(1, 2)), "maximum": v.max(axis=(1, 2))}
+    return {"mean": v.mean(axis=_sides(v)), "maximum": v.max(axis=_sides(v))}
 
 
 def channel_pool_grad(
@@ -144,17 +160,17 @@ def channel_pool_grad(
 ) -> Tensors:
     """Gradient of :func:`channel_pool` with respect to ``x``."""
     v = to_nhwc(x, layout).astype(dtype)
-    positions = v.shape[1] * v.shape[2]
-    share = _share(v, v.max(axis=(1, 2), keepdims=True), (1, 2))
-    dx = d_mean.astype(dtype)[:, None, None, :] / positions
-    dx = dx + share * d_maximum.astype(dtype)[:, None, None, :]
+    positions = np.prod(v.shape[1:-1])
+    share = _share(v, v.max(axis=_sides(v), keepdims=True), _sides(v))
+    dx = _everywhere(d_mean.astype(dtype), v) / positions
+    dx = dx + share * _everywhere(d_maximum.astype(dtype), v)
     return {"dx": from_nhwc(dx, layout)}
 
 
 def spatial_pool(x: Array, layout: str = "NHWC", dtype: DTypeLike = np.float64) -> Tensors:
     """Mean and maximum over channels in one tensor, ``[N, H, W, 2]`` or ``[N, 2, H, W]``."""
     v = to_nhwc(x, layout).astype(dtype)
-    return {"descriptors": from_nhwc(np.stack([v.mean(axis=3), v.max(axis=3)], axis=3), layout)}
+    return {"descriptors": from_nhwc(np.stack([v.mean(axis=-1), v.max(axis=-1)], axis=-1), layout)}
 
 
 def spatial_pool_grad(
@@ -163,8 +179,8 @@ def spatial_pool_grad(
     """Gradient of :func:`spatial_pool` with respect to ``x``."""
     v = to_nhwc(x, layout).astype(dtype)
     d = to_nhwc(d_descriptors, layout).astype(dtype)
-    share = _share(v, v.max(axis=3, keepdims=True), (3,))
-    return {"dx": from_nhwc(d[..., :1] / v.shape[3] + share * d[..., 1:], layout)}
+    share = _share(v, v.max(axis=-1, keepdims=True), (-1,))
+    return {"dx": from_nhwc(d[..., :1] / v.shape[-1] + share * d[..., 1:], layout)}
 
 
 def forward(
@@ -219,7 +235,7 @@ def forward(
     gate, slope = _GATES[gate_activation]
     u = v
     if gates != "spatial_only":
-        mean, maximum = v.mean(axis=(1, 2)), v.max(axis=(1, 2))
+        mean, maximum = v.mean(axis=_sides(v)), v.max(axis=_sides(v))
         if pooling == "max":
             mean = np.zeros_like(mean)
         if pooling == "avg":
@@ -241,11 +257,11 @@ def forward(
                 out["_pre_" + name], out["_branch_" + name] = pre, branch
                 logits = logits + (_relu(branch) if mlp_activation == "relu" else branch)
         out["channel_gate"], out["_channel_slope"] = gate(logits), slope(logits)
-        u = v * out["channel_gate"][:, None, None, :]
+        u = v * _everywhere(out["channel_gate"], v)
     gated = u
     if gates != "channel_only":
         s = v if gates == "parallel" else u
-        out["spatial_descriptors"] = np.stack([s.mean(axis=3), s.max(axis=3)], axis=1)
+        out["spatial_descriptors"] = np.stack([s.mean(axis=-1), s.max(axis=-1)], axis=1)
         z = conv(out["spatial_descriptors"], cast(kernel))
         if batch_norm:
             # An empty batch has no statistics: 0 here.
@@ -346,7 +362,7 @@ def backward(
 
     exact = to_nhwc(x, layout).astype(dtype)  # not absolute: decides the ties
     v = cast(exact)
-    n, height, width, c = v.shape
+    n, c, ones = v.shape[0], v.shape[-1], np.ones((1,) * v.ndim, dtype)
     dv = cast(to_nhwc(dy, layout))
     out: Tensors = {}
     if activation == "relu":
@@ -355,13 +371,13 @@ def backward(
         out["d_residual"] = from_nhwc(dv, layout)
 
     has_channel, has_spatial = gates != "spatial_only", gates != "channel_only"
-    g_c = saved["channel_gate"][:, None, None, :] if has_channel else np.ones((1, 1, 1, 1), dtype)
-    g_s = saved["spatial_gate"][..., None] if has_spatial else np.ones((1, 1, 1, 1), dtype)
+    g_c = _everywhere(saved["channel_gate"], v) if has_channel else ones
+    g_s = saved["spatial_gate"][..., None] if has_spatial else ones
 
     # What reaches the map the spatial gate is taken from by way of that gate.
     d_spatial_input = np.zeros_like(v)
     if has_spatial:
-        t = np.sum(dv * v * g_c, axis=3)
+        t = np.sum(dv * v * g_c, axis=-1)
         if d_spatial_gate is not None:
             t = t + cast(d_spatial_gate)
         dz = t * saved["_spatial_slope"]
@@ -379,11 +395,11 @@ def backward(
             absolute(saved["spatial_descriptors"]), cast(kernel), dz
         )
         if gates == "channel_first":
-            gate = g_c if tie_gate is None else tie_gate[:, None, None, :]
+            gate = g_c if tie_gate is None else _everywhere(tie_gate, v)
             u = to_nhwc(x, layout).astype(gate.dtype) * gate
         else:
             u = exact
-        share = _share(u, u.max(axis=3, keepdims=True), (3,), ties).astype(dtype)
+        share = _share(u, u.max(axis=-1, keepdims=True), (-1,), ties).astype(dtype)
         d_spatial_input = d_planes[:, 0, ..., None] / c + d_planes[:, 1, ..., None] * share
 
     if gates == "parallel":
@@ -394,7 +410,7 @@ def backward(
         dx = d_gated * g_c
 
     if has_channel:
-        d_gate = np.sum(d_gated * v, axis=(1, 2))
+        d_gate = np.sum(d_gated * v, axis=_sides(v))
         if d_channel_gate is not None:
             d_gate = d_gate + cast(d_channel_gate)
         d_logits = d_gate * saved["_channel_slope"]
@@ -420,11 +436,11 @@ def backward(
             out["dw0"] += t.T @ d_hidden
             if b0 is not None:
                 out["db0"] += d_hidden.sum(axis=0)
-            d_t = (d_hidden @ cast(w0).T)[:, None, None, :]
+            d_t = _everywhere(d_hidden @ cast(w0).T, v)
             if name == "mean":
-                dx = dx + d_t / (height * width)
+                dx = dx + d_t / np.prod(v.shape[1:-1])
             else:
-                share = _share(exact, exact.max(axis=(1, 2), keepdims=True), (1, 2), ties)
+                share = _share(exact, exact.max(axis=_sides(v), keepdims=True), _sides(v), ties)
                 dx = dx + d_t * share
     out["dx"] = from_nhwc(dx, layout)
     return out

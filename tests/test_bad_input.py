@@ -31,7 +31,36 @@ def zeros(*shape: int, dtype: str = "float32") -> tf.Tensor:
 
 BAD = [
     # case, changed arguments, changed options, message
-    (CBAM, {"x": zeros(5, 7, 13)}, {}, "cbam: `x` must have shape [N, H, W, C], got [5, 7, 13]"),
+    (
+        CBAM,
+        {"x": zeros(7, 13)},
+        {},
+        "cbam: `x` must have shape [N, L, C] or [N, H, W, C] or [N, D, H, W, C], got [7, 13]",
+    ),
+    (
+        Case("spatial_attention"),
+        {"x": zeros(5, 7, 13)},
+        {},
+        "spatial_attention: `kernel` must have shape [k, 2, 1], got [3, 3, 2, 1]",
+    ),
+    (
+        Case("spatial_attention"),
+        {"x": zeros(2, 4, 5, 7, 13)},
+        {},
+        "`kernel` must have shape [kd, kh, kw, 2, 1], got [3, 3, 2, 1]",
+    ),
+    (
+        Case("channel_pool"),
+        {"x": zeros(2, 0, 5, 7, 3)},
+        {},
+        "`x` must have D >= 1, got shape [2, 0",
+    ),
+    (
+        Case("channel_pool"),
+        {"x": zeros(5, 7, 13)},
+        {"data_format": "NDHWC"},
+        "`data_format` must be 'NHWC' or 'NCHW' or 'NWC' or 'NCW', got 'NDHWC'",
+    ),
     (CBAM, {"x": None}, {}, "cbam: `x` must be a tensor, got None"),
     (
         CBAM,
@@ -81,19 +110,29 @@ BAD = [
     ),
     (CBAM, {"b0": zeros(4)}, {}, "cbam: `b0` must have shape [hidden] = [3], got [4]"),
     (CBAM, {"b1": zeros(1)}, {}, "cbam: `b1` must have shape [C] = [13], got [1]"),
-    (CBAM, {"kernel": zeros(2, 2, 2, 1)}, {}, "cbam: `kernel` must have an odd k, got shape [2, 2"),
-    (CBAM, {"kernel": zeros(0, 0, 2, 1)}, {}, "cbam: `kernel` must have an odd k, got shape [0, 0"),
     (
         CBAM,
-        {"kernel": zeros(3, 5, 2, 1)},
+        {"kernel": zeros(2, 2, 2, 1)},
         {},
-        "cbam: `kernel` must have shape [k, k, 2, 1] = [3, 3, 2, 1], got [3, 5, 2, 1]",
+        "cbam: `kernel` must have an odd kh, got shape [2, 2",
+    ),
+    (
+        CBAM,
+        {"kernel": zeros(0, 0, 2, 1)},
+        {},
+        "cbam: `kernel` must have an odd kh, got shape [0, 0",
+    ),
+    (
+        CBAM,
+        {"kernel": zeros(3, 4, 2, 1)},
+        {},
+        "cbam: `kernel` must have an odd kw, got shape [3, 4, 2, 1]",
     ),
     (
         CBAM,
         {"kernel": zeros(3, 3, 3, 1)},
         {},
-        "cbam: `kernel` must have shape [k, k, 2, 1], got [3, 3, 3, 1]",
+        "cbam: `kernel` must have shape [kh, kw, 2, 1], got [3, 3, 3, 1]",
     ),
     (CBAM, {"bias": zeros(2)}, {}, "cbam: `bias` must have shape [1], got [2]"),
     (
@@ -165,7 +204,7 @@ BAD = [
         {"epsilon": "small"},
         "cbam_with_batch_norm: `epsilon` must be a number >= 0, got 'small'",
     ),
-    (Case("channel_pool"), {"x": zeros(3)}, {}, "channel_pool: `x` must have shape [N, H, W, C]"),
+    (Case("channel_pool"), {"x": zeros(3)}, {}, "channel_pool: `x` must have shape [N, L, C] or"),
     (Case("spatial_pool"), {"x": zeros(1, 1, 1, 0)}, {}, "spatial_pool: `x` must have C >= 1"),
 ]
 
@@ -208,8 +247,8 @@ def test_good_types_beside_half_maps(module):
         ("w0", (12, 3), "`w0` must have shape [C, hidden] = [13, hidden], got [12, 3]"),
         ("w0", (13, 0), "`w0` must have hidden >= 1, got shape [13, 0]"),
         ("w1", (3, 12), "`w1` must have shape [hidden, C] = [3, 13], got [3, 12]"),
-        ("kernel", (4, 4, 2, 1), "`kernel` must have an odd k, got shape [4, 4, 2, 1]"),
-        ("kernel", (3, 5, 2, 1), "`kernel` must have shape [k, k, 2, 1] = [3, 3, 2, 1], got [3, 5"),
+        ("kernel", (4, 4, 2, 1), "`kernel` must have an odd kh, got shape [4, 4, 2, 1]"),
+        ("kernel", (3, 4, 2, 1), "`kernel` must have an odd kw, got shape [3, 4, 2, 1]"),
         ("residual", (2, 5, 1, 13), "`residual` must have shape [N, H, W, C] = [2, 5, 7, 13], got"),
     ],
 )
@@ -289,7 +328,7 @@ def test_the_op_refuses_weights_of_another_type(native):
 
 @pytest.mark.parametrize("case", OPTIONS, ids=str)
 def test_an_empty_batch_is_legal(module, case, data_format):
-    case = case.replace(size=(0, 5, 7, 13), data_format=data_format)
+    case = case.replace(size=(0, *case.size[1:]), data_format=data_format)
     tensors = case.draw()
     assert case.call(module, tensors)[0].shape[0] == 0
     for name, gradient in case.gradients(module, tensors).items():

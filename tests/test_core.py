@@ -146,13 +146,13 @@ SHAPES = (
     (17, 2, 3, 6),
     (2, 23, 29, 130),
 )
-KERNEL_SIZES = (1, 3, 7, 11)  # up to larger than the map
+KERNEL_SIZES = (1, 3, 7, (1, 7), (11, 3))  # up to larger than the map
 
 
 def check_shape(dtype: str, layout: str, shape: tuple[int, int, int, int], number: int) -> None:
     """With one of the kernel sizes; both orders take turns."""
     module, hidden = ("channel_first", "parallel")[number % 2], max(1, shape[3] // 8)
-    kernel_size = KERNEL_SIZES[number % 4]
+    kernel_size = KERNEL_SIZES[number % len(KERNEL_SIZES)]
     case = make(module, shape, dtype, layout, hidden=hidden, kernel_size=kernel_size)
     check(case, CORE, threads=2)
 
@@ -595,8 +595,8 @@ def zeros(*shape: int, dtype: Any = np.float32) -> np.ndarray:
         ({"w1": zeros(3, 8)}, r"`w1` must have shape .* = \[2, 8\], got \[3, 8\]"),
         ({"b0": zeros(3)}, r"`b0` must have shape \[hidden\] = \[2\], got \[3\]"),
         ({"b1": zeros(3)}, r"`b1` must have shape \[C\] = \[8\], got \[3\]"),
-        ({"kernel": zeros(4, 4, 2, 1)}, r"`kernel` must .* odd k, got shape \[4, 4, 2"),
-        ({"kernel": zeros(3, 5, 2, 1)}, r"`kernel` must .* got \[3, 5, 2, 1\]"),
+        ({"kernel": zeros(4, 4, 2, 1)}, r"`kernel` must .* odd kh, got shape \[4, 4, 2"),
+        ({"kernel": zeros(3, 4, 2, 1)}, r"`kernel` must .* odd kw, got shape \[3, 4, 2, 1\]"),
         ({"kernel": zeros(0, 0, 2, 1)}, r"`kernel` must .* got shape \[0, 0, 2, 1\]"),
         ({"bias": zeros(2)}, r"`bias` must have shape \[1\], got \[2\]"),
         ({"gamma": zeros(2)}, r"`gamma` must have shape \[1\], got \[2\]"),

@@ -122,10 +122,12 @@ def test_rows_longer_than_a_tile(
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("kernel_size", [1, 3, 7, 9, 15, 41])
+@pytest.mark.parametrize("kernel_size", [1, 3, 7, 9, 15, 41, (1, 9), (41, 3), (61, 31)])
 @pytest.mark.parametrize("batch_norm", [False, True])
-def test_kernel_sizes(kernels: Kernels, kernel_size: int, batch_norm: bool, layout: str) -> None:
-    """Halos from none to wider than the plane, and a kernel whose window does not fit (41)."""
+def test_kernel_sizes(
+    kernels: Kernels, kernel_size: int | tuple[int, int], batch_norm: bool, layout: str
+) -> None:
+    """Halos from none to wider than the plane, and kernels whose windows do not fit (41)."""
     case = Case(size=(2, 9, 10, 8), kernel_size=kernel_size, data_format=layout)
     check(with_batch_norm(case, batch_norm), kernels)
 
@@ -284,7 +286,7 @@ def test_invalid_problems_are_named(kernels: Kernels) -> None:
     """The contract's own checks come first, and a missing address is not read."""
     problem = {"shape": (1, 2, 2, 4), "hidden": 3}
     for message, call in {
-        "kernel_size must be odd": {"kernel_size": 4},
+        "kernel_height and kernel_width must be odd": {"kernel_size": (3, 4)},
         "hidden must be at least 1": {"hidden": 0},
         r"`x` must have shape \[N, H, W, C\], got \[2, 2\]": {"shape": (2, 2)},
         "`dtype` must be of float32 or .*, got int8": {"dtype": "int8"},

@@ -64,7 +64,7 @@ def with_operators(x):
     descriptors = ops.concatenate(
         [ops.mean(u, axis=-1, keepdims=True), ops.max(u, axis=-1, keepdims=True)], axis=-1
     )
-    return u * ops.sigmoid(kl.Conv2D(1, 5, padding="same")(descriptors))
+    return u * ops.sigmoid(kl.Conv2D(1, (5, 3), padding="same")(descriptors))
 
 
 def official(x):
@@ -298,7 +298,7 @@ class Style(NamedTuple):
 SE = "squeeze and excitation"
 STYLES = {
     "kobiso": Style(kobiso, "CBAM", "kobiso", {"hidden": 3, "kernel_size": 7}),
-    "with_operators": Style(with_operators, "CBAM", "paper", {"kernel_size": 5}),
+    "with_operators": Style(with_operators, "CBAM", "paper", {"kernel_size": (5, 3)}),
     "official": Style(official, "CBAM", "official", {"batch_norm_epsilon": 1e-5}),
     "convolutions": Style(convolutions, "CBAM", "", {"mlp_activation": "relu", "hidden": 4}),
     "spatial_first": Style(spatial_first, "CBAM", "", {"order": "spatial_first"}, reads=(6, 2)),

@@ -60,6 +60,7 @@ KERAS_CASES = [
     (cbam_ops.ChannelAttention, {"ratio": 2, "pooling": "avg"}, 4, 0),
     (cbam_ops.ChannelAttention, {"ratio": 2, "pooling": "max", "use_bias": False}, 2, 0),
     (cbam_ops.SpatialAttention, {"kernel_size": 3}, 2, 0),
+    (cbam_ops.SpatialAttention, {"kernel_size": (5, 1)}, 2, 0),
     (cbam_ops.SpatialAttention, {"spatial_batch_norm": True, "activation": "relu"}, 3, 2),
 ]
 
@@ -78,6 +79,85 @@ def test_keras_layer_checks(layer_class, arguments, trainable, fixed):
         expected_num_losses=0,
         supports_masking=True,
     )
+
+
+SERIES, VOLUME = (3, 9, 8), (2, 3, 4, 5, 8)
+
+
+@pytest.mark.filterwarnings("ignore:.shuffle=True. was passed")
+@pytest.mark.parametrize("data_format", ["channels_last", "channels_first"])
+@pytest.mark.parametrize("shape", [SERIES, VOLUME], ids=["series", "volume"])
+@pytest.mark.parametrize("layer_class", LAYERS)
+def test_series_and_volumes(layer_class, shape, data_format):
+    """Keras's suite again; then the layer is the function, gates and statistics included."""
+    arguments = {"data_format": data_format, "activation": "relu"}
+    kernel = (3, 5, 1)[: len(shape) - 2]
+    if layer_class is not cbam_ops.SpatialAttention:
+        arguments["ratio"] = 4
+    if layer_class is not cbam_ops.ChannelAttention:
+        arguments |= {"kernel_size": kernel, "spatial_batch_norm": True}
+    size = shape if data_format == "channels_last" else (shape[0], 8, *shape[1:-1])
+    keras_testing.TestCase().run_layer_test(
+        layer_class,
+        init_kwargs=arguments,
+        input_shape=size,
+        expected_output_shape=size,
+        expected_num_losses=0,
+        supports_masking=True,
+    )
+    layer, x, residual = layer_class(**arguments), feature_map(shape=size), feature_map(1, size)
+    symbolic = layer(keras.Input(size[1:]), residual=keras.Input(size[1:]), return_gates=True)
+    results = layer(x, residual=residual, training=True, return_gates=True)
+    for ours, expected in zip(results, symbolic, strict=True):
+        assert (shape[0], *expected.shape[1:]) == ours.shape
+    weights = [w.value for w in layer.trainable_weights]
+    function = {
+        cbam_ops.CBAM: reference.cbam_with_batch_norm,
+        cbam_ops.ChannelAttention: reference.channel_attention,
+        cbam_ops.SpatialAttention: reference.spatial_attention_with_batch_norm,
+    }[layer_class]
+    expected = function(
+        x, *weights, residual=residual, activation="relu", return_gates=True,
+        data_format="NHWC" if data_format == "channels_last" else "NCHW",
+    )  # fmt: skip
+    if layer_class is not cbam_ops.ChannelAttention:
+        assert layer.spatial_kernel.shape == (*kernel, 2, 1)
+        y, mean, variance, *gates = expected
+        expected = (y, *gates)
+        for moving, start, new in (
+            (layer.moving_mean, 0.0, mean),
+            (layer.moving_variance, 1.0, variance),
+        ):
+            value = start * 0.99 + 0.01 * new
+            testing.assert_close(moving.numpy(), value.numpy(), testing.FLOAT32, "moving")
+    for ours, theirs in zip(results, expected, strict=True):
+        testing.assert_close(ours.numpy(), theirs.numpy(), testing.FLOAT32, "result")
+
+
+def test_a_series_and_a_volume_are_saved_and_trained(tmp_path):
+    """Compiled by XLA, in mixed precision, with residual and batch norm; then from a file."""
+    for shape in (SERIES, VOLUME):
+        inputs = keras.Input(shape[1:])
+        layer = cbam_ops.CBAM(
+            4, kernel_size=3, spatial_batch_norm=True, activation="relu", dtype="mixed_bfloat16"
+        )
+        pool = (keras.layers.GlobalAveragePooling1D, keras.layers.GlobalAveragePooling3D)
+        y = pool[len(shape) == 5](dtype="float32")(layer(inputs, residual=inputs))
+        model = keras.Model(inputs, keras.layers.Dense(1, dtype="float32")(y))
+        model.compile("sgd", "mse", jit_compile=True)
+        x, before = feature_map(shape=shape), [w.numpy() for w in model.trainable_weights]
+        assert np.isfinite(model.fit(x, np.ones(len(x)), verbose=0).history["loss"][0])
+        for old, weight in zip(before, model.trainable_weights, strict=True):
+            assert not np.array_equal(old, weight.numpy()), weight.path
+        model.save(tmp_path / "model.keras")
+        loaded = keras.models.load_model(tmp_path / "model.keras")
+        testing.assert_same_bits(loaded(x).numpy(), model(x).numpy(), "loaded")
+
+
+def test_a_kernel_has_the_sides_of_the_inputs():
+    expected = r"`kernel_size` must be an odd positive integer or 3 of them for inputs of rank 5"
+    with pytest.raises(ValueError, match=rf"CBAM: {expected}, got \(7, 1\)"):
+        cbam_ops.CBAM(ratio=4, kernel_size=(7, 1)).build(VOLUME)
 
 
 @pytest.mark.parametrize("layer_class", LAYERS)
@@ -622,8 +702,9 @@ BAD_ARGUMENTS = [
     ({"hidden_rounding": "up"}, "`hidden_rounding` must be 'floor' or 'half_up' or .*, got 'up'"),
     ({"hidden_activation": "linear"}, "`hidden_activation` must be 'relu' or .*, got 'linear'"),
     ({"gate_activation": "tanh"}, "`gate_activation` must be 'sigmoid' or .*, got 'tanh'"),
-    ({"kernel_size": 4}, "`kernel_size` must be an odd positive integer, got 4"),
-    ({"kernel_size": (7, 7)}, r"`kernel_size` must be an odd positive integer, got \(7, 7\)"),
+    ({"kernel_size": 4}, r"`kernel_size` must be an odd .*, or one for each side, .*, got 4"),
+    ({"kernel_size": (7, 2)}, r"`kernel_size` must be an odd .*, got \(7, 2\)"),
+    ({"kernel_size": (3, 3, 3, 3)}, r"`kernel_size` must be an odd .*, got \(3, 3, 3, 3\)"),
     ({"order": "serial"}, "`order` must be 'channel_first' or .*, got 'serial'"),
     ({"activation": "tanh"}, "`activation` must be None or 'relu', got 'tanh'"),
     ({"mlp_activation": "tanh"}, "`mlp_activation` must be None or 'relu', got 'tanh'"),
@@ -684,10 +765,12 @@ def test_tensors_of_keras_2_are_refused():
 @pytest.mark.parametrize("layer_class", LAYERS)
 def test_bad_inputs_are_named(layer_class):
     arguments = {} if layer_class is cbam_ops.SpatialAttention else {"ratio": 4}
+    with pytest.raises(ValueError, match="expected min_ndim=3, found ndim=2"):
+        layer_class(**arguments)(feature_map(shape=(2, 8)))
+    with pytest.raises(ValueError, match=r"`inputs` must have shape \[N, L, C\] or .*, got shape"):
+        layer_class(**arguments).build((2, 8))
     with pytest.raises(ValueError, match="expected ndim=4, found ndim=3"):
-        layer_class(**arguments)(feature_map(shape=(2, 5, 8)))
-    with pytest.raises(ValueError, match="`inputs` must have rank 4"):
-        layer_class(**arguments).build((2, 5, 8))
+        make(layer_class)(feature_map(shape=(2, 5, 8)))
     with pytest.raises(ValueError, match="`inputs` must have a defined, positive number of chan"):
         layer_class(**arguments)(keras.Input((4, 4, None)))
     with pytest.raises(ValueError, match="axis -1|axis 3|incompatible"):

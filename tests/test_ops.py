@@ -69,6 +69,9 @@ def pythonpath() -> str:
 
 def check(case: Case) -> None:
     """Outputs and the gradients of every argument, from gradients of every output."""
+    if len(case.size) == 5 and case.hands_on_a_half:  # single numbers err more by chance
+        assert not [finding.fault for finding in case.examine(ops, draws=8) if finding.fault]
+        return
     tensors = case.draw()
     case.check(ops, tensors, magnitudes=gradient_magnitudes(case, tensors))
 
@@ -93,7 +96,7 @@ def test_special_values_reach_the_same_outputs(case, value, data_format):
     case = case.replace(data_format=data_format)
     tensors = case.draw()
     x = tensors["x"].numpy()
-    x[0, 2, 3, 5 if data_format == "NHWC" else 6] = value
+    x[(0, *(size // 2 for size in x.shape[1:]))] = value
     tensors["x"] = tf.constant(x)
     actual = case.call(ops, tensors)
     truth, stock = truth_and_stock(case, tensors, "call")
@@ -118,13 +121,41 @@ def test_types_and_shapes_equal_the_reference_s(case, dtype):
 @pytest.mark.parametrize("case", OPTIONS, ids=str)
 def test_an_empty_batch_gives_empty_outputs(case, data_format):
     """Fails where a kernel divides by the batch or refuses the last, empty batch of a data set."""
-    case = case.replace(size=(0, 5, 7, 13), data_format=data_format)
+    case = case.replace(size=(0, *case.size[1:]), data_format=data_format)
     tensors = case.draw()
     expected = case.call(reference, tensors)
     for ours, theirs in zip(case.call(ops, tensors), expected, strict=True):
         assert_same_bits(ours.numpy(), theirs.numpy(), case.function)
     for name, gradient in case.gradients(ops, tensors).items():
         assert_same_bits(gradient.numpy(), np.zeros(tensors[name].shape, np.float32), name)
+
+
+@pytest.mark.parametrize("module", [ops, reference])
+def test_series_and_volumes_have_data_formats_of_tensorflow(module):
+    """Fails where the words of `tf.nn.conv1d` and `conv3d` mean something else than NHWC, NCHW."""
+    for size, words in (((2, 9, 3), ("NWC", "NCW")), ((2, 3, 4, 5, 3), ("NDHWC", "NCDHW"))):
+        for usual, word in zip(("NHWC", "NCHW"), words, strict=True):
+            case = Case(size=size, data_format=usual)
+            tensors = case.draw()
+            results = (
+                case.call(module, tensors),
+                case.replace(data_format=word).call(module, tensors),
+            )
+            for ours, theirs in zip(*results, strict=True):
+                assert_same_bits(ours.numpy(), theirs.numpy(), word)
+
+
+def test_a_series_is_one_fused_op():
+    """Fails where a series takes another way than an image of one column."""
+    case = Case(size=(2, 37, 13), residual=True, options=options(activation="relu"))
+    tensors = case.draw()
+    specs = [tf.TensorSpec([None, None, 13]), *(tensors[name] for name in case.names[1:])]
+
+    def function(*values):
+        return case.call(ops, dict(zip(case.names, values, strict=True)))
+
+    heavy = op_types(tf.function(function), *specs) - {"Placeholder", "Identity", "Const", "Pack"}
+    assert heavy == {"CbamOps>Cbam", "Reshape", "ExpandDims", "Shape", "StridedSlice"}
 
 
 def test_python_numbers_and_arrays_are_taken():
@@ -176,7 +207,9 @@ DIGEST = """
     from cbam_ops.testing import LARGE, OPTIONS, SIZES
     cbam_ops.set_implementation("native")
     digest = hashlib.sha256()
-    for i, case in enumerate(OPTIONS + SIZES + LARGE):
+    # The convolution of a volume is TensorFlow's.
+    cases = [case for case in OPTIONS + SIZES + LARGE if len(case.size) < 5]
+    for i, case in enumerate(cases):
         dtype = ("float32", "bfloat16", "float64", "float16")[i % 4]
         for data_format in ("NHWC", "NCHW"):
             case = case.replace(dtype=dtype, data_format=data_format)
@@ -270,6 +303,8 @@ def test_inputs_stay_as_they_are():
 @pytest.mark.parametrize("known", ["rank", "nothing"])
 def test_unknown_shapes_in_a_graph(case, known, data_format):
     """Fails where Python code needs a size that only the running graph knows."""
+    if known == "nothing" and len(case.size) != 4:
+        case = case.replace(size=(2, 5, 7, 13), kernel_size=3)  # what has no rank is an image
     case = case.replace(data_format=data_format)
     tensors = case.draw()
     specs = {
@@ -286,7 +321,10 @@ def test_unknown_shapes_in_a_graph(case, known, data_format):
     eager = tensors
     expected = case.call(ops, tensors)
     for name, ours, theirs in zip(case.output_names(), function(tensors), expected, strict=True):
-        assert_same_bits(ours.numpy(), theirs.numpy(), name)
+        if len(case.size) == 5:  # a graph may compute what is TensorFlow's in another order
+            assert_close(ours.numpy(), theirs.numpy(), FLOAT32, name)
+        else:
+            assert_same_bits(ours.numpy(), theirs.numpy(), name)
 
 
 @pytest.mark.filterwarnings("ignore")  # TensorFlow's own, about the loop it falls back to

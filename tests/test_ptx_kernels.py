@@ -140,8 +140,8 @@ def test_sizes(
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("kernel_size", [1, 3, 9, 41])
-def test_kernel_sizes(kernels: PtxKernels, kernel_size: int, layout: str) -> None:
+@pytest.mark.parametrize("kernel_size", [1, 3, 9, 41, (41, 3), (1, 9)])
+def test_kernel_sizes(kernels: PtxKernels, kernel_size: int | tuple[int, int], layout: str) -> None:
     check(Case(size=(2, 9, 10, 8), kernel_size=kernel_size, data_format=layout), kernels)
 
 

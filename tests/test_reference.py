@@ -30,7 +30,7 @@ def arguments(
     w: int = W,
     c: int = C,
     hidden: int = HIDDEN,
-    k: int = K,
+    k: int | tuple[int, int] = K,
     dtype: str = "float64",
 ) -> dict[str, np.ndarray]:
     """Arguments of every function by name, NHWC."""
@@ -89,12 +89,12 @@ def loops_channel_gate(x, w0, b0, w1, b1, pooling, mlp_activation):
 
 def loops_spatial_gate(x, kernel, bias):
     n, h, w, c = x.shape
-    k = kernel.shape[0]
+    height, width = kernel.shape[:2]
     gate = np.zeros((n, h, w))
     for i, p, q in itertools.product(range(n), range(h), range(w)):
         z = bias[0]
-        for a, b in itertools.product(range(k), range(k)):
-            row, column = p + a - k // 2, q + b - k // 2
+        for a, b in itertools.product(range(height), range(width)):
+            row, column = p + a - height // 2, q + b - width // 2
             if 0 <= row < h and 0 <= column < w:
                 values = [x[i, row, column, j] for j in range(c)]
                 z += kernel[a, b, 0, 0] * sum(values) / c + kernel[a, b, 1, 0] * max(values)
@@ -119,7 +119,7 @@ def loops(v, order, mlp_activation, activation, with_residual):
     return np.maximum(y, 0) if activation == "relu" else y, g_c, g_s
 
 
-@pytest.mark.parametrize("k", [1, 3, 7])  # 7 is larger than the map
+@pytest.mark.parametrize("k", [1, 3, 7, (7, 1), (1, 3)])  # 7 is larger than the map
 @pytest.mark.parametrize("options", [(None, None, False), ("relu", "relu", True)])
 @pytest.mark.parametrize("order", ORDERS)
 def test_cbam_is_the_definition(order, options, k, data_format):
@@ -591,9 +591,9 @@ BAD = [
     ({"w1": np.zeros((2, 5))}, r"`w1` must have shape \[hidden, C\] = \[2, 6\], got \[2, 5\]"),
     ({"b0": np.zeros(3)}, r"`b0` must have shape \[hidden\] = \[2\], got \[3\]"),
     ({"b1": np.zeros((6, 1))}, r"`b1` must have shape \[C\] = \[6\], got \[6, 1\]"),
-    ({"kernel": np.zeros((2, 2, 2, 1))}, r"`kernel` must have an odd k, got shape \[2, 2, 2, 1\]"),
-    ({"kernel": np.zeros((0, 0, 2, 1))}, "`kernel` must have an odd k"),
-    ({"kernel": np.zeros((3, 5, 2, 1))}, r"`kernel` must have shape \[k, k, 2, 1\]"),
+    ({"kernel": np.zeros((2, 2, 2, 1))}, r"`kernel` must have an odd kh, got shape \[2, 2, 2, 1\]"),
+    ({"kernel": np.zeros((0, 0, 2, 1))}, "`kernel` must have an odd kh"),
+    ({"kernel": np.zeros((3, 4, 2, 1))}, r"`kernel` must have an odd kw"),
     ({"kernel": np.zeros((3, 3, 1, 1))}, r"`kernel` must have shape .*, got \[3, 3, 1, 1\]"),
     ({"bias": np.zeros(2)}, r"`bias` must have shape \[1\], got \[2\]"),
     ({"w1": np.zeros((2, 6), "float32")}, "`w1` must have dtype float64 .*, got float32"),

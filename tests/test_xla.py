@@ -14,6 +14,7 @@ import sys
 import textwrap
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import keras
 import numpy as np
@@ -121,6 +122,10 @@ def test_every_op_has_a_kernel_of_xla(op):
 def test_every_option_has_the_same_bits(case, dtype, data_format):
     """Fails where an option, a type or an optional argument is lost on the way through XLA."""
     case = case.replace(dtype=dtype, data_format=data_format)
+    if len(case.size) == 5:  # a volume, whose convolution is XLA's own
+        module = SimpleNamespace(**{case.function: compiled(getattr(ops, case.function))})
+        assert not [found.fault for found in case.examine(module) if found.fault]
+        return
     values = list(case.draw().values())
     function = step(case)
     check_bits(compiled(function)(*values), function(*values))

@@ -37,7 +37,7 @@ def cases(quick: bool) -> list[Case]:
     """What single calls of kernels compute, of :mod:`cbam_ops.testing`; `quick`: small maps."""
     found = []
     for case in (*testing.OPTIONS, *testing.SIZES, *(() if quick else testing.LARGE)):
-        if not case.half_weights and dict(case.options).get("order") != "spatial_first":
+        if case.is_one_call:
             few = quick and case in testing.SIZES
             found += [
                 one
@@ -70,7 +70,8 @@ def describe_call(
         return [row["dims"][i] for i in order if i < len(row["dims"])]
 
     inputs = {}
-    sizes = {"1": 1, "2": 2, "statistics": 2 if "gamma" in given else 0, "hidden": 1, "k": 1}
+    sizes = {"1": 1, "2": 2, "statistics": 2 if "gamma" in given else 0}
+    sizes.update(hidden=1, kh=1, kw=1)
     for row in signature["inputs"]:
         array = rest.pop(row["name"], None)
         if array is not None:
@@ -85,7 +86,7 @@ def describe_call(
             outputs[row["name"]] = ([sizes[dim] for dim in dims(row)], types[row["type"]])
     problem = {
         "shape": x.shape, "dtype": x.dtype.name, "hidden": sizes["hidden"],
-        "kernel_size": sizes["k"], **rest,
+        "kernel_size": (sizes["kh"], sizes["kw"]), **rest,
     }  # fmt: skip
     return inputs, outputs, problem
 

@@ -72,10 +72,11 @@ struct Problem {
   Pooling pooling = Pooling::kAvgMax;
   Activation mlp_activation = Activation::kNone;  // f
 
-  // The spatial gate: sigmoid(z), z = conv_kxk(descriptors) + bias, zero padding, odd k. With
-  // batch_norm, z is normalised by its own mean and (biased) variance over batch and positions: z =
-  // gamma * (conv - mean) / sqrt(variance + epsilon) + bias.
-  int64_t kernel_size = 7;
+  // The spatial gate: sigmoid(z), z = conv(descriptors) + bias, zero padding, odd kernel_height
+  // and kernel_width. With batch_norm, z is normalised by its own mean and (biased) variance over
+  // batch and positions: z = gamma * (conv - mean) / sqrt(variance + epsilon) + bias.
+  int64_t kernel_height = 7;
+  int64_t kernel_width = 7;
   bool batch_norm = false;
   double epsilon = 1e-5;
 
@@ -99,7 +100,7 @@ struct ForwardArgs {
   const void* b0 = nullptr;        // [hidden], optional
   const void* w1 = nullptr;        // [hidden, C]
   const void* b1 = nullptr;        // [C], optional
-  const void* kernel = nullptr;    // [k, k, 2], plane 0 = mean, plane 1 = max
+  const void* kernel = nullptr;    // [kernel_height, kernel_width, 2]: mean, max
   const void* bias = nullptr;      // [1], optional
   const void* gamma = nullptr;     // [1], with batch_norm
 
@@ -206,8 +207,9 @@ inline Status CheckProblem(const Problem& problem) {
     return invalid("batch, height, width and channels must not be negative");
   }
   if (HasChannelGate(problem) && problem.hidden < 1) return invalid("hidden must be at least 1");
-  if (HasSpatialGate(problem) && (problem.kernel_size < 1 || problem.kernel_size % 2 == 0)) {
-    return invalid("kernel_size must be odd and positive");
+  const auto odd = [](int64_t size) { return size > 0 && size % 2 == 1; };
+  if (HasSpatialGate(problem) && !(odd(problem.kernel_height) && odd(problem.kernel_width))) {
+    return invalid("kernel_height and kernel_width must be odd and positive");
   }
   if (problem.batch_norm && !HasSpatialGate(problem))
     return invalid("batch_norm needs a spatial gate");
@@ -223,8 +225,9 @@ inline Status CheckProblem(const Problem& problem) {
       (too_many(batch * problem.hidden * 2) || too_many(channels * problem.hidden))) {
     return invalid("batch * hidden and channels * hidden must be at most 2^52");
   }
-  if (HasSpatialGate(problem) && too_many(CheckedSize(problem.kernel_size) * problem.kernel_size)) {
-    return invalid("kernel_size must be at most 2^26");
+  if (HasSpatialGate(problem) &&
+      too_many(CheckedSize(problem.kernel_height) * problem.kernel_width)) {
+    return invalid("kernel_height * kernel_width must be at most 2^52");
   }
   return {};
 }

@@ -6,8 +6,8 @@
 namespace cbam_ops {
 namespace ops {
 std::string Name(Dim dim) {
-  static constexpr const char* kNames[] = {"N", "H",          "W", "C", "hidden",
-                                           "k", "statistics", "1", "2"};
+  static constexpr const char* kNames[] = {"N",  "H",  "W",          "C", "hidden",
+                                           "kh", "kw", "statistics", "1", "2"};
   return kNames[static_cast<int>(dim)];
 }
 
@@ -75,8 +75,9 @@ std::string Dimensions::Learn(const Argument& argument, const int64_t* sizes, in
     const Dim dim = InLayout(argument.dims, options_.layout, i);
     const int64_t expected = Size(dim);
     if (expected == kUnknown) {
-      // An even k, none included, is told from other sizes that are 0.
-      if (dim == Dim::kKernel && sizes[i] % 2 == 0) return unfit("an odd k");
+      // Of the kernel none is even too, and is told from other sizes that are 0.
+      const bool is_kernel = dim == Dim::kKernelHeight || dim == Dim::kKernelWidth;
+      if (is_kernel && sizes[i] % 2 == 0) return unfit("an odd " + Name(dim));
       if (dim != Dim::kBatch && sizes[i] == 0) return unfit(Name(dim) + " >= 1");
       sizes_[static_cast<int>(dim)] = sizes[i];
     } else if (expected != sizes[i]) {
@@ -102,7 +103,8 @@ Problem Dimensions::ToProblem() const {
   problem.channels = Size(Dim::kChannels);
   // Ops without a gate lack its size; the defaults stand.
   if (Size(Dim::kHidden) != kUnknown) problem.hidden = Size(Dim::kHidden);
-  if (Size(Dim::kKernel) != kUnknown) problem.kernel_size = Size(Dim::kKernel);
+  if (Size(Dim::kKernelHeight) != kUnknown) problem.kernel_height = Size(Dim::kKernelHeight);
+  if (Size(Dim::kKernelWidth) != kUnknown) problem.kernel_width = Size(Dim::kKernelWidth);
   return problem;
 }
 

@@ -34,20 +34,21 @@ class Rows {
 
 // --- Arguments ---
 
-// The names of dimensions. kHidden and kKernel are the MLP's width and the convolution's size;
-// kStatistics is 2 with batch norm and 0 without.
+// The names of dimensions. kHidden is the MLP's width, kKernelHeight and kKernelWidth are the
+// convolution's; kStatistics is 2 with batch norm and 0 without.
 enum class Dim : int8_t {
   kBatch,
   kHeight,
   kWidth,
   kChannels,
   kHidden,
-  kKernel,
+  kKernelHeight,
+  kKernelWidth,
   kStatistics,
   kOne,
   kTwo,
 };
-inline constexpr int kBoundDims = 6;  // the dimensions whose size comes from the arguments
+inline constexpr int kBoundDims = 7;  // the dimensions whose size comes from the arguments
 inline constexpr int kMaxRank = 4;
 
 // The dimensions of an argument. Those of a map are written in the order of NHWC and permuted where
@@ -71,7 +72,8 @@ inline constexpr Dims kW0 = {2, {Dim::kChannels, Dim::kHidden}};
 inline constexpr Dims kB0 = {1, {Dim::kHidden}};
 inline constexpr Dims kW1 = {2, {Dim::kHidden, Dim::kChannels}};
 inline constexpr Dims kB1 = {1, {Dim::kChannels}};
-inline constexpr Dims kConvolution = {4, {Dim::kKernel, Dim::kKernel, Dim::kTwo, Dim::kOne}};
+inline constexpr Dims kConvolution = {
+    4, {Dim::kKernelHeight, Dim::kKernelWidth, Dim::kTwo, Dim::kOne}};
 inline constexpr Dims kScalar = {1, {Dim::kOne}};
 
 // kMapType: the type of the feature map (T); kComputeType: ComputeType of it (U).

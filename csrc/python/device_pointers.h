@@ -10,10 +10,12 @@
 #include <pybind11/stl.h>
 
 #include <algorithm>
+#include <array>
 #include <cstdint>
 #include <new>
 #include <stdexcept>
 #include <string>
+#include <variant>
 #include <vector>
 
 #include "core/contract.h"
@@ -43,7 +45,7 @@ class DevicePointers {
         shape_(arguments->Take("shape", std::vector<int64_t>())),
         type_(arguments->Take("dtype", std::string(ops::Name(Problem().dtype)))),
         hidden_(arguments->Take("hidden", Problem().hidden)),
-        kernel_size_(arguments->Take("kernel_size", Problem().kernel_size)),
+        kernel_size_(arguments->Take("kernel_size", KernelSize(Problem().kernel_height))),
         workspace_(TakeAddress("workspace")),
         stream_(TakeAddress("stream")) {}
 
@@ -64,7 +66,13 @@ class DevicePointers {
   // Adds what no pointer says.
   void Complete(Problem* problem) {
     problem->hidden = hidden_;
-    problem->kernel_size = kernel_size_;
+    if (const int64_t* const side = std::get_if<int64_t>(&kernel_size_)) {
+      problem->kernel_height = problem->kernel_width = *side;
+    } else {
+      const auto& [height, width] = std::get<Sides>(kernel_size_);
+      problem->kernel_height = height;
+      problem->kernel_width = width;
+    }
     arguments_.Check(CheckProblem(*problem));
   }
 
@@ -85,6 +93,10 @@ class DevicePointers {
   }
 
  private:
+  // Height and width, or a number that is both.
+  using Sides = std::array<int64_t, 2>;
+  using KernelSize = std::variant<int64_t, Sides>;
+
   void* TakeAddress(const char* name) {
     return reinterpret_cast<void*>(arguments_.Take(name, uintptr_t{0}));
   }
@@ -103,7 +115,7 @@ class DevicePointers {
   const std::vector<int64_t> shape_;
   const std::string type_;
   const int64_t hidden_;
-  const int64_t kernel_size_;
+  const KernelSize kernel_size_;
   void* const workspace_;
   void* const stream_;
 };

@@ -82,8 +82,11 @@ void TestStatuses() {
            cpu::Run(problem, BackwardArgs(), nullptr, parallel).code == StatusCode::kInvalidProblem;
   };
   Problem even = p;
-  even.kernel_size = 4;
+  even.kernel_height = 4;
   Expect(refused(even), "an even kernel is refused");
+  Problem even_width = p;
+  even_width.kernel_width = 4;
+  Expect(refused(even_width), "a kernel of even width is refused");
   Problem negative = p;
   negative.width = -1;
   Expect(refused(negative), "a negative size is refused");
@@ -159,16 +162,20 @@ void TestSizes() {
 // Scratch memory is bounded by what the maps take, or is small, whatever the kernel.
 void TestWorkspace() {
   struct Row {
-    int64_t n, h, w, c, k;
+    int64_t n, h, w, c, kh, kw;
     bool batch_norm;
   };
   const Row rows[] = {
-      {200000, 1, 1, 2, 7, false},  {200000, 1, 1, 2, 31, false},  {300000, 1, 1, 2, 401, false},
-      {200000, 1, 1, 2, 7, true},   {50000, 2, 2, 2, 31, true},    {20000, 4, 4, 4, 7, false},
-      {4096, 7, 7, 16, 7, false},   {1000, 16, 16, 2, 31, false},  {256, 7, 7, 2048, 7, false},
-      {32, 56, 56, 256, 7, false},  {8, 112, 112, 64, 7, true},    {1, 1024, 1024, 3, 7, false},
-      {2, 300, 300, 2, 401, true},  {1, 1, 1000000, 2, 31, false}, {1, 1000000, 1, 2, 31, false},
-      {1, 1000000, 1, 2, 31, true}, {4, 100000, 3, 2, 7, true},
+      {200000, 1, 1, 2, 7, 7, false},     {200000, 1, 1, 2, 31, 31, false},
+      {300000, 1, 1, 2, 401, 401, false}, {200000, 1, 1, 2, 7, 7, true},
+      {50000, 2, 2, 2, 31, 31, true},     {20000, 4, 4, 4, 7, 7, false},
+      {4096, 7, 7, 16, 7, 7, false},      {1000, 16, 16, 2, 31, 31, false},
+      {256, 7, 7, 2048, 7, 7, false},     {32, 56, 56, 256, 7, 7, false},
+      {8, 112, 112, 64, 7, 7, true},      {1, 1024, 1024, 3, 7, 7, false},
+      {2, 300, 300, 2, 401, 401, true},   {1, 1, 1000000, 2, 31, 31, false},
+      {1, 1000000, 1, 2, 31, 31, false},  {1, 1000000, 1, 2, 31, 31, true},
+      {4, 100000, 3, 2, 7, 7, true},      {16, 5000, 1, 64, 401, 1, false},
+      {16, 1, 5000, 64, 1, 401, true},
   };
   cpu::Parallel parallel;
   for (const int threads : {1, 4, 16}) {
@@ -181,7 +188,8 @@ void TestWorkspace() {
         p.height = row.h;
         p.width = row.w;
         p.channels = row.c;
-        p.kernel_size = row.k;
+        p.kernel_height = row.kh;
+        p.kernel_width = row.kw;
         p.batch_norm = row.batch_norm;
         const auto map = static_cast<double>(4 * MapSize(p));
         for (const auto bytes : {cpu::WorkspaceBytes<ForwardArgs>(p, parallel),

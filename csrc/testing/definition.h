@@ -243,15 +243,15 @@ class Definition {
       outputs_["spatial_gate"].push_back(Sigmoid(Has("bias") ? z + Input("bias", 0) : z));
   }
   Number Convolution(int64_t n, int64_t position) const {
-    const int64_t r = p_.kernel_size / 2;
+    const int64_t down = p_.kernel_height / 2, right = p_.kernel_width / 2;
     Sum sum;
-    for (int64_t a = -r; a <= r; ++a) {
+    for (int64_t a = -down; a <= down; ++a) {
       const int64_t row = position / p_.width + a;
       if (row < 0 || row >= p_.height) continue;
-      for (int64_t b = -r; b <= r; ++b) {
+      for (int64_t b = -right; b <= right; ++b) {
         const int64_t column = position % p_.width + b;
         if (column < 0 || column >= p_.width) continue;
-        const int64_t tap = ((a + r) * p_.kernel_size + b + r) * 2;
+        const int64_t tap = ((a + down) * p_.kernel_width + b + right) * 2;
         const size_t other = Index(n * positions_ + row * p_.width + column);
         sum.Add(spatial_mean_[other] * Input("kernel", Index(tap)));
         sum.Add(spatial_maximum_[other] * Input("kernel", Index(tap + 1)));

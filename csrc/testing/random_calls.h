@@ -43,8 +43,9 @@ inline std::string Describe(const Problem& p) {
   return std::string(ops::Name(p.dtype)) + (p.layout == Layout::kNHWC ? " NHWC " : " NCHW ") +
          kModules[static_cast<int>(p.module)] + " " + std::to_string(p.batch) + "x" +
          std::to_string(p.height) + "x" + std::to_string(p.width) + "x" +
-         std::to_string(p.channels) + " k" + std::to_string(p.kernel_size) +
-         (p.batch_norm ? " batch_norm" : "") + (p.activation == Activation::kRelu ? " relu" : "");
+         std::to_string(p.channels) + " k" + std::to_string(p.kernel_height) + "x" +
+         std::to_string(p.kernel_width) + (p.batch_norm ? " batch_norm" : "") +
+         (p.activation == Activation::kRelu ? " relu" : "");
 }
 
 inline size_t MapSize(const Problem& p) {
@@ -145,7 +146,7 @@ class Workspace {
 inline ops::Dimensions DimensionsOf(const Problem& p) {
   ops::Dimensions dimensions(p);
   const int64_t weights[] = {p.channels, p.hidden};
-  const int64_t kernel[] = {p.kernel_size, p.kernel_size, 2, 1};
+  const int64_t kernel[] = {p.kernel_height, p.kernel_width, 2, 1};
   const int64_t nhwc[] = {p.batch, p.height, p.width, p.channels};
   const int64_t nchw[] = {p.batch, p.channels, p.height, p.width};
   const auto type = ops::ArgumentType::kMapType;
@@ -253,7 +254,8 @@ class RandomCall {
     p.batch_norm = HasSpatialGate(p) && Pick(3) == 0;
     p.epsilon = Pick(2) == 0 ? 1e-5 : 1e-3;
     p.hidden = OneOf({1, 2, 3, 8, 17, 65});
-    p.kernel_size = OneOf({1, 3, 5, 7, 11});
+    p.kernel_height = OneOf({1, 3, 5, 7, 11});
+    p.kernel_width = Pick(2) == 0 ? p.kernel_height : OneOf({1, 3, 5, 7, 11});
     do {
       p.batch = 1 + Pick(4);
       p.height = kSides[Pick(std::size(kSides))];

@@ -89,7 +89,7 @@ class BackwardPipeline {
       dtaps_ = arena_.Take<A>(fold_, taps_size_);
       dtaps_total_ = arena_.Take<double>(std::min<int64_t>(n, 1), taps_size_);
       dbias_ = arena_.Take<double>(n);
-      line_size_ = RoundUp(g_.width, dense_.lanes);
+      line_size_ = RoundUp(g_.run_rows * g_.width, dense_.lanes);
       const auto plane_size = [&](int64_t rows) {
         return PaddedPlane<A>::Size(g_, dense_.lanes, rows + 2 * g_.half_rows);
       };
@@ -100,7 +100,7 @@ class BackwardPipeline {
                                 line_size_ +  // of the logits, and planes for those of a step
                                 2 * plane_size(g_.step_rows),
                             64);
-      sample_size_ = RoundUp(3 * plane_size(g_.height) + line_size_, 64);
+      sample_size_ = RoundUp(3 * plane_size(g_.height) + taps_size_, 64);
       sample_slots_ = g_.Slots(w);
       scratch_ = arena_.Take<A>(std::max(block_slots_ * block_size_, sample_slots_ * sample_size_));
     }
@@ -152,8 +152,7 @@ class BackwardPipeline {
     return static_cast<const A*>(args.spatial_descriptors) + n * 2 * g_.positions;
   }
   Taps<A> TapsOf(const BackwardArgs& args) const {
-    return {static_cast<const A*>(args.kernel), problem_.kernel_size, g_.half_rows,
-            g_.half_columns};
+    return g_.TapsOf(static_cast<const A*>(args.kernel));
   }
   A BiasOf(const BackwardArgs& args) const {
     return args.bias == nullptr ? A{0} : *static_cast<const A*>(args.bias);
@@ -254,12 +253,14 @@ class BackwardPipeline {
         ready = stop;
       }
       if (gate_only) continue;
-      for (int64_t r = row; r < end; ++r) {
-        dense_.convolve_row_transposed(plane, r - first_row, w, TapsOf(args), line_mean, line_max);
+      for (int64_t r = row; r < end; r += g_.run_rows) {
+        const int64_t size = std::min(g_.run_rows, end - r) * w;
+        dense_.convolve_row_transposed(plane, r - first_row, size, TapsOf(args), line_mean,
+                                       line_max);
         A* d_mean = d_position_mean_ + (n - first) * g_.positions + r * w;
         A* d_max = d_position_max_ + (n - first) * g_.positions + r * w;
         const A* ties = own_count + (r - rows.begin) * w;
-        for (int64_t i = 0; i < w; ++i) {
+        for (int64_t i = 0; i < size; ++i) {
           d_mean[i] = line_mean[i] / static_cast<A>(g_.channels);
           ShareAmongMaxima(line_max[i], ties[i], &d_mean[i], &d_max[i]);
         }
@@ -290,19 +291,20 @@ class BackwardPipeline {
     A* line = scratch;
     Plane<A> planes[2] = {};
     if (!problem_.batch_norm) DescriptorPlanes(args, n, rows, scratch + line_size_, planes);
-    for (int64_t r = rows.begin; r < rows.end; ++r) {
+    for (int64_t r = rows.begin; r < rows.end; r += g_.run_rows) {
+      const int64_t size = std::min(g_.run_rows, rows.end - r) * g_.width;
       if (problem_.batch_norm) {
         const int64_t begin = n * g_.positions + r * g_.width;
-        for (int64_t i = 0; i < g_.width; ++i) {
+        for (int64_t i = 0; i < size; ++i) {
           line[i] = static_cast<A>(gamma_ * batch_norm_.Normalized(begin + i) + BiasOf(args));
         }
       } else {
-        dense_.convolve_row(planes, r - rows.begin + g_.half_rows, g_.width, TapsOf(args),
-                            BiasOf(args), line);
+        dense_.convolve_row(planes, r - rows.begin + g_.half_rows, size, TapsOf(args), BiasOf(args),
+                            line);
       }
-      dense_.sigmoid_derivative(line, g_.width, line);
+      dense_.sigmoid_derivative(line, size, line);
       const int64_t p = (r - rows.begin) * g_.width;
-      MultiplyByDerivative(gate + p, line, g_.width, dz + p);
+      MultiplyByDerivative(gate + p, line, size, dz + p);
     }
   }
 
@@ -493,13 +495,29 @@ class BackwardPipeline {
     planes[2] = PaddedPlane<A>::Make(g_, dense_.lanes, rows, scratch + 2 * size);
     CopyRows(DzOf(first, n), g_.width, g_.height, planes[2], g_.half_rows);
     for (Plane<A>& plane : planes) plane.data += g_.half_rows * plane.stride;
-    dense_.convolution_kernel_gradient(planes, planes[2], g_.height, g_.width, g_.half_rows,
-                                       g_.half_columns, dtaps);
+    if (g_.is_line) {
+      LineKernelGradient(planes, scratch + 3 * size, dtaps);
+    } else {
+      dense_.convolution_kernel_gradient(planes, planes[2], g_.height, g_.width, g_.half_rows,
+                                         g_.half_columns, dtaps);
+    }
     if (!problem_.batch_norm) {
       double sum = 0;
       for (int64_t p = 0; p < g_.positions; ++p) sum += DzOf(first, n)[p];
       dbias_[n] = sum;
     }
+  }
+
+  // Of a line, in pieces of a row's width: sums of few values before they are added in double.
+  void LineKernelGradient(const Plane<A>* line, A* rest, A* dtaps) const {
+    constexpr int64_t kPiece = 64;
+    Plane<A> planes[3];
+    for (int i = 0; i < 3; ++i) planes[i] = {line[i].data, kPiece};
+    const int64_t pieces = g_.height / kPiece, left = g_.height % kPiece;
+    dense_.convolution_kernel_gradient(planes, planes[2], pieces, kPiece, 0, g_.half_rows, dtaps);
+    for (Plane<A>& plane : planes) plane.data += pieces * kPiece;
+    dense_.convolution_kernel_gradient(planes, planes[2], 1, left, 0, g_.half_rows, rest);
+    for (int64_t i = 0; i < taps_size_; ++i) dtaps[i] += rest[i];
   }
 
   // dz_ holds the gradient of the normalised and scaled convolution; turns it into the
@@ -535,7 +553,7 @@ class BackwardPipeline {
       std::fill_n(static_cast<A*>(gradient), size, A{0});
     };
     if (HasSpatialGate(problem_)) {
-      zero(args.dkernel, 2 * problem_.kernel_size * problem_.kernel_size);
+      zero(args.dkernel, TapsOf(args).size());
       zero(args.dbias, 1);
       if (problem_.batch_norm) zero(args.dgamma, 1);
     }
@@ -549,12 +567,13 @@ class BackwardPipeline {
 
   void WeightGradients(const BackwardArgs& args) {
     if (HasSpatialGate(problem_)) {
+      const Taps<A> taps = TapsOf(args);
       A* dkernel = static_cast<A*>(args.dkernel);
-      std::fill_n(dkernel, 2 * problem_.kernel_size * problem_.kernel_size, A{0});
-      const int64_t row_size = 2 * (2 * g_.half_columns + 1);
-      for (int64_t i = -g_.half_rows; i <= g_.half_rows; ++i) {
-        const double* from = dtaps_total_ + (i + g_.half_rows) * row_size;
-        A* to = dkernel + (TapsOf(args).At(i, -g_.half_columns) - TapsOf(args).kernel);
+      std::fill_n(dkernel, taps.size(), A{0});
+      const int64_t row_size = 2 * (2 * taps.half_columns + 1);
+      for (int64_t i = -taps.half_rows; i <= taps.half_rows; ++i) {
+        const double* from = dtaps_total_ + (i + taps.half_rows) * row_size;
+        A* to = dkernel + (taps.At(i, -taps.half_columns) - taps.kernel);
         for (int64_t j = 0; j < row_size; ++j) to[j] = static_cast<A>(from[j]);
       }
       if (!problem_.batch_norm)

@@ -255,8 +255,7 @@ class ForwardPipeline {
     const Plane<A> planes[2] = {
         PaddedPlane<A>::Make(g_, dense_.lanes, plane_rows, scratch),
         PaddedPlane<A>::Make(g_, dense_.lanes, plane_rows, scratch + plane_size_)};
-    const Taps<A> taps{static_cast<const A*>(args.kernel), problem_.kernel_size, g_.half_rows,
-                       g_.half_columns};
+    const Taps<A> taps = g_.TapsOf(static_cast<const A*>(args.kernel));
     A* line = scratch + 2 * plane_size_;
     A* halo = line + line_size_;
     const int64_t first_row = rows.begin - g_.half_rows;  // of the planes; may lie above the map
@@ -278,9 +277,10 @@ class ForwardPipeline {
         CopyRows(maximum, g_.width, stop - described, planes[1], described - first_row);
         described = stop;
       }
-      for (int64_t r = row; r < end; ++r) {
-        dense_.convolve_row(planes, r - first_row, g_.width, taps, bias, line);
-        dense_.sigmoid(line, g_.width, gate + r * g_.width);
+      for (int64_t r = row; r < end; r += g_.run_rows) {
+        const int64_t size = std::min(g_.run_rows, end - r) * g_.width;
+        dense_.convolve_row(planes, r - first_row, size, taps, bias, line);
+        dense_.sigmoid(line, size, gate + r * g_.width);
       }
       Apply(args, n, channel_gate, gate, g_.RowPositions({row, end}));
     }

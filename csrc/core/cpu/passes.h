@@ -122,18 +122,19 @@ struct Plane {
   int64_t stride;
 };
 
-// A convolution kernel [k, k, 2], and how far from its middle a tap may be and still touch the map:
-// those beyond meet nothing but padding and are left out.
+// A convolution kernel [height, width, 2], and how far from its middle a tap may be and still touch
+// the map: those beyond meet nothing but padding and are left out.
 template <typename A>
 struct Taps {
   const A* kernel;
-  int64_t kernel_size;
+  int64_t height, width;
   int64_t half_rows, half_columns;
 
+  // Of the whole kernel.
+  int64_t size() const { return height * width * 2; }
   // The weights of both planes at row i and column j from the middle.
   const A* At(int64_t i, int64_t j) const {
-    const int64_t half = kernel_size / 2;
-    return kernel + ((i + half) * kernel_size + j + half) * 2;
+    return kernel + ((i + height / 2) * width + j + width / 2) * 2;
   }
 };
 

@@ -120,8 +120,8 @@ struct Geometry {
         channels(problem.channels),
         positions(height * width),
         threads(std::max(1, parallel.threads)),
-        half_rows(HalfWithin(problem, height)),
-        half_columns(HalfWithin(problem, width)),
+        half_rows(HalfWithin(problem, problem.kernel_height, height)),
+        half_columns(HalfWithin(problem, problem.kernel_width, width)),
         sample{problem.layout, positions, channels},
         sample_bytes(positions * channels * ElementSize(problem.dtype)) {
     const int64_t bytes = std::max(kLeastSampleBytes, maps * sample_bytes);
@@ -153,12 +153,25 @@ struct Geometry {
                           64 / std::gcd(run_row, int64_t{64}));
     }
     step_rows = std::clamp<int64_t>(step_rows, 1, std::max<int64_t>(1, height));
+
+    is_line = HasSpatialGate(problem) && width == 1 && problem.kernel_width == 1 &&
+              problem.kernel_height > 1;
+    run_rows = is_line ? step_rows : 1;
+    kernel_height = is_line ? 1 : problem.kernel_height;
+    kernel_width = is_line ? problem.kernel_height : problem.kernel_width;
+  }
+
+  // The taps of a kernel for a run of rows.
+  template <typename A>
+  Taps<A> TapsOf(const A* kernel) const {
+    return {kernel, kernel_height, kernel_width, is_line ? 0 : half_rows,
+            is_line ? half_rows : half_columns};
   }
 
   // Rows or columns on either side of a position that its convolution can reach.
-  static int64_t HalfWithin(const Problem& problem, int64_t size) {
+  static int64_t HalfWithin(const Problem& problem, int64_t kernel, int64_t size) {
     if (!HasSpatialGate(problem)) return 0;
-    return std::clamp<int64_t>(size - 1, 0, problem.kernel_size / 2);
+    return std::clamp<int64_t>(size - 1, 0, kernel / 2);
   }
 
   // Blocks of whole units that `samples` samples are cut into so that every thread has as much
@@ -216,6 +229,11 @@ struct Geometry {
   int64_t units_per_row;  // 1 unless a row is cut
   int64_t units;          // per sample
   int64_t step_rows;      // rows that a task takes through a pass at a time
+  // A series: one column, and a kernel of one. Its rows lie next to each other, so a run of them is
+  // convolved as one row.
+  bool is_line;
+  int64_t run_rows;
+  int64_t kernel_height, kernel_width;  // of a run
 
   // What two cores still read at cache speed; 4 and 16 MB, and steps of 64 and 256 KB, were within
   // the noise of these or slower (benchmarks/NOTES.md).
@@ -249,6 +267,10 @@ struct PaddedPlane {
 
 template <typename From, typename A>
 void CopyRows(const From* from, int64_t width, int64_t rows, const Plane<A>& plane, int64_t row) {
+  if (plane.stride == width) {
+    width *= rows;
+    rows = 1;
+  }
   for (int64_t r = 0; r < rows; ++r) {
     std::copy(from + r * width, from + (r + 1) * width, plane.data + (row + r) * plane.stride);
   }
@@ -338,11 +360,11 @@ class BatchNorm {
       : problem_(problem), g_(g), dense_(dense), parallel_(parallel) {
     if (!problem.batch_norm) return;
     plane_size_ = PaddedPlane<double>::Size(g, dense.lanes, g.height + 2 * g.half_rows);
-    line_size_ = RoundUp(g.width, dense.lanes);
+    line_size_ = RoundUp(g.run_rows * g.width, dense.lanes);
     slots_ = g.Slots(g.batch);
     scratch_ = arena->Take<double>(slots_, 2 * plane_size_ + line_size_);
-    kernel_ = arena->Take<double>(std::min<int64_t>(g.batch, 1), 2, problem.kernel_size,
-                                  problem.kernel_size);
+    kernel_ = arena->Take<double>(std::min<int64_t>(g.batch, 1), 2, problem.kernel_height,
+                                  problem.kernel_width);
     convolved_ = arena->Take<double>(g.batch, g.positions);
     sums_ = arena->Take<double>(g.batch);
   }
@@ -350,8 +372,8 @@ class BatchNorm {
   // From the descriptors [N, 2, H, W].
   void Run(const A* descriptors, const A* kernel) {
     if (g_.batch * g_.positions == 0) return;
-    std::copy(kernel, kernel + 2 * problem_.kernel_size * problem_.kernel_size, kernel_);
-    const Taps<double> taps{kernel_, problem_.kernel_size, g_.half_rows, g_.half_columns};
+    const Taps<double> taps = g_.TapsOf(kernel_);
+    std::copy(kernel, kernel + taps.size(), kernel_);
     ForEachWithSlot(parallel_, g_.batch, slots_, [&](int64_t n, int64_t slot) {
       double* memory = scratch_ + slot * (2 * plane_size_ + line_size_);
       double* line = memory + 2 * plane_size_;
@@ -362,9 +384,10 @@ class BatchNorm {
         CopyRows(descriptors + (2 * n + q) * g_.positions, g_.width, g_.height, planes[q],
                  g_.half_rows);
       }
-      for (int64_t r = 0; r < g_.height; ++r) {
-        dense_.convolve_row(planes, r + g_.half_rows, g_.width, taps, 0.0, line);
-        std::copy(line, line + g_.width, convolved_ + n * g_.positions + r * g_.width);
+      for (int64_t r = 0; r < g_.height; r += g_.run_rows) {
+        const int64_t size = std::min(g_.run_rows, g_.height - r) * g_.width;
+        dense_.convolve_row(planes, r + g_.half_rows, size, taps, 0.0, line);
+        std::copy(line, line + size, convolved_ + n * g_.positions + r * g_.width);
       }
     });
     mean_ = MeanOf([&](int64_t i) { return convolved_[i]; });
@@ -402,7 +425,7 @@ class BatchNorm {
   const Parallel& parallel_;
   int64_t plane_size_ = 0, line_size_ = 0, slots_ = 0;
   double* scratch_ = nullptr;    // of a task on a sample
-  double* kernel_ = nullptr;     // [k, k, 2]
+  double* kernel_ = nullptr;     // [kernel_height, kernel_width, 2]
   double* convolved_ = nullptr;  // [N, P]
   double* sums_ = nullptr;       // [N]
   double mean_ = 0, variance_ = 0, inverse_deviation_ = 0;

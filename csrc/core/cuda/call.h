@@ -67,7 +67,8 @@ struct Call {
   bool channels_last;
   int vector;  // elements that are read at once
   int64_t hidden;
-  int kernel_size;
+  uint16_t kernel_height;  // below 2^15
+  uint16_t kernel_width;
   bool batch_norm;
   bool use_mean;
   bool use_max;

@@ -1,4 +1,4 @@
-// The spatial gate: the k x k convolution of the two spatial descriptors, its sigmoid, and back.
+// The spatial gate: the convolution of the two spatial descriptors, its sigmoid, and back.
 //
 //   Convolution    g_s = sigmoid(conv(descriptors) + bias); with batch norm z = conv(descriptors)
 //                  and each patch's sum and squares about its mean
@@ -11,9 +11,9 @@
 //                  and each patch's part of dK and dbias
 //   Taps           dK and dbias
 //
-// A patch is a rectangle of positions. Its window, the patch with a halo of k/2 on each side and
-// zeros beyond the border, lies in shared memory beside the kernel: for 4 rows of 56 and k = 7 it is
-// 10 x 62 values for each descriptor. A kernel so large that this does not fit reads the descriptors
+// A patch is a rectangle of positions. Its window, the patch with a halo of half the kernel on
+// each side and zeros beyond the border, lies in shared memory beside the kernel: for 4 rows of 56
+// and 7 x 7 it is 10 x 62 values for each descriptor. A kernel so large that this does not fit reads the descriptors
 // where they are.
 #ifndef CBAM_OPS_CORE_CUDA_CONVOLUTION_CUH_
 #define CBAM_OPS_CORE_CUDA_CONVOLUTION_CUH_
@@ -56,18 +56,19 @@ struct Windows {
   int* corners;     // of the windows of the patch's positions
 
   CBAM_DEVICE Windows(const Call<A>& call, const Patch& patch) {
-    const int k = call.kernel_size, values = PatchValues(call.patches, k);
-    stride = patch.columns + k - 1;
+    const int values = PatchValues(call.patches, call.kernel_height, call.kernel_width);
+    const int taps = 2 * call.kernel_height * call.kernel_width;
+    stride = patch.columns + call.kernel_width - 1;
     sums = Shared<A>();
     mean = sums + kThreads / kWarp;
     maximum = mean + values;
     gradient = maximum + values;
     A* const weights = gradient + values;
-    corners = reinterpret_cast<int*>(weights + 2 * k * k);
+    corners = reinterpret_cast<int*>(weights + taps);
     kernel = call.kernel;
     if (!call.patches.staged) return;
     kernel = weights;
-    for (int i = ThreadIndex(); i < 2 * k * k; i += kThreads) weights[i] = call.kernel[i];
+    for (int i = ThreadIndex(); i < taps; i += kThreads) weights[i] = call.kernel[i];
   }
 };
 
@@ -91,14 +92,15 @@ CBAM_DEVICE PatchPosition PositionAt(const Call<A>& call, const Patch& patch, in
 // Calls store(index in the window, inside, position) for the whole window of a patch: a warp takes
 // a row.
 template <typename A, typename Store>
-CBAM_DEVICE void OverWindow(const Call<A>& call, const Patch& patch, Store store) {
-  const int halo = call.kernel_size - 1;
-  for (int r = ThreadIndex() / kWarp; r < patch.rows + halo; r += kThreads / kWarp) {
-    const int64_t row = patch.row + r - halo / 2;
+CBAM_DEVICE void OverWindow(const Call<A>& call, const Patch& patch, const Windows<A>& windows,
+                            Store store) {
+  const int rows = patch.rows + call.kernel_height - 1;
+  for (int r = ThreadIndex() / kWarp; r < rows; r += kThreads / kWarp) {
+    const int64_t row = patch.row + r - call.kernel_height / 2;
     CBAM_NO_UNROLL
-    for (int c = ThreadIndex() % kWarp; c < patch.columns + halo; c += kWarp) {
-      const int64_t column = patch.column + c - halo / 2;
-      store(r * (patch.columns + halo) + c, Inside(call, row, column), row * call.width + column);
+    for (int c = ThreadIndex() % kWarp; c < windows.stride; c += kWarp) {
+      const int64_t column = patch.column + c - call.kernel_width / 2;
+      store(r * windows.stride + c, Inside(call, row, column), row * call.width + column);
     }
   }
 }
@@ -106,7 +108,7 @@ CBAM_DEVICE void OverWindow(const Call<A>& call, const Patch& patch, Store store
 template <typename A>
 CBAM_DEVICE void FillDescriptors(const Call<A>& call, int64_t n, const Patch& patch,
                                  const Windows<A>& windows) {
-  OverWindow(call, patch, [&](int i, bool inside, int64_t p) {
+  OverWindow(call, patch, windows, [&](int i, bool inside, int64_t p) {
     A mean = A(0), maximum = A(0);
     if (inside) Fold<true>(call.spatial_source, n, p, &mean, &maximum);
     windows.mean[i] = mean;
@@ -118,23 +120,23 @@ CBAM_DEVICE void FillDescriptors(const Call<A>& call, int64_t n, const Patch& pa
 template <typename A>
 CBAM_DEVICE A Convolve(const Call<A>& call, int64_t n, const Patch& patch,
                        const Windows<A>& windows, int row, int column) {
-  const int k = call.kernel_size;
+  const int height = call.kernel_height, width = call.kernel_width;
   A sum = A(0);
   CBAM_NO_UNROLL
-  for (int i = 0; i < k; ++i) {
-    const A* const weights = windows.kernel + static_cast<int64_t>(i) * k * 2;
+  for (int i = 0; i < height; ++i) {
+    const A* const weights = windows.kernel + static_cast<int64_t>(i) * width * 2;
     if (call.patches.staged) {
       const int at = (row + i) * windows.stride + column;
       CBAM_NO_UNROLL
-      for (int j = 0; j < k; ++j) {
+      for (int j = 0; j < width; ++j) {
         sum += windows.mean[at + j] * weights[2 * j];
         sum += windows.maximum[at + j] * weights[2 * j + 1];
       }
       continue;
     }
     CBAM_NO_UNROLL
-    for (int j = 0; j < k; ++j) {
-      const int64_t r = patch.row + row + i - k / 2, c = patch.column + column + j - k / 2;
+    for (int j = 0; j < width; ++j) {
+      const int64_t r = patch.row + row + i - height / 2, c = patch.column + column + j - width / 2;
       if (!Inside(call, r, c)) continue;
       A mean, maximum;
       Fold<true>(call.spatial_source, n, r * call.width + c, &mean, &maximum);
@@ -164,7 +166,7 @@ CBAM_DEVICE void Convolution(const Call<A>& call, int64_t n, int64_t index) {
     const auto [row, column, p] = PositionAt(call, patch, q);
     if (call.patches.staged) {
       const int centre =
-          (row + call.kernel_size / 2) * windows.stride + column + call.kernel_size / 2;
+          (row + call.kernel_height / 2) * windows.stride + column + call.kernel_width / 2;
       descriptors[p] = windows.mean[centre];
       descriptors[call.positions + p] = windows.maximum[centre];
     } else {
@@ -311,15 +313,16 @@ template <typename A>
 CBAM_DEVICE void ConvolveTransposed(const Call<A>& call, int64_t n, const Patch& patch,
                                     const Windows<A>& windows, int row, int column, A* d_mean,
                                     A* d_max) {
-  const int k = call.kernel_size;
+  const int height = call.kernel_height, width = call.kernel_width;
   *d_mean = *d_max = A(0);
   CBAM_NO_UNROLL
-  for (int i = 0; i < k; ++i) {
-    const A* const weights = windows.kernel + static_cast<int64_t>(i) * k * 2;
+  for (int i = 0; i < height; ++i) {
+    const A* const weights = windows.kernel + static_cast<int64_t>(i) * width * 2;
     if (call.patches.staged) {
-      const A* const last = windows.gradient + (row + k - 1 - i) * windows.stride + column + k - 1;
+      const A* const last =
+          windows.gradient + (row + height - 1 - i) * windows.stride + column + width - 1;
       CBAM_NO_UNROLL
-      for (int j = 0; j < k; ++j) {
+      for (int j = 0; j < width; ++j) {
         const A value = last[-j];
         *d_mean += value * weights[2 * j];
         *d_max += value * weights[2 * j + 1];
@@ -327,8 +330,8 @@ CBAM_DEVICE void ConvolveTransposed(const Call<A>& call, int64_t n, const Patch&
       continue;
     }
     CBAM_NO_UNROLL
-    for (int j = 0; j < k; ++j) {
-      const int64_t r = patch.row + row - i + k / 2, c = patch.column + column - j + k / 2;
+    for (int j = 0; j < width; ++j) {
+      const int64_t r = patch.row + row - i + height / 2, c = patch.column + column - j + width / 2;
       if (!Inside(call, r, c)) continue;
       const A value = ConvolutionGradient(call, n, r * call.width + c);
       *d_mean += value * weights[2 * j];
@@ -341,13 +344,14 @@ CBAM_DEVICE void ConvolveTransposed(const Call<A>& call, int64_t n, const Patch&
 template <typename A>
 CBAM_DEVICE void SumTaps(const Call<A>& call, int64_t n, const Patch& patch,
                          const Windows<A>& windows, int64_t block) {
-  const int k = call.kernel_size, lane = ThreadIndex() % kWarp;
-  const int64_t taps = static_cast<int64_t>(k) * k * 2;
+  const int height = call.kernel_height, width = call.kernel_width, lane = ThreadIndex() % kWarp;
+  const int64_t taps = static_cast<int64_t>(height) * width * 2;
   const int64_t blocks = call.batch * call.patches.count();
-  const A* const centre = windows.gradient + k / 2 * windows.stride + k / 2;
+  const A* const centre = windows.gradient + height / 2 * windows.stride + width / 2;
   CBAM_NO_UNROLL
   for (int64_t tap = ThreadIndex() / kWarp; tap <= taps; tap += kThreads / kWarp) {
-    const int i = static_cast<int>(Quotient(tap / 2, k)), j = static_cast<int>(tap / 2 - i * k);
+    const int i = static_cast<int>(Quotient(tap / 2, width));
+    const int j = static_cast<int>(tap / 2 - i * width);
     A sum = A(0);
     if (call.patches.staged) {
       const A* const other =
@@ -363,7 +367,7 @@ CBAM_DEVICE void SumTaps(const Call<A>& call, int64_t n, const Patch& patch,
         const int row = q / patch.columns, column = q - row * patch.columns;
         const int64_t r = patch.row + row, c = patch.column + column;
         const A value = ConvolutionGradient(call, n, r * call.width + c);
-        const int64_t to_r = r + i - k / 2, to_c = c + j - k / 2;
+        const int64_t to_r = r + i - height / 2, to_c = c + j - width / 2;
         if (tap == taps) {
           sum += value;
         } else if (Inside(call, to_r, to_c)) {
@@ -384,7 +388,7 @@ CBAM_DEVICE void PositionSides(const Call<A>& call, int64_t n, int64_t index) {
   const Windows<A> windows(call, patch);
   if (call.patches.staged) {
     FillDescriptors(call, n, patch, windows);
-    OverWindow(call, patch, [&](int i, bool inside, int64_t p) {
+    OverWindow(call, patch, windows, [&](int i, bool inside, int64_t p) {
       windows.gradient[i] = inside ? ConvolutionGradient(call, n, p) : A(0);
     });
   }
@@ -408,7 +412,7 @@ CBAM_DEVICE void PositionSides(const Call<A>& call, int64_t n, int64_t index) {
 // An item is a warp's worth of taps each.
 template <typename A>
 CBAM_DEVICE void Taps(const Call<A>& call, int index) {
-  const int64_t taps = 2 * static_cast<int64_t>(call.kernel_size) * call.kernel_size;
+  const int64_t taps = 2 * static_cast<int64_t>(call.kernel_height) * call.kernel_width;
   const int64_t blocks = call.batch * call.patches.count();
   const int64_t tap = static_cast<int64_t>(index) * kTapsAtOnce + ThreadIndex() / kWarp;
   if (tap > taps || (tap == taps && call.batch_norm)) return;

@@ -73,8 +73,9 @@ inline Tiles ColumnTiles(int64_t rows, int64_t columns, int vector, int element_
 }
 
 // Values of a patch's window.
-CBAM_HOST_DEVICE inline int PatchValues(const Patches& patches, int kernel_size) {
-  return (patches.rows + kernel_size - 1) * (patches.columns + kernel_size - 1);
+CBAM_HOST_DEVICE inline int PatchValues(const Patches& patches, int kernel_height,
+                                        int kernel_width) {
+  return (patches.rows + kernel_height - 1) * (patches.columns + kernel_width - 1);
 }
 
 // Patches of about two positions per thread: whole rows where these are short, else pieces of 64.
@@ -85,9 +86,11 @@ inline Patches MakePatches(const Problem& problem, int value_bytes) {
       AtMost(AtLeast(1, problem.height), AtLeast(1, 2 * kThreads / patches.columns)));
   patches.across = CeilDiv(problem.width, patches.columns);
   patches.down = CeilDiv(problem.height, patches.rows);
-  if (problem.kernel_size > 1024) return patches;
-  const int k = static_cast<int>(problem.kernel_size);
-  const int64_t values = int64_t{3} * PatchValues(patches, k) + 2 * k * k + kThreads / kWarp;
+  if (problem.kernel_height > 4096 || problem.kernel_width > 4096) return patches;
+  const int height = static_cast<int>(problem.kernel_height);
+  const int width = static_cast<int>(problem.kernel_width);
+  const int64_t values =
+      int64_t{3} * PatchValues(patches, height, width) + 2 * height * width + kThreads / kWarp;
   patches.staged = values * value_bytes + 2 * kThreads * int64_t{sizeof(int)} <= kItemBytes;
   return patches;
 }
@@ -111,7 +114,8 @@ class Plan {
     call.rows = ChannelsLast(problem) ? call.positions : call.channels;
     call.columns = ChannelsLast(problem) ? call.channels : call.positions;
     call.hidden = problem.hidden;
-    call.kernel_size = static_cast<int>(problem.kernel_size);
+    call.kernel_height = static_cast<uint16_t>(problem.kernel_height);
+    call.kernel_width = static_cast<uint16_t>(problem.kernel_width);
     call.batch_norm = problem.batch_norm;
     call.use_mean = UsesMean(problem.pooling);
     call.use_max = UsesMax(problem.pooling);
@@ -233,7 +237,7 @@ class Plan {
       TakeSpatialPass(A(1));
       TakeSides(&call.position_sides, call.positions, ChannelsLast(problem_));
       const int64_t patches = call.patches.count();
-      call.taps = Take(CheckedSize(2) * problem_.kernel_size * problem_.kernel_size + 1,
+      call.taps = Take(CheckedSize(2) * problem_.kernel_height * problem_.kernel_width + 1,
                        problem_.batch, patches);
       if (problem_.batch_norm) {
         call.z = Take(problem_.batch, call.positions);
@@ -268,7 +272,7 @@ class Plan {
     }
     AddBySample(builder, Task::kMapGrad, call.map_tiles.count(), spatial | channel);
     if (HasSpatialGate(problem_)) {
-      const int64_t taps = 2 * problem_.kernel_size * problem_.kernel_size;
+      const int64_t taps = 2 * problem_.kernel_height * problem_.kernel_width;
       builder->AddOnce(Task::kTaps, CeilDiv(taps + 1, kTapsAtOnce), spatial);
     }
     if (HasChannelGate(problem_)) {
