@@ -52,7 +52,7 @@ __all__ = [
 
 try:
     with quiet_start_up():
-        from . import _gradients, ops, reference  # noqa: F401
+        from . import _flops, _gradients, ops, reference  # noqa: F401
         from .ops import (
             cbam,
             cbam_with_batch_norm,

@@ -22,7 +22,7 @@ def _d(name: str, arguments: Mapping[str, Any]) -> str:
     return f"d{name}" if f"d{name}" in arguments else f"d_{name}"
 
 
-def _named(op: Any, arguments: Mapping[str, str], tensors: Iterable[Any]) -> dict[str, Any]:
+def named(op: Any, arguments: Mapping[str, str], tensors: Iterable[Any]) -> dict[str, Any]:
     """Flat tensors by the names of an op's arguments; where there may be none, as a list."""
     rest = iter(tensors)
     return {
@@ -35,7 +35,8 @@ def flat(values: Iterable[Any]) -> list[Any]:
     return [v for value in values for v in (value if isinstance(value, list) else [value])]
 
 
-def _attributes(op: Any, names: Iterable[str]) -> dict[str, Any]:
+def attributes_of(op: Any, names: Iterable[str]) -> dict[str, Any]:
+    """Those attributes of an op, words as texts."""
     values = {name: op.get_attr(name) for name in names}
     return {n: v.decode() if isinstance(v, bytes) else v for n, v in values.items()}
 
@@ -44,8 +45,8 @@ def _gradient(op: Any, *d_outputs: tf.Tensor) -> list[tf.Tensor]:
     """The registered gradient of every op."""
     inputs, outputs, attributes = _call.signature(op.type)
     taken, given, _ = _call.signature(f"{op.type}Grad")
-    values = _attributes(op, attributes)
-    values.update(_named(op, inputs, op.inputs))
+    values = attributes_of(op, attributes)
+    values.update(named(op, inputs, op.inputs))
     values.update(zip(outputs, op.outputs, strict=True))
     values.update((_d(name, taken), d) for name, d in zip(outputs, d_outputs, strict=True))
     if "y" in outputs:
@@ -65,8 +66,8 @@ def _second_gradient(op: Any, *upstream: tf.Tensor) -> list[tf.Tensor | None]:
     the whole derivative; so they get none.
     """
     taken, given, attributes = _call.signature(op.type)
-    values = _named(op, taken, op.inputs) | _attributes(op, attributes)
-    d_gradients = _named(op, given, upstream)
+    values = named(op, taken, op.inputs) | attributes_of(op, attributes)
+    d_gradients = named(op, given, upstream)
     forward = op.type.removesuffix("Grad")
     step = _Step(forward, _call.signature(forward), values)
     d_primals, d_cotangents = _gradient_of_gradient(
@@ -184,6 +185,10 @@ def _gradient_of_gradient(
     return result[: len(primals)], result[len(primals) :]
 
 
-for _op in ("Cbam", "ChannelAttention", "SpatialAttention", "ChannelPool", "SpatialPool"):
-    tf.RegisterGradient(f"CbamOps>{_op}")(_gradient)
-    tf.RegisterGradient(f"CbamOps>{_op}Grad")(_second_gradient)
+OPS = [
+    f"CbamOps>{name}"
+    for name in ("Cbam", "ChannelAttention", "SpatialAttention", "ChannelPool", "SpatialPool")
+]
+for _op in OPS:
+    tf.RegisterGradient(_op)(_gradient)
+    tf.RegisterGradient(f"{_op}Grad")(_second_gradient)
