@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 import keras
 
-from cbam_ops import layers
+from cbam_ops import _call, layers
 from cbam_ops._console import first_line
 from cbam_ops._graphs import Graph, Rebuild, checked, graphs_of, is_graph, variables_of
 
@@ -48,7 +48,7 @@ class Place(NamedTuple):
 
 
 def _is_map(tensor: Any) -> bool:
-    return len(tensor.shape) == 4 and tensor.dtype.startswith(("float", "bfloat"))
+    return len(tensor.shape) in _call.SIDES and tensor.dtype.startswith(("float", "bfloat"))
 
 
 def _kernels(node: Any) -> int:
@@ -263,8 +263,8 @@ def _places(graphs: dict[int, Graph], reasons: dict[int, str]) -> dict[int, Plac
             if len(node.outputs) != 1 or not _is_map(node.outputs[0]):
                 shapes = ", ".join(str(tuple(tensor.shape)) for tensor in node.outputs)
                 raise ValueError(
-                    "add_attention: `where` must name layers that return one map, [N, H, W, C] or "
-                    f"[N, C, H, W], of a float type; {layer} returns {shapes}"
+                    "add_attention: `where` must name layers that return one map of a float type, "
+                    f"of rank 3, 4 or 5; {layer} returns {shapes}"
                 )
             name = f"{operation.name}_attention"
             while name in taken:

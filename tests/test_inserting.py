@@ -330,3 +330,21 @@ def test_bad_input_is_said():
         with pytest.raises(ValueError, match=f"^add_attention: .*{words}"):
             cbam_ops.add_attention(*arguments)
     assert [layer.name for layer in model.layers] == before
+
+
+@pytest.mark.parametrize("rank", [3, 5])
+def test_series_and_volumes(rank):
+    """Fails when only images have places, or attention there is no identity."""
+    convolution = {3: layers.Conv1D, 5: layers.Conv3D}[rank]
+    pool = {3: layers.GlobalAveragePooling1D, 5: layers.GlobalAveragePooling3D}[rank]
+    shape = (*(6,) * (rank - 2), 2)
+    x = first = keras.Input(shape)
+    x = convolution(8, 3, padding="same")(x)
+    y = layers.BatchNormalization(name="bn")(convolution(8, 3, padding="same")(x))
+    model = keras.Model(first, layers.Dense(2)(pool()(layers.Add()([x, y]))))
+    new = cbam_ops.add_attention(model, _cbam())
+    inputs = _images(2, shape)
+    assert np.array_equal(new(inputs), model(inputs))
+    ((name, (channel_gate, spatial_gate)),) = cbam_ops.gates(new, inputs).items()
+    assert name == "bn_attention" and channel_gate.shape == (2, 8)
+    assert spatial_gate.shape == (2, *shape[:-1])
