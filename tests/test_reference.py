@@ -580,7 +580,7 @@ def test_the_whole_is_the_composition_of_its_parts(order):
 # --- bad input ------------------------------------------------------------------------------------
 
 BAD = [
-    ({"x": np.zeros((2, 4, 6))}, r"`x` must have shape \[N, H, W, C\], got \[2, 4, 6\]"),
+    ({"x": np.zeros((4, 6))}, r"`x` must have shape \[N, L, C\] or .*, got \[4, 6\]"),
     ({"x": np.zeros((2, 4, 3, 6), int)}, r"`x` must have dtype float16 or .*, got int64"),
     ({"x": np.zeros((2, 0, 3, 6))}, r"`x` must have H >= 1, got shape \[2, 0, 3, 6\]"),
     ({"x": np.zeros((2, 4, 3, 0))}, r"`x` must have C >= 1"),
