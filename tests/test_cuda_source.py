@@ -425,20 +425,20 @@ MUTANTS = {
         "if (row + k * row_threads >= tile.end_row) continue;",
         "",
     ),
-    "rows: barrier before the fold removed": (
+    "rows: a lane too few": (
         "maps.cuh",
-        "      Barrier();\n      if (lane == 0) {",
-        "      if (lane == 0) {",
+        "for (int mask = lanes / 2; mask > 0; mask /= 2)",
+        "for (int mask = lanes / 2; mask > 1; mask /= 2)",
     ),
     "window: halo one column too narrow": (
         "convolution.cuh",
-        "const int64_t column = patch.column + c - halo / 2;",
-        "const int64_t column = patch.column + c - halo / 2 + 1;",
+        "const int64_t column = patch.column + c - call.kernel_width / 2;",
+        "const int64_t column = patch.column + c - call.kernel_width / 2 + 1;",
     ),
     "window: one row too short": (
         "convolution.cuh",
-        "r < patch.rows + halo;",
-        "r < patch.rows + halo - 1;",
+        "const int rows = patch.rows + call.kernel_height - 1;",
+        "const int rows = patch.rows + call.kernel_height - 2;",
     ),
     "window: used before it is filled": (
         "convolution.cuh",
@@ -448,7 +448,7 @@ MUTANTS = {
     "convolution: kernel not flipped": (
         "convolution.cuh",
         "const A value = last[-j];",
-        "const A value = last[j - k + 1];",
+        "const A value = last[j - width + 1];",
     ),
     "mlp: barrier after a slice removed": (
         "mlp.cuh",

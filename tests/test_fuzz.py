@@ -111,7 +111,7 @@ def compare(case: Case) -> list[Finding]:
     with np.errstate(all="ignore"):
         if case.hands_on_a_half:
             x, gate = (np.asarray(v, np.float32) for v in (tensors["x"], results["spatial_gate"]))
-            between = x * np.expand_dims(gate, 3 if case.data_format == "NHWC" else 1)
+            between = x * np.expand_dims(gate, -1 if case.data_format == "NHWC" else 1)
             between = between.astype(tensors["x"].dtype.as_numpy_dtype)
         # Where a ReLU cuts and which values tie is decided on what was computed.
         truth = numpy_oracle.evaluate(

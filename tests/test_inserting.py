@@ -110,6 +110,9 @@ def test_every_network_of_keras_applications(network):
     for weight in model.weights:
         if len(weight.shape) == 1:
             weight.assign(random.uniform(0.5, 1.5, weight.shape))
+    for layer in model.layers:
+        if isinstance(layer, keras.layers.Normalization):
+            layer.finalize_state()  # of the weights that it has now
     new = cbam_ops.add_attention(model, cbam_ops.CBAM(hidden_rounding="half_up"))
     images = _images(1, (75, 75, 3))
     expected = model(images, training=False).numpy()

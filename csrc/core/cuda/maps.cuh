@@ -257,7 +257,6 @@ CBAM_DEVICE void ReduceRows(const Call<typename M::A>& call, int64_t n, int64_t 
   const int lanes = tiles.lanes, lane = ThreadIndex() % lanes, group = ThreadIndex() / lanes;
   const int batch = kThreads / lanes * kRows;
   const Tile tile = TileAt(call, tiles, index);
-  const int width = lanes < kWarp ? lanes : kWarp, warps = lanes / kWarp;
   const bool serial = call.serial;
   CBAM_NO_UNROLL
   for (int64_t begin = tile.row; begin < tile.end_row; begin += batch) {
@@ -290,33 +289,11 @@ CBAM_DEVICE void ReduceRows(const Call<typename M::A>& call, int64_t n, int64_t 
       }
     }
     CBAM_NO_UNROLL
-    for (int mask = width / 2; mask > 0; mask /= 2) {
+    for (int mask = lanes / 2; mask > 0; mask /= 2) {
       CBAM_UNROLL
       for (int k = 0; k < kRows; ++k) {
         first[k] += ShuffleXor(first[k], mask);
         second[k] = Join<kPass>(second[k], ShuffleXor(second[k], mask));
-      }
-    }
-    if (warps > 1) {
-      A* const shared = Shared<A>();
-      const int warp = ThreadIndex() / kWarp;
-      if (begin > tile.row) Barrier();  // the last batch has been read
-      if (ThreadIndex() % kWarp == 0) {
-        CBAM_UNROLL
-        for (int k = 0; k < kRows; ++k) {
-          shared[(warp * kRows + k) * 2] = first[k];
-          shared[(warp * kRows + k) * 2 + 1] = second[k];
-        }
-      }
-      Barrier();
-      if (lane == 0) {
-        CBAM_UNROLL
-        for (int k = 0; k < kRows; ++k) {
-          for (int w = 1; w < warps; ++w) {
-            first[k] += shared[((warp + w) * kRows + k) * 2];
-            second[k] = Join<kPass>(second[k], shared[((warp + w) * kRows + k) * 2 + 1]);
-          }
-        }
       }
     }
     if (lane == 0) {

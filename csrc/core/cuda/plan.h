@@ -34,7 +34,7 @@ inline bool ChannelsLast(const Problem& problem) { return problem.layout == Layo
 
 // Tiles for a pass along the rows, `at_once` rows at a time per thread. Rows longer than a vector for
 // each thread in pieces: what goes with the columns stays in the first-level cache from row to row.
-// As few lanes for a row as leave the wanted number of elements to the block, up to the whole block
+// As few lanes for a row as leave the wanted number of elements to the block, up to a warp
 // while each has two vectors.
 inline Tiles RowTiles(int64_t rows, int64_t columns, int vector, int at_once, int64_t elements) {
   Tiles tiles = {};
@@ -42,7 +42,7 @@ inline Tiles RowTiles(int64_t rows, int64_t columns, int vector, int at_once, in
   tiles.columns = AtLeast(1, CeilDiv(CeilDiv(columns, tiles.across), vector)) * vector;
   tiles.lanes = 8;
   const auto batch = [&] { return int64_t{kThreads} / tiles.lanes * at_once; };
-  while (tiles.lanes < kThreads && int64_t{2} * tiles.lanes * vector < tiles.columns &&
+  while (tiles.lanes < kWarp && int64_t{2} * tiles.lanes * vector < tiles.columns &&
          batch() * tiles.columns > elements) {
     tiles.lanes *= 2;
   }
