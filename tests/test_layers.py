@@ -134,6 +134,7 @@ def test_series_and_volumes(layer_class, shape, data_format):
         testing.assert_close(ours.numpy(), theirs.numpy(), testing.FLOAT32, "result")
 
 
+@pytest.mark.filterwarnings("ignore:Keras leaves XLA out")  # before TensorFlow 2.20
 def test_a_series_and_a_volume_are_saved_and_trained(tmp_path):
     """Compiled by XLA, in mixed precision, with residual and batch norm; then from a file."""
     for shape in (SERIES, VOLUME):
