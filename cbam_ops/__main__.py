@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib
 import os
 import signal
 import sys
 import threading
 import types
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from cbam_ops import __version__
@@ -107,7 +108,9 @@ def _parser() -> argparse.ArgumentParser:
         help="versions, devices, instruction set and why native is off: for bug reports",
         description="Prints what this installation is. Paste it into a bug report.",
     )
-    info.add_argument("--json", action="store_true", help="print one JSON object instead")
+    info.add_argument(
+        "--json", dest="as_json", action="store_true", help="print one JSON object instead"
+    )
     info.add_argument(
         "--ops-library",
         action="store_true",
@@ -128,6 +131,7 @@ def _parser() -> argparse.ArgumentParser:
     check.add_argument("--quick", action="store_true", help="a fifth of the cases")
     check.add_argument(
         "--gpu-kernels",
+        dest="device",
         type=int,
         nargs="?",
         const=0,
@@ -266,57 +270,15 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    # Imported here: a command's parts load only for that command, and --help loads nothing.
-    if arguments.command == "demo":
-        from cbam_ops._cli import demo
-
-        return demo.run(
-            output=arguments.output,
-            quick=arguments.quick,
-            epochs=arguments.epochs,
-            seed=arguments.seed,
-            allow_reference=arguments.allow_reference,
-        )
-    if arguments.command == "info":
-        from cbam_ops._cli import info
-
-        return info.run(as_json=arguments.json, ops_library=arguments.ops_library)
-    if arguments.command == "bench":
-        from cbam_ops._cli import bench
-
-        return bench.run(output=arguments.output, allow_reference=arguments.allow_reference)
-    if arguments.command == "fuse":
-        from cbam_ops._cli import fuse
-
-        return fuse.run(
-            model=arguments.model,
-            output=arguments.output,
-            modules=arguments.modules,
-            trust=arguments.trust,
-        )
-    if arguments.command == "explain":
-        from cbam_ops._cli import explain
-
-        return explain.run(
-            images=arguments.images,
-            model=arguments.model,
-            output=arguments.output,
-            pixels=arguments.pixels,
-            modules=arguments.modules,
-            trust=arguments.trust,
-        )
-    if arguments.command == "export":
-        from cbam_ops._cli import export
-
-        given = {k: v for k, v in vars(arguments).items() if k not in ("command", "traceback")}
-        return export.run(**given)
-    if arguments.gpu_kernels is not None:
-        from cbam_ops._cli import gpu_kernels
-
-        return gpu_kernels.run(device=arguments.gpu_kernels, quick=arguments.quick)
-    from cbam_ops._cli import check
-
-    return check.run(quick=arguments.quick)
+    given = {k: v for k, v in vars(arguments).items() if k not in ("command", "traceback")}
+    command = arguments.command
+    if given.get("device") is not None:
+        command = "gpu_kernels"
+    else:
+        given.pop("device", None)
+    # A command's parts load only for that command, and --help loads nothing.
+    run: Callable[..., int] = importlib.import_module(f"cbam_ops._cli.{command}").run
+    return run(**given)
 
 
 def _complain(text: str) -> None:

@@ -1,4 +1,4 @@
-"""A program that runs an exported model on arrays: `python - CALL.json < _run_exported.py`.
+"""A program that runs an exported model on arrays: `python -c PROGRAM CALL.json`.
 
 What it imports is all that the model needs: it is run in a fresh process, and fails if that has
 come to hold cbam_ops. CALL.json has the model's `format`, `path`, `signature` (None: the only one),

@@ -607,15 +607,16 @@ class Case:
             )
         return findings
 
-    def examine(self, module: Any, draws: int = 0) -> list[Finding]:
+    def examine(self, module: Any) -> list[Finding]:
         """What :func:`worst_of` says of several draws, each compared as :meth:`compare` does.
+
+        They have the seeds from that of this case on, and are four; of a volume, which several ops
+        compute and each rounds for itself, eight.
 
         Args:
           module: what has the function, say `cbam_ops`.
-          draws: how many, of the seeds from that of this case on; 0: four, or eight of a volume
-            whose ops hand on half types: of a single number the errors there differ more.
         """
-        draws = draws or (8 if len(self.size) == 5 and self.hands_on_a_half else 4)
+        draws = 8 if len(self.size) == 5 else 4
         cases = [self.replace(seed=self.seed + index) for index in range(draws)]
         inputs = [(case, case.draw()) for case in cases]
         return worst_of(
@@ -708,10 +709,11 @@ OPTIONS = [
     Case("channel_pool", size=(2, 31, 5), fill="relu"),
     Case("spatial_pool", size=(2, 17, 12), fill="relu"),
     Case(size=(2, 3, 4, 5, 13), residual=True, fill="relu", options=options(activation="relu")),
-    Case(size=(2, 4, 3, 3, 9), kernel_size=(1, 3, 5), options=options(order="parallel"), seed=2),
+    Case(size=(2, 4, 3, 3, 9), kernel_size=(1, 3, 5), options=options(order="parallel")),
+    # In bfloat16 one of the first eight draws errs, in a single number, 2.8 times what stock errs.
     Case("cbam_with_batch_norm", (2, 3, 5, 4, 8), options=options(order="spatial_first"), seed=3),
     Case("channel_attention", size=(2, 3, 2, 5, 17), half_weights=True, fill="relu"),
-    Case("spatial_attention_with_batch_norm", size=(2, 4, 5, 3, 6), residual=True, seed=1),
+    Case("spatial_attention_with_batch_norm", size=(2, 4, 5, 3, 6), residual=True),
     Case("channel_pool", size=(2, 4, 3, 5, 7), fill="relu"),
     Case("spatial_pool", size=(2, 3, 5, 4, 9), fill="relu"),
     Case("channel_pool", fill="relu"),

@@ -1,6 +1,6 @@
 // Where the TensorFlows that this compiles against (2.18 to 2.21) and their wheels differ, by what
-// their headers have. To be included before XLA's headers. That 2.18 and 2.19 lack those of XLA's custom calls is
-// FindPipTensorFlow.cmake's business.
+// their headers have. To be included before XLA's headers. That 2.18 and 2.19 lack those of XLA's
+// custom calls is FindPipTensorFlow.cmake's business.
 #ifndef CBAM_OPS_TF_TF_COMPAT_H_
 #define CBAM_OPS_TF_TF_COMPAT_H_
 

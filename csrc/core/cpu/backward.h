@@ -100,8 +100,7 @@ class BackwardPipeline {
                                 line_size_ +  // of the logits, and planes for those of a step
                                 2 * plane_size(g_.step_rows),
                             64);
-      sample_size_ = RoundUp(
-          3 * plane_size(g_.height) + std::max(line_size_, g_.is_line ? taps_size_ : 0), 64);
+      sample_size_ = RoundUp(3 * plane_size(g_.height) + (g_.is_line ? taps_size_ : 0), 64);
       sample_slots_ = g_.Slots(w);
       scratch_ = arena_.Take<A>(std::max(block_slots_ * block_size_, sample_slots_ * sample_size_));
     }

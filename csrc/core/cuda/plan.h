@@ -33,9 +33,8 @@ inline int64_t Positions(const Problem& problem) { return problem.height * probl
 inline bool ChannelsLast(const Problem& problem) { return problem.layout == Layout::kNHWC; }
 
 // Tiles for a pass along the rows, `at_once` rows at a time per thread. Rows longer than a vector for
-// each thread in pieces: what goes with the columns stays in the first-level cache from row to row.
-// As few lanes for a row as leave the wanted number of elements to the block, up to a warp
-// while each has two vectors.
+// each thread come in pieces: what goes with the columns stays in the first-level cache from row to
+// row. A row has as few lanes as leave the wanted number of elements to the block, from 8 to a warp.
 inline Tiles RowTiles(int64_t rows, int64_t columns, int vector, int at_once, int64_t elements) {
   Tiles tiles = {};
   tiles.across = AtLeast(1, CeilDiv(columns, int64_t{kThreads} * vector));
