@@ -59,7 +59,7 @@ KEYS = ("stage", "dtype", "layout", "direction", "phase")
 COUNTS = ("instructions", "math", "memory", "division", "read", "written", "l2", "dram",
           "wavefronts", "conflicts", "barriers", "atomics", "spins")  # fmt: skip
 MARGIN = 0.03
-# What 2 blocks of 33 KB of shared memory leave of 256 KB.
+# What three blocks of 21 KB of shared memory leave of 256 KB, rounded down.
 L1_BYTES, L2_BYTES = 188 << 10, 50 << 20
 
 _PASSES = ("channel pool", "spatial pool", "spatial gradient", "channel gradient")

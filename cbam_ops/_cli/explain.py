@@ -126,7 +126,7 @@ class _Network:
     """A model that takes one image."""
 
     def __init__(self, model: Any, path: Path, pixels: str | None) -> None:
-        """A model with its file's path, and what its pixels are, one of `PIXELS`.
+        """A model with its file's path, and what its pixels are, in the words of `--pixels`.
 
         Raises:
           CommandError: it takes no images or has no attention.
