@@ -11,10 +11,10 @@
 //                  and each patch's part of dK and dbias
 //   Taps           dK and dbias
 //
-// A patch is a rectangle of positions. Its window, the patch with a halo of half the kernel on
-// each side and zeros beyond the border, lies in shared memory beside the kernel: for 4 rows of 56
-// and 7 x 7 it is 10 x 62 values for each descriptor. A kernel so large that this does not fit reads the descriptors
-// where they are.
+// A patch is a rectangle of positions. Its window, the patch with a halo of half the kernel on each
+// side and zeros beyond the border, lies in shared memory beside the kernel: for 4 rows of 56 and 7 x 7
+// it is 10 x 62 values for each descriptor. With a kernel so large that this does not fit, the
+// descriptors are read where they are.
 #ifndef CBAM_OPS_CORE_CUDA_CONVOLUTION_CUH_
 #define CBAM_OPS_CORE_CUDA_CONVOLUTION_CUH_
 
