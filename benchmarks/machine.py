@@ -11,7 +11,7 @@ from pathlib import Path
 import cbam_ops
 from cbam_ops._bench import Row, cache_bytes, cpus
 
-_PACKAGES = ("tensorflow", "keras", "numpy", "torch", "jax")
+_PACKAGES = ("tensorflow", "tensorflow-cpu", "keras", "numpy", "torch", "jax")
 
 
 def processor() -> str:

@@ -181,11 +181,14 @@ def loaded_ops() -> ModuleType:
     return loaded
 
 
-def _version(distribution: str) -> str | None:
-    try:
-        return metadata.version(distribution)
-    except metadata.PackageNotFoundError:
-        return None
+def _version(*distributions: str) -> str | None:
+    """The version of the first that is installed."""
+    for name in distributions:
+        try:
+            return metadata.version(name)
+        except metadata.PackageNotFoundError:
+            pass
+    return None
 
 
 def _devices() -> list[str]:
@@ -237,7 +240,7 @@ def build_info() -> dict[str, Any]:
     return {
         "version": __version__,
         "python": platform.python_version(),
-        "tensorflow": _version("tensorflow"),
+        "tensorflow": _version("tensorflow", "tensorflow-cpu"),
         "keras": _version("keras"),
         "numpy": _version("numpy"),
         "platform": platform.platform(),

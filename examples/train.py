@@ -195,6 +195,8 @@ class Trainer:
             loss = tf.reduce_sum(losses) / self._batch  # the replicas' sum is the batch's mean
             scaled = self.optimizer.scale_loss(loss)
         gradients = tape.gradient(scaled, self.model.trainable_variables)
+        if isinstance(self.optimizer, keras.optimizers.LossScaleOptimizer):
+            gradients = agreed(gradients)
         self.optimizer.apply(gradients, self.model.trainable_variables)  # sums over the replicas
         return loss
 
@@ -209,6 +211,18 @@ class Trainer:
             right += int(tf.reduce_sum(tf.cast(answers == labels, tf.int32)))
             total += len(labels)
         return right / total
+
+
+def agreed(gradients: list[tf.Tensor]) -> list[tf.Tensor]:
+    """NaN for all gradients where any replica's overflow, so that all replicas pass over the step.
+
+    `LossScaleOptimizer` looks at a replica's own gradients, before they are summed.
+    """
+    finite = tf.reduce_all([tf.reduce_all(tf.math.is_finite(each)) for each in gradients])
+    overflows = tf.distribute.get_replica_context().all_reduce(
+        tf.distribute.ReduceOp.SUM, tf.cast(tf.logical_not(finite), tf.float32)
+    )
+    return [tf.where(overflows > 0, np.nan, each) for each in gradients]
 
 
 def restore(state: tf.train.Checkpoint, folder: Path) -> None:

@@ -15,6 +15,7 @@ import signal
 import socket
 import subprocess
 import sys
+import textwrap
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -37,13 +38,15 @@ SHORT = ("--epochs", "2", "--steps", "4", "--every", "3")
 pytestmark = pytest.mark.long
 
 
-def start(output: Path, *arguments: str, task: dict | None = None) -> subprocess.Popen[str]:
+def start(
+    output: Path, *arguments: str, task: dict | None = None, run: tuple = (PROGRAM,)
+) -> subprocess.Popen[str]:
     environment = {k: v for k, v in os.environ.items() if k != "TF_CONFIG"}
     environment["CBAM_OPS_IMPLEMENTATION"] = "native"
     if task is not None:
         environment["TF_CONFIG"] = json.dumps(task)
     return subprocess.Popen(
-        [sys.executable, PROGRAM, "--output", output, *arguments],
+        [sys.executable, *run, "--output", output, *arguments],
         env=environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -58,7 +61,9 @@ def end(process: subprocess.Popen[str], code: int = 0) -> str:
 
 
 @contextlib.contextmanager
-def running(cluster: dict[str, int], output: Path, *arguments: str) -> Iterator[dict]:
+def running(
+    cluster: dict[str, int], output: Path, *arguments: str, run: tuple = (PROGRAM,)
+) -> Iterator[dict]:
     """The processes of a cluster, by job and index; none survives the block."""
     with contextlib.ExitStack() as stack:
         sockets = [stack.enter_context(socket.socket()) for _ in range(sum(cluster.values()))]
@@ -68,7 +73,9 @@ def running(cluster: dict[str, int], output: Path, *arguments: str) -> Iterator[
         jobs = {job: [f"127.0.0.1:{next(ports)}" for _ in range(n)] for job, n in cluster.items()}
     processes = {
         (job, index): start(
-            output, *arguments, task={"cluster": jobs, "task": {"type": job, "index": index}}
+            *(output, *arguments),
+            task={"cluster": jobs, "task": {"type": job, "index": index}},
+            run=run,
         )
         for job, addresses in jobs.items()
         for index in range(len(addresses))
@@ -209,7 +216,9 @@ def test_gpus_compute_what_the_parts_come_to(tmp_path, monkeypatch):
         assert_close(variable.numpy(), value, MODEL_GRADIENT, name)
 
 
-@pytest.mark.parametrize(("count", "policy"), [(2, "float32"), (3, "mixed_bfloat16")])
+@pytest.mark.parametrize(
+    ("count", "policy"), [(2, "float32"), (2, "mixed_float16"), (3, "mixed_bfloat16")]
+)
 def test_workers_compute_what_replicas_of_one_process_do(tmp_path, count, policy):
     """MultiWorkerMirroredStrategy with real processes, to the bit."""
     actual = workers(count, tmp_path / "workers", "--policy", policy)
@@ -217,15 +226,66 @@ def test_workers_compute_what_replicas_of_one_process_do(tmp_path, count, policy
     assert_same_weights(actual, weights(tmp_path / "one"))
 
 
-def test_a_parameter_server_computes_what_one_process_does(tmp_path):
+@pytest.mark.parametrize("policy", ["float64", "mixed_float16"])
+def test_a_parameter_server_computes_what_one_process_does(tmp_path, policy):
     cluster = {"chief": 1, "worker": 1, "ps": 1}
-    arguments = (*SHORT, "--policy", "float64")
+    arguments = (*SHORT, "--policy", policy)
     with running(cluster, tmp_path / "servers", *arguments) as processes:
         end(processes["chief", 0])
     end(start(tmp_path / "one", *arguments))
     actual, expected = weights(tmp_path / "servers"), weights(tmp_path / "one")
     for name, value in expected.items():
         assert_close(actual[name], value, MODEL_GRADIENT, name)
+
+
+OVERFLOW = """
+    import numpy as np, tensorflow as tf
+    import train
+
+    args = train.arguments()
+    strategy = train.strategy_of(args.cpus)
+    trainer = train.Trainer(args, train.Images(None, 8), strategy)
+    replicas = strategy.num_replicas_in_sync
+
+    def part(context):
+        mine = np.split(np.arange(replicas), context.num_input_pipelines)[context.input_pipeline_id]
+        samples = np.random.default_rng(0).random((3, replicas, 10, 8, 8, 1), np.float32)
+        samples[1, replicas - 1] = np.inf
+        samples = samples[:, mine].reshape(-1, 10, 8, 8, 1)
+        labels = np.broadcast_to(np.arange(10), (len(samples), 10))
+        return tf.data.Dataset.from_tensor_slices((samples, labels))
+
+    def state():
+        scaling = trainer.optimizer
+        variables = trainer.model.trainable_variables + scaling.inner_optimizer.variables
+        return [v.numpy() for v in variables], float(scaling.dynamic_scale.numpy())
+
+    def same(some, others):
+        return all((a == b).all() for a, b in zip(some, others, strict=True))
+
+    batches = iter(strategy.distribute_datasets_from_function(part))
+    states = [state()]
+    for _ in range(3):
+        trainer.step(batches)
+        states.append(state())
+    assert all(np.isfinite(w).all() for weights, _ in states for w in weights)
+    assert not same(states[0][0], states[1][0]) and not same(states[2][0], states[3][0])
+    assert same(states[1][0], states[2][0])
+    assert [scale / states[0][1] for _, scale in states] == [1, 1, 0.5, 0.5]
+"""
+
+
+@pytest.mark.parametrize("engine", ["mirrored", "workers"])
+def test_no_replica_takes_a_step_in_which_one_overflows(tmp_path, monkeypatch, engine):
+    """Keras lets the first replica decide, and lets workers wait for each other for ever."""
+    monkeypatch.setenv("PYTHONPATH", str(PROGRAM.parent))
+    run, arguments = ("-c", textwrap.dedent(OVERFLOW)), ("--policy", "mixed_float16")
+    if engine == "mirrored":
+        end(start(tmp_path, *arguments, "--cpus", "2", run=run))
+        return
+    with running({"worker": 2}, tmp_path, *arguments, run=run) as processes:
+        for process in processes.values():
+            end(process)
 
 
 # --- faults ---------------------------------------------------------------------------------------

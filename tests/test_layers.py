@@ -170,10 +170,11 @@ def test_the_configuration_holds_every_argument(layer_class):
 
 @pytest.mark.parametrize("layer_class", LAYERS)
 def test_every_argument_is_documented(layer_class):
+    text = inspect.getdoc(layer_class)
     for name in set(inspect.signature(layer_class.__init__).parameters) - {"self", "kwargs"}:
-        assert f"        {name}: " in layer_class.__doc__, name
+        assert f"\n    {name}: " in text, name
     for name in ("inputs", "residual", "training", "return_gates"):
-        assert f"        {name}: " in layer_class.__doc__, name
+        assert f"\n    {name}: " in text, name
 
 
 def test_the_default_epsilon_is_that_of_the_ops():

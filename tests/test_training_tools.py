@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import keras
 import numpy as np
 import pytest
@@ -123,6 +125,37 @@ def test_rematerialized_layers_have_the_same_gradients():
         actual = gradients_of(network(spatial_batch_norm=True))
     for one, other in zip(actual, expected, strict=True):
         assert_same_bits(one.numpy(), other.numpy(), "a gradient")
+
+
+@pytest.mark.parametrize(
+    "layer", [lambda: cbam_ops.CBAM(1, 3, spatial_batch_norm=True), keras.layers.BatchNormalization]
+)
+def test_rematerialized_layers_in_fit(layer):
+    """Ours as Keras's: not in a graph, and eagerly the forward pass that is repeated counts twice.
+
+    When this fails, Keras or TensorFlow has learned, and docs/scale.md is to be mended.
+    """
+
+    def fitted(scope, eagerly):
+        keras.utils.set_random_seed(1)
+        image = keras.Input((9, 8, 3))
+        with scope:
+            own = layer()
+        x = keras.layers.GlobalAveragePooling2D()(own(image))
+        model = keras.Model(image, keras.layers.Dense(4)(x))
+        model.compile(keras.optimizers.SGD(0.5), LOSS, run_eagerly=eagerly)
+        model.fit(*batch(), verbose=0)
+        return model
+
+    with pytest.raises(ValueError, match="supports keywords arguments only when eager execution"):
+        fitted(keras.RematScope(mode="full"), eagerly=False)
+    actual = fitted(keras.RematScope(mode="full"), eagerly=True)
+    expected = fitted(contextlib.nullcontext(), eagerly=True)
+    for one, other in zip(actual.trainable_weights, expected.trainable_weights, strict=True):
+        assert_same_bits(one.numpy(), other.numpy(), one.path)
+    statistics = zip(actual.non_trainable_weights, expected.non_trainable_weights, strict=True)
+    for start, (twice, once) in zip((0, 1), statistics, strict=True):  # mean, variance
+        assert_close(twice.numpy(), 1.99 * once.numpy() - 0.99 * start, testing.FLOAT32, once.path)
 
 
 def test_accumulated_gradients_are_those_of_the_whole_batch():
