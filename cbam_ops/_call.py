@@ -122,7 +122,7 @@ def call(function: str, values: dict[str, Any]) -> Any:
     if native is None:
         _check_shapes(function, args)
         return _results(_definitions[op](args), args)
-    if not tf.executing_eagerly() or args.rank != 4 or not is_fused(op, args):
+    if not tf.executing_eagerly() or args.rank == 3 or not is_fused(op, args):
         _check_shapes(function, args)
         return _results(native_outputs(native, op, args), args)
     # The op checks the shapes itself. What it refuses is then explained in the function's words.
@@ -463,8 +463,6 @@ def is_fused(op: str, args: Arguments) -> bool:
     """Whether a native op computes this, as one or (`halves`) as two of them."""
     if args.gate_activation != "sigmoid" or args.ties != "even":
         return False
-    if args.rank == 5 and op in ("CbamOps>Cbam", "CbamOps>SpatialAttention"):
-        return False  # the convolution of a volume is TensorFlow's
     if op == "CbamOps>Cbam" and args.order == "parallel" and args.pooling != "avg+max":
         return False
     if op not in ("CbamOps>Cbam", "CbamOps>ChannelAttention"):
@@ -484,8 +482,8 @@ def halves(op: str, args: Arguments) -> tuple[str, ...]:
 
 def native_outputs(native: ModuleType, op: str, args: Arguments) -> Outputs:
     """The outputs of a function, by native ops as far as there are such."""
-    if args.rank == 3 or (args.rank == 5 and is_fused(op, args)):
-        return _of_images(native, op, args)
+    if args.rank == 3:
+        return _of_an_image(native, op, args)
     if parts := halves(op, args):
         without = {"residual": None, "activation": None}
         outputs = native_outputs(native, parts[0], Arguments(**{**vars(args), **without}))
@@ -502,40 +500,20 @@ def native_outputs(native: ModuleType, op: str, args: Arguments) -> Outputs:
     return _definitions[op](Arguments(**{**vars(args), **weights, "native": native}))
 
 
-def _of_images(native: ModuleType, op: str, args: Arguments) -> Outputs:
-    """The outputs for a series as an image of one column, for a volume as its slices, stacked."""
-    images = {name: _as_image(getattr(args, name, None), args.data_format) for name in MAPS}
-    kernel = getattr(args, "kernel", None)
-    if kernel is not None and args.rank == 3:
-        images["kernel"] = tf.expand_dims(kernel, 1)
+def _of_an_image(native: ModuleType, op: str, args: Arguments) -> Outputs:
+    """The outputs for a series as an image of one column."""
+    column = args.data_format.index("W")
+    images = {
+        name: tf.expand_dims(value, column if name in MAPS else 1)
+        for name in (*MAPS, "kernel")
+        if (value := getattr(args, name, None)) is not None
+    }
     outputs = native_outputs(native, op, Arguments(**{**vars(args), **images}))
-    last = args.data_format == "NHWC"
-    sizes = _sizes(args.x)
-    sides = sizes[1:-1] if last else sizes[2:]
-    descriptors = [*sizes[:1], *sides, 2] if last else [*sizes[:1], 2, *sides]
-    shapes = {"y": sizes, "spatial_gate": [*sizes[:1], *sides], "descriptors": descriptors}
+    columns = {"y": column, "spatial_gate": 2, "descriptors": column}
     return {
-        name: tf.reshape(value, shapes[name]) if name in shapes else value
+        name: tf.squeeze(value, columns[name]) if name in columns else value
         for name, value in outputs.items()
     }
-
-
-def _as_image(x: tf.Tensor | None, data_format: str) -> tf.Tensor | None:
-    if x is None:
-        return None
-    sizes, side = _sizes(x), data_format.index("H")
-    if len(sizes) == 3:
-        sizes.insert(side + 1, 1)
-    else:
-        sizes[side : side + 2] = [sizes[side] * sizes[side + 1]]
-    return tf.reshape(x, sizes)
-
-
-def _sizes(x: tf.Tensor) -> list[Any]:
-    """The sizes of a tensor, as numbers where they are known."""
-    known = x.shape.as_list()
-    sizes: Any = tf.shape(x) if None in known else known
-    return [sizes[i] if size is None else size for i, size in enumerate(known)]
 
 
 def _fused(native: ModuleType, op: str, args: Arguments) -> Outputs:

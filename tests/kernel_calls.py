@@ -45,13 +45,13 @@ class Problem:
         if "beta" in self.inputs:
             self.inputs["bias"] = self.inputs.pop("beta")
         self.inputs |= inputs
-        n, h, w, c = case.size
+        n, *sides, c = case.size
         shapes = {
             "d_channel_gate": (n, c),
-            "d_spatial_gate": (n, h, w),
+            "d_spatial_gate": (n, *sides),
             "d_mean": (n, c),
             "d_maximum": (n, c),
-            "d_descriptors": (n, h, w, 2) if case.data_format == "NHWC" else (n, 2, h, w),
+            "d_descriptors": (n, *sides, 2) if case.data_format == "NHWC" else (n, 2, *sides),
         }
         rows = {row["name"]: row for row in _core.signatures()[f"{self.op}_grad"]["inputs"]}
         rng = np.random.default_rng((case.seed, 1, *case.size))
@@ -109,8 +109,12 @@ class Problem:
             outputs = oracle.forward(**inputs, **oracle.options_of(self.case), dtype=dtype)
             if magnitude:
                 truth = self.define_forward(dtype)
-                gates = truth.get("channel_gate", np.ones((1, 1)))[:, None, None, :]
-                gates = gates * truth.get("spatial_gate", np.ones((1, 1, 1)))[..., None]
+                gates = np.ones(self.case.size)
+                if "channel_gate" in truth:
+                    sides = tuple(range(1, gates.ndim - 1))
+                    gates = gates * np.expand_dims(truth["channel_gate"], sides)
+                if "spatial_gate" in truth:
+                    gates = gates * truth["spatial_gate"][..., None]
                 y = inputs["x"] * oracle.from_nhwc(gates, self.case.data_format)
                 outputs = {k: v for k, v in outputs.items() if k.endswith("descriptors")}
                 outputs["y"] = y + inputs.get("residual", 0)

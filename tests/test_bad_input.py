@@ -272,7 +272,9 @@ def test_a_wrong_rank_is_refused_at_run_time():
         function = tf.function(
             lambda x: ops.channel_pool(x)[0], input_signature=[tf.TensorSpec(None, tf.float32)]
         )
-        message = "CbamOps>ChannelPool: `x` must have shape [N, H, W, C], got [2, 3]"
+        message = (
+            "CbamOps>ChannelPool: `x` must have shape [N, H, W, C] or [N, D, H, W, C], got [2, 3]"
+        )
         with pytest.raises(tf.errors.InvalidArgumentError, match=re.escape(message)):
             function(tf.zeros((2, 3)))
 

@@ -165,6 +165,34 @@ def test_shapes(instruction_set: str, dtype: str, layout: str) -> None:
         check_shape(dtype, layout, shape, number + DTYPES.index(dtype))
 
 
+# Volumes and kernels: of one slice, one row or one column, smaller than the kernel, cut into blocks
+# of rows.
+VOLUMES = (
+    ((2, 3, 5, 7, 9), (3, 3, 5)),
+    ((2, 1, 7, 5, 4), 3),
+    ((1, 4, 1, 6, 5), (5, 3, 3)),
+    ((1, 5, 6, 1, 3), 3),
+    ((3, 6, 1, 1, 5), (3, 1, 1)),
+    ((1, 2, 3, 2, 18), (7, 7, 1)),
+    ((1, 11, 17, 13, 6), 5),
+)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_volumes(instruction_set: str, dtype: str, layout: str) -> None:
+    """Fails: what lies beside the border of a slice is taken for padding, or the reverse."""
+    modules = ("channel_first", "parallel", "spatial_only")
+    for number, (shape, kernel_size) in enumerate(VOLUMES):
+        for batch_norm in (False, True):
+            case = make(
+                modules[number % 3], shape, dtype, layout,
+                hidden=2, kernel_size=kernel_size, batch_norm=batch_norm,
+                fill=("normal", "saturated")[number % 2],
+            )  # fmt: skip
+            check(case, CORE, threads=2)
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: "x".join(map(str, shape)))
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -237,9 +265,11 @@ def test_batch_larger_than_a_sum(
 @pytest.mark.parametrize("module", MODULES)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", [(3, 23, 17, 70), (1, 30, 41, 33), (9, 2, 2, 300)])
+@pytest.mark.parametrize(
+    "shape", [(3, 23, 17, 70), (1, 30, 41, 33), (9, 2, 2, 300), (1, 9, 12, 7, 33)]
+)
 def test_same_bits_for_any_threads(
-    instruction_set: str, shape: tuple[int, int, int, int], dtype: str, layout: str, module: str
+    instruction_set: str, shape: tuple[int, ...], dtype: str, layout: str, module: str
 ) -> None:
     """Fails: results depend on the number of threads or change from run to run."""
     batch_norm = module != "channel_only"
@@ -583,7 +613,10 @@ def zeros(*shape: int, dtype: Any = np.float32) -> np.ndarray:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"x": zeros(5, 6, 8)}, r"`x` must have shape \[N, H, W, C\], got \[5, 6"),
+        (
+            {"x": zeros(5, 6, 8)},
+            r"`x` must have shape \[N, H, W, C\] or \[N, D, H, W, C\], got \[5, 6",
+        ),
         ({"x": zeros(2, 5, 6, 0)}, r"`x` must have C >= 1, got shape \[2, 5, 6, 0\]"),
         ({"x": zeros(2, 5, 6, 8, dtype=np.int32)}, r"`x` must be of float32 .* got int32"),
         ({"x": [1.0]}, r"`x` must be a numpy array, got list"),

@@ -113,6 +113,31 @@ def test_sizes(kernels: Kernels, size: tuple[int, int, int, int], dtype: str, la
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("batch_norm", [False, True])
+@pytest.mark.parametrize(
+    ("size", "kernel_size"),
+    [
+        ((2, 3, 5, 7, 8), 3),
+        ((1, 4, 9, 10, 4), (5, 1, 7)),
+        ((2, 1, 4, 5, 3), (3, 3, 1)),
+        ((1, 3, 9, 20, 4), 7),  # whose window fits for a smaller patch
+        ((1, 4, 3, 5, 4), 11),  # for none
+    ],
+    ids=str,
+)
+def test_volumes(
+    kernels: Kernels,
+    size: tuple[int, ...],
+    kernel_size: int | tuple[int, ...],
+    batch_norm: bool,
+    layout: str,
+) -> None:
+    """Fails where a window's slices, or what lies beside the border of one, are mixed up."""
+    case = Case(size=size, kernel_size=kernel_size, data_format=layout)
+    check(with_batch_norm(case, batch_norm), kernels)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("size", [(1, 3, 600, 4), (1, 2, 1030, 8), (1, 4, 143, 4)], ids=str)
 def test_rows_longer_than_a_tile(
     kernels: Kernels, size: tuple[int, int, int, int], layout: str
@@ -286,9 +311,9 @@ def test_invalid_problems_are_named(kernels: Kernels) -> None:
     """The contract's own checks come first, and a missing address is not read."""
     problem = {"shape": (1, 2, 2, 4), "hidden": 3}
     for message, call in {
-        "kernel_height and kernel_width must be odd": {"kernel_size": (3, 4)},
+        "kernel_depth, kernel_height and kernel_width must be odd": {"kernel_size": (3, 4)},
         "hidden must be at least 1": {"hidden": 0},
-        r"`x` must have shape \[N, H, W, C\], got \[2, 2\]": {"shape": (2, 2)},
+        r"`x` must have shape \[N, H, W, C\] or \[N, D, H, W, C\], got \[2, 2\]": {"shape": (2, 2)},
         "`dtype` must be of float32 or .*, got int8": {"dtype": "int8"},
     }.items():
         with pytest.raises(ValueError, match=message):
@@ -437,8 +462,8 @@ MUTANTS = {
     ),
     "window: one row too short": (
         "convolution.cuh",
-        "const int rows = patch.rows + call.kernel_height - 1;",
-        "const int rows = patch.rows + call.kernel_height - 2;",
+        "const int rows = call.kernel_depth * windows.rows;",
+        "const int rows = call.kernel_depth * windows.rows - 1;",
     ),
     "window: used before it is filled": (
         "convolution.cuh",

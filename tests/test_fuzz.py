@@ -68,8 +68,6 @@ def cases(draw: st.DrawFn) -> Case:
     if function.startswith("cbam"):
         words["order"] = draw(st.sampled_from(["channel_first", "parallel", "spatial_first"]))
     size = draw(st.one_of(images, images, series, volumes))
-    if len(size) == 5 and "kernel" in ARGUMENTS[function] and dtype in ("float16", "bfloat16"):
-        dtype = "float32"  # maxima of what the ops hand on, rounded, are others than the truth's
     sides = len(size) - 2
     return Case(
         function,

@@ -15,6 +15,7 @@ from cbam_ops import _loader
 from cbam_ops.testing import ARGUMENTS
 
 N, H, W, C, HIDDEN, KH, KW = 2, 5, 7, 13, 3, 3, 9
+D, KD = 4, 5
 
 
 @pytest.fixture(scope="module")
@@ -24,25 +25,26 @@ def native():
     return loaded
 
 
-def shapes(data_format: str) -> dict[str, list[int]]:
+def shapes(data_format: str, volume: bool = False) -> dict[str, list[int]]:
     """The shape of every input and output of every op; see csrc/ops/signature.h."""
-    x = [N, H, W, C] if data_format == "NHWC" else [N, C, H, W]
+    sides, kernel = ([D, H, W], [KD, KH, KW]) if volume else ([H, W], [KH, KW])
+    x = [N, *sides, C] if data_format == "NHWC" else [N, C, *sides]
     weights = {
         "w0": [C, HIDDEN],
         "b0": [HIDDEN],
         "w1": [HIDDEN, C],
         "b1": [C],
-        "kernel": [KH, KW, 2, 1],
+        "kernel": [*kernel, 2, 1],
         "bias": [1],
         "gamma": [1],
     }
     small = {
         "channel_gate": [N, C],
-        "spatial_gate": [N, H, W],
+        "spatial_gate": [N, *sides],
         "channel_descriptors": [2, N, C],
-        "spatial_descriptors": [N, 2, H, W],
+        "spatial_descriptors": [N, 2, *sides],
     }
-    planes = [N, H, W, 2] if data_format == "NHWC" else [N, 2, H, W]
+    planes = [N, *sides, 2] if data_format == "NHWC" else [N, 2, *sides]
     return {
         **dict.fromkeys(("x", "y", "dy", "residual", "dx", "d_residual"), x),
         **weights,
@@ -131,10 +133,11 @@ def build(native, op: str, given: dict, data_format: str, optional: bool = False
 
 
 @pytest.mark.parametrize("optional", [False, True])
+@pytest.mark.parametrize("volume", [False, True])
 @pytest.mark.parametrize("op", OPS)
-def test_known_shapes_give_known_shapes(native, op, data_format, optional):
+def test_known_shapes_give_known_shapes(native, op, data_format, optional, volume):
     """Fails where Keras would build a layer on a wrong or an unknown shape."""
-    known = shapes(data_format)
+    known = shapes(data_format, volume)
     result = build(native, op, known, data_format, optional)
     for name in OPS[op][1]:
         assert result[name].as_list() == known[name], name
@@ -166,15 +169,21 @@ def test_sizes_are_learnt_from_any_argument(native):
     assert result["spatial_gate"].as_list() == [None, H, W]
     result = build(native, "cbam", {**unknown, "residual": [N, H, None, C]}, "NHWC", True)
     assert result["y"].as_list() == [N, H, None, C]
+    nothing = dict.fromkeys(unknown)
+    result = build(native, "cbam", {**nothing, "kernel": [3, 3, 3, 2, 1]}, "NHWC")
+    assert result["y"].rank == 5  # that it is a volume too
 
 
 WRONG = {
-    "x": ([[N, H, W], [N, H, W, C, 1], [N, H, W, 0], [N, 0, W, C]], "x"),
+    "x": ([[N, H, W], [N, 1, H, W, C, 1], [N, H, W, 0], [N, 0, W, C]], "x"),
     "w0": ([[C + 1, HIDDEN], [C], [C, 0]], "w0"),
     "b0": ([[HIDDEN + 1], [1, HIDDEN]], "b0"),
     "w1": ([[HIDDEN, C + 1], [HIDDEN + 1, C]], "w1"),
     "b1": ([[C - 1]], "b1"),
-    "kernel": ([[KH, KW, 2], [KH, KW, 1, 1], [4, 3, 2, 1], [3, 4, 2, 1], [3, 3, 2, 2]], "kernel"),
+    "kernel": (
+        [[KH, KW, 2], [KD, KH, KW, 2, 1], [KH, KW, 1, 1], [4, 3, 2, 1], [3, 4, 2, 1], [3, 3, 2, 2]],
+        "kernel",
+    ),
     "bias": ([[2], []], "bias"),
     "gamma": ([[2]], "gamma"),
     "residual": ([[N, H, W, 1], [N + 1, H, W, C]], "residual"),

@@ -64,14 +64,17 @@ def describe_call(
       The inputs; the shape and type of every output; what the op takes beside their addresses.
     """
     nchw, rest = given.get("data_format") == "NCHW", dict(given)
+    is_volume = given["x"].ndim == 5
 
     def dims(row: dict[str, Any]) -> list[str]:
-        order = (0, 3, 1, 2) if row["is_map"] and nchw else range(4)
-        return [row["dims"][i] for i in order if i < len(row["dims"])]
+        names = [name for name in row["dims"] if is_volume or name not in ("D", "kd")]
+        if row["is_map"] and nchw:
+            names.insert(1, names.pop())
+        return names
 
     inputs = {}
     sizes = {"1": 1, "2": 2, "statistics": 2 if "gamma" in given else 0}
-    sizes.update(hidden=1, kh=1, kw=1)
+    sizes.update(hidden=1, kd=1, kh=1, kw=1)
     for row in signature["inputs"]:
         array = rest.pop(row["name"], None)
         if array is not None:
@@ -86,7 +89,7 @@ def describe_call(
             outputs[row["name"]] = ([sizes[dim] for dim in dims(row)], types[row["type"]])
     problem = {
         "shape": x.shape, "dtype": x.dtype.name, "hidden": sizes["hidden"],
-        "kernel_size": (sizes["kh"], sizes["kw"]), **rest,
+        "kernel_size": tuple(sizes[side] for side in ("kd", "kh", "kw")[not is_volume :]), **rest,
     }  # fmt: skip
     return inputs, outputs, problem
 

@@ -6,7 +6,8 @@
 // throw nothing, log nothing and never synchronise with anything but their own tasks; they return a
 // `Status`. Nothing here knows TensorFlow, Eigen, pybind11 or Python.
 //
-// Words (see README): `x` is the feature map, N samples of P = H·W positions and C channels. The
+// Words (see README): `x` is the feature map, N samples of P = H·W positions and C channels; of a
+// volume P = D·H·W, and what is said of [H, W] holds for [D, H, W]. The
 // *compute type* is float for float32, float16 and bfloat16 maps and double for float64 maps;
 // weights, descriptors, gates and their gradients always have the compute type, maps (x, residual,
 // y and their gradients) have `Problem::dtype`.
@@ -62,6 +63,7 @@ struct Problem {
   Layout layout = Layout::kNHWC;
   Module module = Module::kChannelFirst;
   int64_t batch = 0;
+  int64_t depth = 1;  // of volumes
   int64_t height = 0;
   int64_t width = 0;
   int64_t channels = 0;
@@ -72,9 +74,10 @@ struct Problem {
   Pooling pooling = Pooling::kAvgMax;
   Activation mlp_activation = Activation::kNone;  // f
 
-  // The spatial gate: sigmoid(z), z = conv(descriptors) + bias, zero padding, odd kernel_height
-  // and kernel_width. With batch_norm, z is normalised by its own mean and (biased) variance over
-  // batch and positions: z = gamma * (conv - mean) / sqrt(variance + epsilon) + bias.
+  // The spatial gate: sigmoid(z), z = conv(descriptors) + bias, zero padding, odd kernel sizes.
+  // With batch_norm, z is normalised by its own mean and (biased) variance over batch and
+  // positions: z = gamma * (conv - mean) / sqrt(variance + epsilon) + bias.
+  int64_t kernel_depth = 1;
   int64_t kernel_height = 7;
   int64_t kernel_width = 7;
   bool batch_norm = false;
@@ -100,7 +103,7 @@ struct ForwardArgs {
   const void* b0 = nullptr;        // [hidden], optional
   const void* w1 = nullptr;        // [hidden, C]
   const void* b1 = nullptr;        // [C], optional
-  const void* kernel = nullptr;    // [kernel_height, kernel_width, 2]: mean, max
+  const void* kernel = nullptr;    // [kernel_depth, kernel_height, kernel_width, 2]: mean, max
   const void* bias = nullptr;      // [1], optional
   const void* gamma = nullptr;     // [1], with batch_norm
 
@@ -203,31 +206,33 @@ inline Status CheckProblem(const Problem& problem) {
   const auto invalid = [](const char* message) {
     return Status{StatusCode::kInvalidProblem, message, ""};
   };
-  if (problem.batch < 0 || problem.height < 0 || problem.width < 0 || problem.channels < 0) {
-    return invalid("batch, height, width and channels must not be negative");
+  if (problem.batch < 0 || problem.depth < 0 || problem.height < 0 || problem.width < 0 ||
+      problem.channels < 0) {
+    return invalid("batch, depth, height, width and channels must not be negative");
   }
   if (HasChannelGate(problem) && problem.hidden < 1) return invalid("hidden must be at least 1");
   const auto odd = [](int64_t size) { return size > 0 && size % 2 == 1; };
-  if (HasSpatialGate(problem) && !(odd(problem.kernel_height) && odd(problem.kernel_width))) {
-    return invalid("kernel_height and kernel_width must be odd and positive");
+  if (HasSpatialGate(problem) &&
+      !(odd(problem.kernel_depth) && odd(problem.kernel_height) && odd(problem.kernel_width))) {
+    return invalid("kernel_depth, kernel_height and kernel_width must be odd and positive");
   }
   if (problem.batch_norm && !HasSpatialGate(problem))
     return invalid("batch_norm needs a spatial gate");
   // More than any machine has, and few enough that no offset or count of bytes overflows.
   const auto too_many = [](CheckedSize elements) { return elements.value() > int64_t{1} << 52; };
   const CheckedSize batch = problem.batch, channels = problem.channels;
-  const CheckedSize positions = batch * problem.height * problem.width;
+  const CheckedSize positions = batch * problem.depth * problem.height * problem.width;
   if (too_many(positions * channels) || too_many(positions * 2) || too_many(batch * channels * 2)) {
     return invalid(
-        "batch * height * width * channels and each product of less must be at most 2^52");
+        "batch * depth * height * width * channels and each product of less must be at most 2^52");
   }
   if (HasChannelGate(problem) &&
       (too_many(batch * problem.hidden * 2) || too_many(channels * problem.hidden))) {
     return invalid("batch * hidden and channels * hidden must be at most 2^52");
   }
   if (HasSpatialGate(problem) &&
-      too_many(CheckedSize(problem.kernel_height) * problem.kernel_width)) {
-    return invalid("kernel_height * kernel_width must be at most 2^52");
+      too_many(CheckedSize(problem.kernel_depth) * problem.kernel_height * problem.kernel_width)) {
+    return invalid("kernel_depth * kernel_height * kernel_width must be at most 2^52");
   }
   return {};
 }

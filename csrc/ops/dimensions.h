@@ -33,7 +33,8 @@ class Dimensions {
   explicit Dimensions(const Problem& options);
 
   // Checks that the sizes of an argument, some of which may be kUnknown, fit what is known already,
-  // and learns from them. Returns what is wrong as text without the op's name, or nothing.
+  // and learns from them. Maps are those of an image or of a volume, as the first argument that has
+  // the rank of either says. Returns what is wrong as text without the op's name, or nothing.
   std::string Learn(const Argument& argument, const int64_t* sizes, int rank);
 
   // The shape of an argument, with kUnknown where nothing is known.
@@ -44,10 +45,14 @@ class Dimensions {
 
  private:
   int64_t Size(Dim dim) const;
+  // The dimensions that an argument of a volume or an image has, in the order of the layout.
+  Dims DimsOf(const Argument& argument, bool is_volume) const;
   std::string Misfit(const Argument& argument, const int64_t* sizes, int rank) const;
 
   const Problem options_;
   int64_t sizes_[kBoundDims];
+  bool rank_is_known_ = false;
+  bool is_volume_ = false;
 };
 
 }  // namespace ops

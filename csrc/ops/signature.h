@@ -34,46 +34,48 @@ class Rows {
 
 // --- Arguments ---
 
-// The names of dimensions. kHidden is the MLP's width, kKernelHeight and kKernelWidth are the
-// convolution's; kStatistics is 2 with batch norm and 0 without.
+// The names of dimensions. kHidden is the MLP's width, kKernelDepth, kKernelHeight and kKernelWidth
+// are the convolution's; kStatistics is 2 with batch norm and 0 without.
 enum class Dim : int8_t {
   kBatch,
+  kDepth,
   kHeight,
   kWidth,
   kChannels,
   kHidden,
+  kKernelDepth,
   kKernelHeight,
   kKernelWidth,
   kStatistics,
   kOne,
   kTwo,
 };
-inline constexpr int kBoundDims = 7;  // the dimensions whose size comes from the arguments
-inline constexpr int kMaxRank = 4;
+inline constexpr int kBoundDims = 9;  // the dimensions whose size comes from the arguments
+inline constexpr int kMaxRank = 5;
 
 // The dimensions of an argument. Those of a map are written in the order of NHWC and permuted where
-// the layout says so.
+// the layout says so. Depth and the kernel's are those of volumes: images lack them.
 struct Dims {
   int rank;
   Dim dims[kMaxRank];
   bool is_map = false;
 };
 inline constexpr Dims kMap = {
-    4, {Dim::kBatch, Dim::kHeight, Dim::kWidth, Dim::kChannels}, /*is_map=*/true};
+    5, {Dim::kBatch, Dim::kDepth, Dim::kHeight, Dim::kWidth, Dim::kChannels}, /*is_map=*/true};
 inline constexpr Dims kPooledMap = {
-    4, {Dim::kBatch, Dim::kHeight, Dim::kWidth, Dim::kTwo}, /*is_map=*/true};
+    5, {Dim::kBatch, Dim::kDepth, Dim::kHeight, Dim::kWidth, Dim::kTwo}, /*is_map=*/true};
 inline constexpr Dims kPerChannel = {2, {Dim::kBatch, Dim::kChannels}};
-inline constexpr Dims kPerPosition = {3, {Dim::kBatch, Dim::kHeight, Dim::kWidth}};
+inline constexpr Dims kPerPosition = {4, {Dim::kBatch, Dim::kDepth, Dim::kHeight, Dim::kWidth}};
 inline constexpr Dims kChannelDescriptors = {3, {Dim::kTwo, Dim::kBatch, Dim::kChannels}};
-inline constexpr Dims kSpatialDescriptors = {4,
-                                             {Dim::kBatch, Dim::kTwo, Dim::kHeight, Dim::kWidth}};
+inline constexpr Dims kSpatialDescriptors = {
+    5, {Dim::kBatch, Dim::kTwo, Dim::kDepth, Dim::kHeight, Dim::kWidth}};
 inline constexpr Dims kStatistics = {1, {Dim::kStatistics}};
 inline constexpr Dims kW0 = {2, {Dim::kChannels, Dim::kHidden}};
 inline constexpr Dims kB0 = {1, {Dim::kHidden}};
 inline constexpr Dims kW1 = {2, {Dim::kHidden, Dim::kChannels}};
 inline constexpr Dims kB1 = {1, {Dim::kChannels}};
 inline constexpr Dims kConvolution = {
-    4, {Dim::kKernelHeight, Dim::kKernelWidth, Dim::kTwo, Dim::kOne}};
+    5, {Dim::kKernelDepth, Dim::kKernelHeight, Dim::kKernelWidth, Dim::kTwo, Dim::kOne}};
 inline constexpr Dims kScalar = {1, {Dim::kOne}};
 
 // kMapType: the type of the feature map (T); kComputeType: ComputeType of it (U).

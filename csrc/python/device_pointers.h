@@ -10,7 +10,6 @@
 #include <pybind11/stl.h>
 
 #include <algorithm>
-#include <array>
 #include <cstdint>
 #include <new>
 #include <stdexcept>
@@ -66,13 +65,19 @@ class DevicePointers {
   // Adds what no pointer says.
   void Complete(Problem* problem) {
     problem->hidden = hidden_;
+    Sides sides(shape_.size() - 2, 0);
     if (const int64_t* const side = std::get_if<int64_t>(&kernel_size_)) {
-      problem->kernel_height = problem->kernel_width = *side;
+      std::fill(sides.begin(), sides.end(), *side);
+    } else if (const Sides& given = std::get<Sides>(kernel_size_); given.size() == sides.size()) {
+      sides = given;
     } else {
-      const auto& [height, width] = std::get<Sides>(kernel_size_);
-      problem->kernel_height = height;
-      problem->kernel_width = width;
+      arguments_.Refuse("kernel_size",
+                        "be a number or " + std::to_string(sides.size()) + " of them",
+                        std::to_string(given.size()));
     }
+    problem->kernel_width = sides.back();
+    problem->kernel_height = sides[sides.size() - 2];
+    if (sides.size() > 2) problem->kernel_depth = sides[0];
     arguments_.Check(CheckProblem(*problem));
   }
 
@@ -93,8 +98,8 @@ class DevicePointers {
   }
 
  private:
-  // Height and width, or a number that is both.
-  using Sides = std::array<int64_t, 2>;
+  // One for each side of the map, or a number for all.
+  using Sides = std::vector<int64_t>;
   using KernelSize = std::variant<int64_t, Sides>;
 
   void* TakeAddress(const char* name) {

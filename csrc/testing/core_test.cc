@@ -87,6 +87,9 @@ void TestStatuses() {
   Problem even_width = p;
   even_width.kernel_width = 4;
   Expect(refused(even_width), "a kernel of even width is refused");
+  Problem even_depth = p;
+  even_depth.kernel_depth = 4;
+  Expect(refused(even_depth), "a kernel of even depth is refused");
   Problem negative = p;
   negative.width = -1;
   Expect(refused(negative), "a negative size is refused");

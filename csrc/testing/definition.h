@@ -243,18 +243,24 @@ class Definition {
       outputs_["spatial_gate"].push_back(Sigmoid(Has("bias") ? z + Input("bias", 0) : z));
   }
   Number Convolution(int64_t n, int64_t position) const {
-    const int64_t down = p_.kernel_height / 2, right = p_.kernel_width / 2;
+    const int64_t back = p_.kernel_depth / 2, down = p_.kernel_height / 2,
+                  right = p_.kernel_width / 2, area = p_.height * p_.width;
     Sum sum;
-    for (int64_t a = -down; a <= down; ++a) {
-      const int64_t row = position / p_.width + a;
-      if (row < 0 || row >= p_.height) continue;
-      for (int64_t b = -right; b <= right; ++b) {
-        const int64_t column = position % p_.width + b;
-        if (column < 0 || column >= p_.width) continue;
-        const int64_t tap = ((a + down) * p_.kernel_width + b + right) * 2;
-        const size_t other = Index(n * positions_ + row * p_.width + column);
-        sum.Add(spatial_mean_[other] * Input("kernel", Index(tap)));
-        sum.Add(spatial_maximum_[other] * Input("kernel", Index(tap + 1)));
+    for (int64_t a = -back; a <= back; ++a) {
+      const int64_t slice = position / area + a;
+      if (slice < 0 || slice >= p_.depth) continue;
+      for (int64_t b = -down; b <= down; ++b) {
+        const int64_t row = position % area / p_.width + b;
+        if (row < 0 || row >= p_.height) continue;
+        for (int64_t c = -right; c <= right; ++c) {
+          const int64_t column = position % p_.width + c;
+          if (column < 0 || column >= p_.width) continue;
+          const int64_t tap_row = (a + back) * p_.kernel_height + b + down;
+          const int64_t tap = (tap_row * p_.kernel_width + c + right) * 2;
+          const size_t other = Index(n * positions_ + slice * area + row * p_.width + column);
+          sum.Add(spatial_mean_[other] * Input("kernel", Index(tap)));
+          sum.Add(spatial_maximum_[other] * Input("kernel", Index(tap + 1)));
+        }
       }
     }
     return sum.Total();
@@ -302,7 +308,7 @@ class Definition {
   const Numbers& inputs_;
   const std::vector<double> y_, tie_gate_;
   const bool narrow_;
-  const int64_t positions_ = p_.height * p_.width;
+  const int64_t positions_ = p_.depth * p_.height * p_.width;
   std::vector<Number> channel_mean_, channel_maximum_, spatial_mean_, spatial_maximum_;
   Numbers outputs_;
   bool clear_ = true;

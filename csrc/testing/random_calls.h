@@ -37,19 +37,22 @@ inline void Expect(bool condition, const std::string& what) {
   std::fprintf(stderr, "FAILED: %s\n", what.c_str());
 }
 
+inline bool IsVolume(const Problem& p) { return p.depth != 1 || p.kernel_depth != 1; }
+
 inline std::string Describe(const Problem& p) {
   static const char* const kModules[] = {"channel_first",     "parallel",     "channel_attention",
                                          "spatial_attention", "channel_pool", "spatial_pool"};
   return std::string(ops::Name(p.dtype)) + (p.layout == Layout::kNHWC ? " NHWC " : " NCHW ") +
          kModules[static_cast<int>(p.module)] + " " + std::to_string(p.batch) + "x" +
-         std::to_string(p.height) + "x" + std::to_string(p.width) + "x" +
-         std::to_string(p.channels) + " k" + std::to_string(p.kernel_height) + "x" +
-         std::to_string(p.kernel_width) + (p.batch_norm ? " batch_norm" : "") +
-         (p.activation == Activation::kRelu ? " relu" : "");
+         (IsVolume(p) ? std::to_string(p.depth) + "x" : "") + std::to_string(p.height) + "x" +
+         std::to_string(p.width) + "x" + std::to_string(p.channels) + " k" +
+         (IsVolume(p) ? std::to_string(p.kernel_depth) + "x" : "") +
+         std::to_string(p.kernel_height) + "x" + std::to_string(p.kernel_width) +
+         (p.batch_norm ? " batch_norm" : "") + (p.activation == Activation::kRelu ? " relu" : "");
 }
 
 inline size_t MapSize(const Problem& p) {
-  return static_cast<size_t>(p.batch * p.height * p.width * p.channels);
+  return static_cast<size_t>(p.batch * p.depth * p.height * p.width * p.channels);
 }
 
 // --- Calls ---
@@ -146,13 +149,18 @@ class Workspace {
 inline ops::Dimensions DimensionsOf(const Problem& p) {
   ops::Dimensions dimensions(p);
   const int64_t weights[] = {p.channels, p.hidden};
-  const int64_t kernel[] = {p.kernel_height, p.kernel_width, 2, 1};
-  const int64_t nhwc[] = {p.batch, p.height, p.width, p.channels};
-  const int64_t nchw[] = {p.batch, p.channels, p.height, p.width};
+  std::vector<int64_t> kernel = {p.kernel_height, p.kernel_width, 2, 1};
+  std::vector<int64_t> map = {p.batch, p.height, p.width, p.channels};
+  if (IsVolume(p)) {
+    kernel.insert(kernel.begin(), p.kernel_depth);
+    map.insert(map.begin() + 1, p.depth);
+  }
+  if (p.layout == Layout::kNCHW) std::rotate(map.begin() + 1, map.end() - 1, map.end());
   const auto type = ops::ArgumentType::kMapType;
-  dimensions.Learn({"a map", type, ops::kMap}, p.layout == Layout::kNHWC ? nhwc : nchw, 4);
+  const int rank = static_cast<int>(map.size());
+  dimensions.Learn({"a map", type, ops::kMap}, map.data(), rank);
   dimensions.Learn({"weights", type, ops::kW0}, weights, 2);
-  dimensions.Learn({"a kernel", type, ops::kConvolution}, kernel, 4);
+  dimensions.Learn({"a kernel", type, ops::kConvolution}, kernel.data(), rank);
   return dimensions;
 }
 
@@ -268,6 +276,12 @@ class RandomCall {
       p.height = sizes[1];
       p.width = sizes[2];
       p.channels = sizes[3];
+    }
+    if (Pick(4) == 0) {  // a volume
+      const int64_t slices = OneOf({1, 2, 3, 5});
+      if (slices * static_cast<int64_t>(MapSize(p)) <= static_cast<int64_t>(kMapValues))
+        p.depth = slices;
+      p.kernel_depth = OneOf({1, 3, 5, 7});
     }
     const bool map = HasChannelGate(p) || HasSpatialGate(p);
     options_.residual = map && Pick(2) == 0;

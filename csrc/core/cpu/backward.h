@@ -62,6 +62,7 @@ class BackwardPipeline {
         module_(problem.module),
         g_(problem, parallel, 2),
         stream_(ShouldStream(g_)),
+        tap_slices_(2 * g_.half_slices + 1),
         arena_(workspace),
         batch_norm_(problem, g_, *kernels.double_dense, parallel_, &arena_) {
     const int64_t n = g_.batch, c = g_.channels, p = g_.positions, h = problem.hidden, w = g_.wave;
@@ -83,7 +84,7 @@ class BackwardPipeline {
       dz_ = arena_.Take<A>(problem.batch_norm ? n : w, p);
       d_position_mean_ = arena_.Take<A>(w, p);
       d_position_max_ = arena_.Take<A>(w, p);
-      taps_size_ = 2 * (2 * g_.half_rows + 1) * (2 * g_.half_columns + 1);
+      taps_size_ = 2 * tap_slices_ * (2 * g_.half_slice_rows + 1) * (2 * g_.half_columns + 1);
       fold_ = std::clamp(kFoldBytes / (taps_size_ * int64_t{sizeof(A)}),
                          std::min<int64_t>(w, 2 * g_.threads), w);
       dtaps_ = arena_.Take<A>(fold_, taps_size_);
@@ -101,7 +102,7 @@ class BackwardPipeline {
                                 2 * plane_size(g_.step_rows),
                             64);
       sample_size_ = RoundUp(3 * plane_size(g_.height) + (g_.is_line ? taps_size_ : 0), 64);
-      sample_slots_ = g_.Slots(w);
+      sample_slots_ = std::max(g_.Slots(w), std::min<int64_t>(w * tap_slices_, g_.threads));
       scratch_ = arena_.Take<A>(std::max(block_slots_ * block_size_, sample_slots_ * sample_size_));
     }
   }
@@ -163,11 +164,11 @@ class BackwardPipeline {
                         Plane<A>* planes) const {
     const int64_t first = rows.begin - g_.half_rows, size = rows.size() + 2 * g_.half_rows;
     const Range inside{std::max<int64_t>(0, first), std::min(g_.height, rows.end + g_.half_rows)};
+    const A* from = SpatialDescriptorsOf(args, n) + inside.begin * g_.width;
     for (int q = 0; q < 2; ++q) {
       planes[q] = PaddedPlane<A>::Make(g_, dense_.lanes, size,
                                        memory + q * PaddedPlane<A>::Size(g_, dense_.lanes, size));
-      CopyRows(SpatialDescriptorsOf(args, n) + q * g_.positions + inside.begin * g_.width, g_.width,
-               inside.size(), planes[q], inside.begin - first);
+      CopyRows(g_, from + q * g_.positions, inside, first, planes[q]);
     }
   }
   A* DzOf(int64_t first, int64_t n) const {
@@ -249,14 +250,14 @@ class BackwardPipeline {
                                   g_.RowPositions({ready, stop}), dot, ties);
           if (!dz_is_there) ThroughSigmoid(args, n, {ready, stop}, logits, dz);
         }
-        if (!gate_only) CopyRows(dz, w, stop - ready, plane, ready - first_row);
+        if (!gate_only) CopyRows(g_, dz, {ready, stop}, first_row, plane);
         ready = stop;
       }
       if (gate_only) continue;
       for (int64_t r = row; r < end; r += g_.run_rows) {
         const int64_t size = std::min(g_.run_rows, end - r) * w;
-        dense_.convolve_row_transposed(plane, r - first_row, size, TapsOf(args), line_mean,
-                                       line_max);
+        dense_.convolve_row_transposed(plane, g_.PlaneRow(r, first_row), size, TapsOf(args),
+                                       line_mean, line_max);
         A* d_mean = d_position_mean_ + (n - first) * g_.positions + r * w;
         A* d_max = d_position_max_ + (n - first) * g_.positions + r * w;
         const A* ties = own_count + (r - rows.begin) * w;
@@ -299,8 +300,8 @@ class BackwardPipeline {
           line[i] = static_cast<A>(gamma_ * batch_norm_.Normalized(begin + i) + BiasOf(args));
         }
       } else {
-        dense_.convolve_row(planes, r - rows.begin + g_.half_rows, size, TapsOf(args), BiasOf(args),
-                            line);
+        dense_.convolve_row(planes, g_.PlaneRow(r, rows.begin - g_.half_rows), size, TapsOf(args),
+                            BiasOf(args), line);
       }
       dense_.sigmoid_derivative(line, size, line);
       const int64_t p = (r - rows.begin) * g_.width;
@@ -326,13 +327,12 @@ class BackwardPipeline {
     do {
       const int64_t channel_tasks = HasChannelGate(problem_) && begin == 0 ? samples : 0;
       const int64_t kernels = HasSpatialGate(problem_) ? std::min(fold_, samples - begin) : 0;
-      const int64_t runs = std::min(kernels, sample_slots_);
+      const int64_t slices = kernels * tap_slices_, runs = std::min(slices, sample_slots_);
       ForEach(parallel_, runs + channel_tasks, [&](int64_t task) {
         if (task >= runs) return CombineChannels(args, first, first + task - runs);
-        for (int64_t i = kernels * task / runs; i < kernels * (task + 1) / runs; ++i) {
-          KernelGradient(args, first, first + begin + i, scratch_ + task * sample_size_,
-                         dtaps_ + i * taps_size_);
-        }
+        KernelGradients(args, first, first + begin,
+                        {slices * task / runs, slices * (task + 1) / runs},
+                        scratch_ + task * sample_size_);
       });
       for (int64_t i = 0; i < kernels; ++i) {  // in the order of samples, in double
         for (int64_t j = 0; j < taps_size_; ++j)
@@ -486,25 +486,36 @@ class BackwardPipeline {
     });
   }
 
-  void KernelGradient(const BackwardArgs& args, int64_t first, int64_t n, A* scratch,
-                      A* dtaps) const {
+  // The gradient of the kernel's slices, of all that those of the samples from `begin` on are.
+  void KernelGradients(const BackwardArgs& args, int64_t first, int64_t begin, Range slices,
+                       A* scratch) const {
     const int64_t rows = g_.height + 2 * g_.half_rows;
     const int64_t size = PaddedPlane<A>::Size(g_, dense_.lanes, rows);
     Plane<A> planes[3];
-    DescriptorPlanes(args, n, {0, g_.height}, scratch, planes);
-    planes[2] = PaddedPlane<A>::Make(g_, dense_.lanes, rows, scratch + 2 * size);
-    CopyRows(DzOf(first, n), g_.width, g_.height, planes[2], g_.half_rows);
-    for (Plane<A>& plane : planes) plane.data += g_.half_rows * plane.stride;
-    if (g_.is_line) {
-      LineKernelGradient(planes, scratch + 3 * size, dtaps);
-    } else {
-      dense_.convolution_kernel_gradient(planes, planes[2], g_.height, g_.width, g_.half_rows,
-                                         g_.half_columns, dtaps);
-    }
-    if (!problem_.batch_norm) {
-      double sum = 0;
-      for (int64_t p = 0; p < g_.positions; ++p) sum += DzOf(first, n)[p];
-      dbias_[n] = sum;
+    for (int64_t i = slices.begin; i < slices.end; ++i) {
+      const int64_t n = begin + i / tap_slices_, slice = i % tap_slices_;
+      if (slice == 0 || i == slices.begin) {
+        DescriptorPlanes(args, n, {0, g_.height}, scratch, planes);
+        planes[2] = PaddedPlane<A>::Make(g_, dense_.lanes, rows, scratch + 2 * size);
+        CopyRows(g_, DzOf(first, n), {0, g_.height}, -g_.half_rows, planes[2]);
+        for (Plane<A>& plane : planes) plane.data += g_.PlaneRow(0, -g_.half_rows) * plane.stride;
+      }
+      A* dtaps = dtaps_ + i * (taps_size_ / tap_slices_);
+      if (g_.is_line) {
+        LineKernelGradient(planes, scratch + 3 * size, dtaps);
+      } else {
+        const Slices all = {g_.depth, g_.slice_rows, g_.slice_rows + g_.gap};
+        const int64_t away = (slice - g_.half_slices) * all.stride;
+        Plane<A> shifted[2] = {planes[0], planes[1]};
+        for (Plane<A>& plane : shifted) plane.data += away * plane.stride;
+        dense_.convolution_kernel_gradient(shifted, planes[2], all, g_.width, g_.half_slice_rows,
+                                           g_.half_columns, dtaps);
+      }
+      if (slice == 0 && !problem_.batch_norm) {
+        double sum = 0;
+        for (int64_t p = 0; p < g_.positions; ++p) sum += DzOf(first, n)[p];
+        dbias_[n] = sum;
+      }
     }
   }
 
@@ -514,9 +525,10 @@ class BackwardPipeline {
     Plane<A> planes[3];
     for (int i = 0; i < 3; ++i) planes[i] = {line[i].data, kPiece};
     const int64_t pieces = g_.height / kPiece, left = g_.height % kPiece;
-    dense_.convolution_kernel_gradient(planes, planes[2], pieces, kPiece, 0, g_.half_rows, dtaps);
+    dense_.convolution_kernel_gradient(planes, planes[2], {1, pieces, 0}, kPiece, 0, g_.half_rows,
+                                       dtaps);
     for (Plane<A>& plane : planes) plane.data += pieces * kPiece;
-    dense_.convolution_kernel_gradient(planes, planes[2], 1, left, 0, g_.half_rows, rest);
+    dense_.convolution_kernel_gradient(planes, planes[2], {1, 1, 0}, left, 0, g_.half_rows, rest);
     for (int64_t i = 0; i < taps_size_; ++i) dtaps[i] += rest[i];
   }
 
@@ -571,10 +583,12 @@ class BackwardPipeline {
       A* dkernel = static_cast<A*>(args.dkernel);
       std::fill_n(dkernel, taps.size(), A{0});
       const int64_t row_size = 2 * (2 * taps.half_columns + 1);
-      for (int64_t i = -taps.half_rows; i <= taps.half_rows; ++i) {
-        const double* from = dtaps_total_ + (i + taps.half_rows) * row_size;
-        A* to = dkernel + (taps.At(i, -taps.half_columns) - taps.kernel);
-        for (int64_t j = 0; j < row_size; ++j) to[j] = static_cast<A>(from[j]);
+      const double* from = dtaps_total_;
+      for (int64_t d = -taps.half_slices; d <= taps.half_slices; ++d) {
+        for (int64_t i = -taps.half_rows; i <= taps.half_rows; ++i) {
+          A* to = dkernel + (taps.At(d, i, -taps.half_columns) - taps.kernel);
+          for (int64_t j = 0; j < row_size; ++j) to[j] = static_cast<A>(*from++);
+        }
       }
       if (!problem_.batch_norm)
         SumRows(dbias_, g_.batch, 1, 1.0, {0, 1}, static_cast<A*>(args.dbias));
@@ -615,6 +629,7 @@ class BackwardPipeline {
   const Module module_;
   const Geometry g_;
   const bool stream_;
+  const int64_t tap_slices_;  // of the convolution kernel, that touch the map
   // Samples' gradients of the convolution kernel that wait to be added up.
   static constexpr int64_t kFoldBytes = int64_t{4} << 20;
 

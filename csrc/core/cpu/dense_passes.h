@@ -215,15 +215,18 @@ CBAM_INLINE void ConvolveVectors(const Plane<A>* planes, int64_t row, int64_t w,
   using V = typename Simd<A>::V;
   constexpr int64_t kLanes = Simd<A>::kLanes;
   V sum[2][kVectors] = {};
-  for (int64_t i = -taps.half_rows; i <= taps.half_rows; ++i) {
-    const A* line[2] = {planes[0].data + (row + i) * planes[0].stride + w,
-                        planes[1].data + (row + i) * planes[1].stride + w};
-    const A* weights = taps.At(i, -taps.half_columns);
-    for (int64_t j = -taps.half_columns; j <= taps.half_columns; ++j, weights += 2) {
-      for (int q = 0; q < 2; ++q) {
-        const V weight = Splat<A>(weights[q]);
-        for (int v = 0; v < kVectors; ++v)
-          sum[q][v] = Fma(weight, Load(line[q] + j + v * kLanes), sum[q][v]);
+  for (int64_t d = -taps.half_slices; d <= taps.half_slices; ++d) {
+    for (int64_t i = -taps.half_rows; i <= taps.half_rows; ++i) {
+      const int64_t at = row + d * taps.slice_stride + i;
+      const A* line[2] = {planes[0].data + at * planes[0].stride + w,
+                          planes[1].data + at * planes[1].stride + w};
+      const A* weights = taps.At(d, i, -taps.half_columns);
+      for (int64_t j = -taps.half_columns; j <= taps.half_columns; ++j, weights += 2) {
+        for (int q = 0; q < 2; ++q) {
+          const V weight = Splat<A>(weights[q]);
+          for (int v = 0; v < kVectors; ++v)
+            sum[q][v] = Fma(weight, Load(line[q] + j + v * kLanes), sum[q][v]);
+        }
       }
     }
   }
@@ -249,16 +252,18 @@ CBAM_INLINE void ConvolveVectorsTransposed(const Plane<A>& plane, int64_t row, i
   using V = typename Simd<A>::V;
   constexpr int64_t kLanes = Simd<A>::kLanes;
   V sum[2][kVectors] = {};
-  for (int64_t i = -taps.half_rows; i <= taps.half_rows; ++i) {
-    const A* line = plane.data + (row - i) * plane.stride + w;
-    const A* weights = taps.At(i, -taps.half_columns);
-    for (int64_t j = -taps.half_columns; j <= taps.half_columns; ++j, weights += 2) {
-      const V mean_weight = Splat<A>(weights[0]);
-      const V max_weight = Splat<A>(weights[1]);
-      for (int v = 0; v < kVectors; ++v) {
-        const V value = Load(line - j + v * kLanes);
-        sum[0][v] = Fma(mean_weight, value, sum[0][v]);
-        sum[1][v] = Fma(max_weight, value, sum[1][v]);
+  for (int64_t d = -taps.half_slices; d <= taps.half_slices; ++d) {
+    for (int64_t i = -taps.half_rows; i <= taps.half_rows; ++i) {
+      const A* line = plane.data + (row - d * taps.slice_stride - i) * plane.stride + w;
+      const A* weights = taps.At(d, i, -taps.half_columns);
+      for (int64_t j = -taps.half_columns; j <= taps.half_columns; ++j, weights += 2) {
+        const V mean_weight = Splat<A>(weights[0]);
+        const V max_weight = Splat<A>(weights[1]);
+        for (int v = 0; v < kVectors; ++v) {
+          const V value = Load(line - j + v * kLanes);
+          sum[0][v] = Fma(mean_weight, value, sum[0][v]);
+          sum[1][v] = Fma(max_weight, value, sum[1][v]);
+        }
       }
     }
   }
@@ -283,36 +288,39 @@ void ConvolveRowTransposed(const Plane<A>& plane, int64_t row, int64_t width, co
 
 // kTaps neighbouring taps of one kernel row. Float sums of few rows, then double.
 template <int kTaps, typename A>
-CBAM_INLINE void KernelGradientTaps(const Plane<A>& plane, const Plane<A>& dz, int64_t rows,
+CBAM_INLINE void KernelGradientTaps(const Plane<A>& plane, const Plane<A>& dz, const Slices& slices,
                                     int64_t width, int64_t dy, int64_t dx, A* out) {
   using V = typename Simd<A>::V;
   constexpr int64_t kLanes = Simd<A>::kLanes;
   constexpr int64_t kRows = 8;
   double total[kTaps] = {};
-  for (int64_t begin = 0; begin < rows; begin += kRows) {
-    const int64_t end = begin + kRows < rows ? begin + kRows : rows;
-    V sum[kTaps] = {};
-    for (int64_t row = begin; row < end; ++row) {
-      const A* line = plane.data + (row + dy) * plane.stride + dx;
-      const A* values = dz.data + row * dz.stride;
-      int64_t w = 0;
-      for (; w + kLanes <= width; w += kLanes) {
-        const V value = Load(values + w);
-        for (int j = 0; j < kTaps; ++j) sum[j] = Fma(value, Load(line + w + j), sum[j]);
+  for (int64_t slice = 0; slice < slices.count; ++slice) {
+    const int64_t bottom = slice * slices.stride + slices.rows;
+    for (int64_t begin = slice * slices.stride; begin < bottom; begin += kRows) {
+      const int64_t end = begin + kRows < bottom ? begin + kRows : bottom;
+      V sum[kTaps] = {};
+      for (int64_t row = begin; row < end; ++row) {
+        const A* line = plane.data + (row + dy) * plane.stride + dx;
+        const A* values = dz.data + row * dz.stride;
+        int64_t w = 0;
+        for (; w + kLanes <= width; w += kLanes) {
+          const V value = Load(values + w);
+          for (int j = 0; j < kTaps; ++j) sum[j] = Fma(value, Load(line + w + j), sum[j]);
+        }
+        if (w == width) continue;
+        const auto inside = FirstLanes<A>(width - w);  // of the row; the next one's may be infinite
+        const V value = Where(inside, Load(values + w));
+        for (int j = 0; j < kTaps; ++j)
+          sum[j] = Fma(value, Where(inside, Load(line + w + j)), sum[j]);
       }
-      if (w == width) continue;
-      const auto inside = FirstLanes<A>(width - w);  // of the row; the next one's may be infinite
-      const V value = Where(inside, Load(values + w));
-      for (int j = 0; j < kTaps; ++j)
-        sum[j] = Fma(value, Where(inside, Load(line + w + j)), sum[j]);
+      for (int j = 0; j < kTaps; ++j) total[j] += SumLanes(sum[j]);
     }
-    for (int j = 0; j < kTaps; ++j) total[j] += SumLanes(sum[j]);
   }
   for (int j = 0; j < kTaps; ++j) out[2 * j] = static_cast<A>(total[j]);
 }
 
 template <typename A>
-void KernelGradient(const Plane<A>* planes, const Plane<A>& dz, int64_t rows, int64_t width,
+void KernelGradient(const Plane<A>* planes, const Plane<A>& dz, const Slices& slices, int64_t width,
                     int64_t half_rows, int64_t half_columns, A* dtaps) {
   const int64_t columns = 2 * half_columns + 1;
   for (int64_t i = -half_rows; i <= half_rows; ++i) {
@@ -320,9 +328,9 @@ void KernelGradient(const Plane<A>* planes, const Plane<A>& dz, int64_t rows, in
       A* out = dtaps + (i + half_rows) * columns * 2 + q;
       int64_t j = 0;
       for (; j + 7 <= columns; j += 7)
-        KernelGradientTaps<7>(planes[q], dz, rows, width, i, j - half_columns, out + 2 * j);
+        KernelGradientTaps<7>(planes[q], dz, slices, width, i, j - half_columns, out + 2 * j);
       for (; j < columns; ++j)
-        KernelGradientTaps<1>(planes[q], dz, rows, width, i, j - half_columns, out + 2 * j);
+        KernelGradientTaps<1>(planes[q], dz, slices, width, i, j - half_columns, out + 2 * j);
     }
   }
 }

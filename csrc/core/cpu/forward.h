@@ -273,13 +273,13 @@ class ForwardPipeline {
         A* mean = own ? descriptors[0] + positions.begin : halo;
         A* maximum = own ? descriptors[1] + positions.begin : halo + positions.size();
         map_.spatial_pool(g_.sample, x, pool_gate, positions, mean, maximum);
-        CopyRows(mean, g_.width, stop - described, planes[0], described - first_row);
-        CopyRows(maximum, g_.width, stop - described, planes[1], described - first_row);
+        CopyRows(g_, mean, {described, stop}, first_row, planes[0]);
+        CopyRows(g_, maximum, {described, stop}, first_row, planes[1]);
         described = stop;
       }
       for (int64_t r = row; r < end; r += g_.run_rows) {
         const int64_t size = std::min(g_.run_rows, end - r) * g_.width;
-        dense_.convolve_row(planes, r - first_row, size, taps, bias, line);
+        dense_.convolve_row(planes, g_.PlaneRow(r, first_row), size, taps, bias, line);
         dense_.sigmoid(line, size, gate + r * g_.width);
       }
       Apply(args, n, channel_gate, gate, g_.RowPositions({row, end}));

@@ -122,20 +122,27 @@ struct Plane {
   int64_t stride;
 };
 
-// A convolution kernel [height, width, 2], and how far from its middle a tap may be and still touch
-// the map: those beyond meet nothing but padding and are left out.
+// A convolution kernel [depth, height, width, 2], and how far from its middle a tap may be and still
+// touch the map: those beyond meet nothing but padding and are left out. The planes of a volume have
+// its slices one below the other, `slice_stride` rows apart.
 template <typename A>
 struct Taps {
   const A* kernel;
-  int64_t height, width;
-  int64_t half_rows, half_columns;
+  int64_t depth, height, width;
+  int64_t half_slices, half_rows, half_columns;
+  int64_t slice_stride;
 
   // Of the whole kernel.
-  int64_t size() const { return height * width * 2; }
-  // The weights of both planes at row i and column j from the middle.
-  const A* At(int64_t i, int64_t j) const {
-    return kernel + ((i + height / 2) * width + j + width / 2) * 2;
+  int64_t size() const { return depth * height * width * 2; }
+  // The weights of both planes at slice d, row i and column j from the middle.
+  const A* At(int64_t d, int64_t i, int64_t j) const {
+    return kernel + (((d + depth / 2) * height + i + height / 2) * width + j + width / 2) * 2;
   }
+};
+
+// Slices of rows whose first rows are `stride` rows of a plane apart.
+struct Slices {
+  int64_t count, rows, stride;
 };
 
 template <typename A>
@@ -150,15 +157,16 @@ struct DensePasses {
   // out[i] = sigmoid'(in[i]), to the last places however near to 1 the sigmoid is.
   void (*sigmoid_derivative)(const A* in, int64_t count, A* out);
 
-  // out[w] = bias + sum over planes q and taps (i, j) of weight_q(i, j) * plane_q[row + i, w + j].
+  // out[w] = bias + sum over planes q and taps (i, j) of weight_q(i, j) * plane_q[row + i, w + j],
+  // here as below of every slice that the kernel has.
   void (*convolve_row)(const Plane<A>* planes, int64_t row, int64_t width, const Taps<A>&, A bias,
                        A* out);
   // The transposed convolution: out_q[w] = sum over taps of weight_q(i, j) * plane[row - i, w - j].
   void (*convolve_row_transposed)(const Plane<A>& plane, int64_t row, int64_t width, const Taps<A>&,
                                   A* out_mean, A* out_max);
-  // dtaps[i, j, q] = sum over rows and w of dz[row, w] * plane_q[row + i, w + j], for the taps from
-  // -half_rows and -half_columns on.
-  void (*convolution_kernel_gradient)(const Plane<A>* planes, const Plane<A>& dz, int64_t rows,
+  // dtaps[i, j, q] = sum over rows and w of dz[row, w] * plane_q[row + i, w + j], for the taps of
+  // one slice from -half_rows and -half_columns on.
+  void (*convolution_kernel_gradient)(const Plane<A>* planes, const Plane<A>& dz, const Slices&,
                                       int64_t width, int64_t half_rows, int64_t half_columns,
                                       A* dtaps);
 };

@@ -115,12 +115,16 @@ void ForEachWithSlot(const Parallel& parallel, int64_t tasks, int64_t slots, con
 struct Geometry {
   Geometry(const Problem& problem, const Parallel& parallel, int maps)
       : batch(CheckProblem(problem).ok() ? problem.batch : 0),
-        height(batch > 0 ? problem.height : 0),
+        depth(problem.depth),
+        height(batch > 0 ? depth * problem.height : 0),
         width(batch > 0 ? problem.width : 0),
         channels(problem.channels),
         positions(height * width),
         threads(std::max(1, parallel.threads)),
-        half_rows(HalfWithin(problem, problem.kernel_height, height)),
+        slice_rows(batch > 0 ? problem.height : 0),
+        half_slices(HalfWithin(problem, problem.kernel_depth, depth)),
+        half_slice_rows(HalfWithin(problem, problem.kernel_height, slice_rows)),
+        half_rows(half_slices * slice_rows + half_slice_rows),
         half_columns(HalfWithin(problem, problem.kernel_width, width)),
         sample{problem.layout, positions, channels},
         sample_bytes(positions * channels * ElementSize(problem.dtype)) {
@@ -154,9 +158,11 @@ struct Geometry {
     }
     step_rows = std::clamp<int64_t>(step_rows, 1, std::max<int64_t>(1, height));
 
+    gap = depth > 1 ? half_slice_rows : 0;
     is_line = HasSpatialGate(problem) && width == 1 && problem.kernel_width == 1 &&
-              problem.kernel_height > 1;
+              problem.kernel_height > 1 && depth == 1 && problem.kernel_depth == 1;
     run_rows = is_line ? step_rows : 1;
+    kernel_depth = problem.kernel_depth;
     kernel_height = is_line ? 1 : problem.kernel_height;
     kernel_width = is_line ? problem.kernel_height : problem.kernel_width;
   }
@@ -164,8 +170,21 @@ struct Geometry {
   // The taps of a kernel for a run of rows.
   template <typename A>
   Taps<A> TapsOf(const A* kernel) const {
-    return {kernel, kernel_height, kernel_width, is_line ? 0 : half_rows,
-            is_line ? half_rows : half_columns};
+    return {kernel,
+            kernel_depth,
+            kernel_height,
+            kernel_width,
+            half_slices,
+            is_line ? 0 : half_slice_rows,
+            is_line ? half_rows : half_columns,
+            slice_rows + gap};
+  }
+  // The row of a padded plane that is row r of the map, if its row 0 is that of row `first`, which
+  // may lie above the map.
+  int64_t PlaneRow(int64_t r, int64_t first) const {
+    if (gap == 0) return r - first;
+    const auto slice = [this](int64_t row) { return (row + height) / slice_rows; };
+    return r - first + (slice(r) - slice(first)) * gap;
   }
 
   // Rows or columns on either side of a position that its convolution can reach.
@@ -219,8 +238,13 @@ struct Geometry {
   }
   void* At(void* map, int64_t n) const { return static_cast<char*>(map) + n * sample_bytes; }
 
-  int64_t batch, height, width, channels, positions;
+  int64_t batch;
+  int64_t depth;
+  int64_t height;  // of a volume the rows of all slices, which lie one below the other
+  int64_t width, channels, positions;
   int threads;
+  int64_t slice_rows;                    // of an image all
+  int64_t half_slices, half_slice_rows;  // that a convolution reaches, and rows within a slice
   int64_t half_rows, half_columns;
   Sample sample;
   int64_t sample_bytes;
@@ -233,7 +257,8 @@ struct Geometry {
   // convolved as one row.
   bool is_line;
   int64_t run_rows;
-  int64_t kernel_height, kernel_width;  // of a run
+  int64_t kernel_depth, kernel_height, kernel_width;  // of a run
+  int64_t gap;  // rows of zeros between the slices of a padded plane
 
   // What two cores still read at cache speed; 4 and 16 MB, and steps of 64 and 256 KB, were within
   // the noise of these or slower (benchmarks/NOTES.md).
@@ -251,11 +276,13 @@ inline bool ShouldStream(const Geometry& g) {
   return g.batch * g.sample_bytes > Geometry::kWaveBytes;
 }
 
-// Zero-padded planes of `rows` rows, for the convolution. The zeros between two rows pad both.
+// Zero-padded planes of `rows` rows, for the convolution. The zeros between two rows pad both, as
+// do those between two slices.
 template <typename A>
 struct PaddedPlane {
   static int64_t Stride(const Geometry& g) { return g.width + g.half_columns; }
   static int64_t Size(const Geometry& g, int64_t lanes, int64_t rows) {
+    if (g.gap > 0) rows += CeilDiv(rows, g.slice_rows) * g.gap;
     return rows * Stride(g) + 2 * g.half_columns + lanes;
   }
   // Lays a zeroed plane out in `memory`; its row 0 is the first of `rows`.
@@ -265,14 +292,20 @@ struct PaddedPlane {
   }
 };
 
+// Copies rows of a map into a plane whose row 0 is that of row `first`.
 template <typename From, typename A>
-void CopyRows(const From* from, int64_t width, int64_t rows, const Plane<A>& plane, int64_t row) {
-  if (plane.stride == width) {
-    width *= rows;
-    rows = 1;
-  }
-  for (int64_t r = 0; r < rows; ++r) {
-    std::copy(from + r * width, from + (r + 1) * width, plane.data + (row + r) * plane.stride);
+void CopyRows(const Geometry& g, const From* from, Range rows, int64_t first,
+              const Plane<A>& plane) {
+  for (int64_t row = rows.begin; row < rows.end;) {
+    int64_t count = rows.end - row, width = g.width;
+    if (g.gap > 0) count = std::min(count, g.slice_rows - row % g.slice_rows);
+    A* to = plane.data + g.PlaneRow(row, first) * plane.stride;
+    row += count;
+    if (plane.stride == width) {
+      width *= count;
+      count = 1;
+    }
+    for (; count > 0; --count, from += width, to += plane.stride) std::copy(from, from + width, to);
   }
 }
 
@@ -363,8 +396,8 @@ class BatchNorm {
     line_size_ = RoundUp(g.run_rows * g.width, dense.lanes);
     slots_ = g.Slots(g.batch);
     scratch_ = arena->Take<double>(slots_, 2 * plane_size_ + line_size_);
-    kernel_ = arena->Take<double>(std::min<int64_t>(g.batch, 1), 2, problem.kernel_height,
-                                  problem.kernel_width);
+    kernel_ = arena->Take<double>(std::min<int64_t>(g.batch, 1), 2, problem.kernel_depth,
+                                  problem.kernel_height, problem.kernel_width);
     convolved_ = arena->Take<double>(g.batch, g.positions);
     sums_ = arena->Take<double>(g.batch);
   }
@@ -381,12 +414,12 @@ class BatchNorm {
       for (int q = 0; q < 2; ++q) {
         planes[q] = PaddedPlane<double>::Make(g_, dense_.lanes, g_.height + 2 * g_.half_rows,
                                               memory + q * plane_size_);
-        CopyRows(descriptors + (2 * n + q) * g_.positions, g_.width, g_.height, planes[q],
-                 g_.half_rows);
+        CopyRows(g_, descriptors + (2 * n + q) * g_.positions, {0, g_.height}, -g_.half_rows,
+                 planes[q]);
       }
       for (int64_t r = 0; r < g_.height; r += g_.run_rows) {
         const int64_t size = std::min(g_.run_rows, g_.height - r) * g_.width;
-        dense_.convolve_row(planes, r + g_.half_rows, size, taps, 0.0, line);
+        dense_.convolve_row(planes, g_.PlaneRow(r, -g_.half_rows), size, taps, 0.0, line);
         std::copy(line, line + size, convolved_ + n * g_.positions + r * g_.width);
       }
     });
@@ -425,7 +458,7 @@ class BatchNorm {
   const Parallel& parallel_;
   int64_t plane_size_ = 0, line_size_ = 0, slots_ = 0;
   double* scratch_ = nullptr;    // of a task on a sample
-  double* kernel_ = nullptr;     // [kernel_height, kernel_width, 2]
+  double* kernel_ = nullptr;     // [kernel_depth, kernel_height, kernel_width, 2]
   double* convolved_ = nullptr;  // [N, P]
   double* sums_ = nullptr;       // [N]
   double mean_ = 0, variance_ = 0, inverse_deviation_ = 0;

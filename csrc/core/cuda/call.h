@@ -25,10 +25,9 @@ struct Patches {
   int rows;
   int columns;
   int64_t across;
-  int64_t down;
-  bool staged;  // windows and kernel fit shared memory
-
-  CBAM_HOST_DEVICE int64_t count() const { return across * down; }
+  int64_t down;   // in a slice
+  int64_t count;  // in all slices
+  bool staged;    // windows and kernel fit shared memory
 };
 
 // Two reductions per sample and result: a sum beside a maximum, or two sums. What is in slices is
@@ -58,6 +57,7 @@ struct Call {
   uint32_t* counters;
 
   int64_t batch;
+  int64_t depth;
   int64_t height;
   int64_t width;
   int64_t positions;
@@ -67,7 +67,8 @@ struct Call {
   bool channels_last;
   int vector;  // elements that are read at once
   int64_t hidden;
-  uint16_t kernel_height;  // below 2^15
+  uint16_t kernel_depth;  // below 2^15
+  uint16_t kernel_height;
   uint16_t kernel_width;
   bool batch_norm;
   bool use_mean;
@@ -124,7 +125,7 @@ struct Call {
   A* dz;             // [N, P]
   A* patch_sums;     // [2, N patches]
   A* totals;         // [2]
-  A* taps;           // [2 k k + 1, N patches]
+  A* taps;           // [taps of the kernel and one, N patches]
 
   // The pools on their own: element i of sample n at n * pool_stride + i * pool_step.
   void* pool_first;

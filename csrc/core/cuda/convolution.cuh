@@ -11,9 +11,10 @@
 //                  and each patch's part of dK and dbias
 //   Taps           dK and dbias
 //
-// A patch is a rectangle of positions. Its window, the patch with a halo of half the kernel on each
-// side and zeros beyond the border, lies in shared memory beside the kernel: for 4 rows of 56 and 7 x 7
-// it is 10 x 62 values for each descriptor. With a kernel so large that this does not fit, the
+// A patch is a rectangle of positions, of a volume in one of its slices. Its window, the patch with a
+// halo of half the kernel on each side (in as many slices as the kernel has) and zeros beyond the
+// border, lies in shared memory beside the kernel: for 4 rows of 56 and 7 x 7 it is 10 x 62 values for
+// each descriptor. With a kernel so large that this does not fit, the
 // descriptors are read where they are.
 #ifndef CBAM_OPS_CORE_CUDA_CONVOLUTION_CUH_
 #define CBAM_OPS_CORE_CUDA_CONVOLUTION_CUH_
@@ -25,6 +26,7 @@ namespace cbam_ops {
 namespace cuda {
 
 struct Patch {
+  int64_t slice;
   int64_t row;
   int64_t column;
   int rows;
@@ -37,7 +39,8 @@ template <typename A>
 CBAM_DEVICE Patch PatchAt(const Call<A>& call, int64_t index) {
   const int64_t down = Quotient(index, call.patches.across);
   Patch patch;
-  patch.row = down * call.patches.rows;
+  patch.slice = Quotient(down, call.patches.down);
+  patch.row = (down - patch.slice * call.patches.down) * call.patches.rows;
   patch.column = (index - down * call.patches.across) * call.patches.columns;
   patch.rows = static_cast<int>(Smaller(call.patches.rows, call.height - patch.row));
   patch.columns = static_cast<int>(Smaller(call.patches.columns, call.width - patch.column));
@@ -47,6 +50,7 @@ CBAM_DEVICE Patch PatchAt(const Call<A>& call, int64_t index) {
 // Where things lie in shared memory.
 template <typename A>
 struct Windows {
+  int rows;    // of a slice of a window
   int stride;  // values of a row of a window
   A* mean;     // windows
   A* maximum;
@@ -56,8 +60,10 @@ struct Windows {
   int* corners;     // of the windows of the patch's positions
 
   CBAM_DEVICE Windows(const Call<A>& call, const Patch& patch) {
-    const int values = PatchValues(call.patches, call.kernel_height, call.kernel_width);
-    const int taps = 2 * call.kernel_height * call.kernel_width;
+    const int values =
+        PatchValues(call.patches, call.kernel_depth, call.kernel_height, call.kernel_width);
+    const int taps = 2 * call.kernel_depth * call.kernel_height * call.kernel_width;
+    rows = patch.rows + call.kernel_height - 1;
     stride = patch.columns + call.kernel_width - 1;
     sums = Shared<A>();
     mean = sums + kThreads / kWarp;
@@ -70,11 +76,33 @@ struct Windows {
     kernel = weights;
     for (int i = ThreadIndex(); i < taps; i += kThreads) weights[i] = call.kernel[i];
   }
+
+  // Where the patch's first position is in the windows.
+  CBAM_DEVICE int Centre(const Call<A>& call) const {
+    return (call.kernel_depth / 2 * rows + call.kernel_height / 2) * stride + call.kernel_width / 2;
+  }
 };
 
 template <typename A>
-CBAM_DEVICE bool Inside(const Call<A>& call, int64_t row, int64_t column) {
-  return row >= 0 && row < call.height && column >= 0 && column < call.width;
+CBAM_DEVICE bool Inside(const Call<A>& call, int64_t slice, int64_t row, int64_t column) {
+  return slice >= 0 && slice < call.depth && row >= 0 && row < call.height && column >= 0 &&
+         column < call.width;
+}
+// The index of a position in the map.
+template <typename A>
+CBAM_DEVICE int64_t IndexOf(const Call<A>& call, int64_t slice, int64_t row, int64_t column) {
+  return (slice * call.height + row) * call.width + column;
+}
+
+// A row of the kernel, counted through its slices, by slice and row.
+struct KernelRow {
+  int slice;
+  int row;
+};
+template <typename A>
+CBAM_DEVICE KernelRow KernelRowAt(const Call<A>& call, int i) {
+  const int slice = call.kernel_depth > 1 ? i / call.kernel_height : 0;
+  return {slice, i - slice * call.kernel_height};
 }
 
 // A position of a patch: its row and column there, and its index in the map.
@@ -86,7 +114,7 @@ struct PatchPosition {
 template <typename A>
 CBAM_DEVICE PatchPosition PositionAt(const Call<A>& call, const Patch& patch, int q) {
   const int row = q / patch.columns, column = q - row * patch.columns;
-  return {row, column, (patch.row + row) * call.width + patch.column + column};
+  return {row, column, IndexOf(call, patch.slice, patch.row + row, patch.column + column)};
 }
 
 // Calls store(index in the window, inside, position) for the whole window of a patch: a warp takes
@@ -94,13 +122,16 @@ CBAM_DEVICE PatchPosition PositionAt(const Call<A>& call, const Patch& patch, in
 template <typename A, typename Store>
 CBAM_DEVICE void OverWindow(const Call<A>& call, const Patch& patch, const Windows<A>& windows,
                             Store store) {
-  const int rows = patch.rows + call.kernel_height - 1;
+  const int rows = call.kernel_depth * windows.rows;
   for (int r = ThreadIndex() / kWarp; r < rows; r += kThreads / kWarp) {
-    const int64_t row = patch.row + r - call.kernel_height / 2;
+    const int above = call.kernel_depth > 1 ? r / windows.rows : 0;
+    const int64_t slice = patch.slice + above - call.kernel_depth / 2;
+    const int64_t row = patch.row + r - above * windows.rows - call.kernel_height / 2;
     CBAM_NO_UNROLL
     for (int c = ThreadIndex() % kWarp; c < windows.stride; c += kWarp) {
       const int64_t column = patch.column + c - call.kernel_width / 2;
-      store(r * windows.stride + c, Inside(call, row, column), row * call.width + column);
+      store(r * windows.stride + c, Inside(call, slice, row, column),
+            IndexOf(call, slice, row, column));
     }
   }
 }
@@ -123,10 +154,11 @@ CBAM_DEVICE A Convolve(const Call<A>& call, int64_t n, const Patch& patch,
   const int height = call.kernel_height, width = call.kernel_width;
   A sum = A(0);
   CBAM_NO_UNROLL
-  for (int i = 0; i < height; ++i) {
-    const A* const weights = windows.kernel + static_cast<int64_t>(i) * width * 2;
+  for (int k = 0; k < call.kernel_depth * height; ++k) {
+    const auto [d, i] = KernelRowAt(call, k);
+    const A* const weights = windows.kernel + static_cast<int64_t>(k) * width * 2;
     if (call.patches.staged) {
-      const int at = (row + i) * windows.stride + column;
+      const int at = (d * windows.rows + row + i) * windows.stride + column;
       CBAM_NO_UNROLL
       for (int j = 0; j < width; ++j) {
         sum += windows.mean[at + j] * weights[2 * j];
@@ -136,10 +168,11 @@ CBAM_DEVICE A Convolve(const Call<A>& call, int64_t n, const Patch& patch,
     }
     CBAM_NO_UNROLL
     for (int j = 0; j < width; ++j) {
+      const int64_t s = patch.slice + d - call.kernel_depth / 2;
       const int64_t r = patch.row + row + i - height / 2, c = patch.column + column + j - width / 2;
-      if (!Inside(call, r, c)) continue;
+      if (!Inside(call, s, r, c)) continue;
       A mean, maximum;
-      Fold<true>(call.spatial_source, n, r * call.width + c, &mean, &maximum);
+      Fold<true>(call.spatial_source, n, IndexOf(call, s, r, c), &mean, &maximum);
       sum += mean * weights[2 * j];
       sum += maximum * weights[2 * j + 1];
     }
@@ -165,8 +198,7 @@ CBAM_DEVICE void Convolution(const Call<A>& call, int64_t n, int64_t index) {
   for (int q = ThreadIndex(); q < patch.size(); q += kThreads) {
     const auto [row, column, p] = PositionAt(call, patch, q);
     if (call.patches.staged) {
-      const int centre =
-          (row + call.kernel_height / 2) * windows.stride + column + call.kernel_width / 2;
+      const int centre = windows.Centre(call) + row * windows.stride + column;
       descriptors[p] = windows.mean[centre];
       descriptors[call.positions + p] = windows.maximum[centre];
     } else {
@@ -192,9 +224,9 @@ CBAM_DEVICE void Convolution(const Call<A>& call, int64_t n, int64_t index) {
   }
   squares = BlockSum(squares, windows.sums);
   if (ThreadIndex() == 0) {
-    const int64_t at = n * call.patches.count() + index;
+    const int64_t at = n * call.patches.count + index;
     call.patch_sums[at] = sum;
-    call.patch_sums[call.batch * call.patches.count() + at] = squares;
+    call.patch_sums[call.batch * call.patches.count + at] = squares;
   }
 }
 
@@ -202,7 +234,7 @@ CBAM_DEVICE void Convolution(const Call<A>& call, int64_t n, int64_t index) {
 template <typename A>
 CBAM_DEVICE void Statistics(const Call<A>& call) {
   double* const shared = Shared<double>();
-  const int64_t patches = call.patches.count(), count = call.batch * patches;
+  const int64_t patches = call.patches.count, count = call.batch * patches;
   const auto positions = static_cast<double>(call.batch * call.positions);
   double sum = 0;
   CBAM_NO_UNROLL
@@ -270,9 +302,9 @@ CBAM_DEVICE void NormGrad(const Call<A>& call, int64_t n, int64_t index) {
   sum = BlockSum(sum, windows.sums);
   product = BlockSum(product, windows.sums);
   if (ThreadIndex() == 0) {
-    const int64_t at = n * call.patches.count() + index;
+    const int64_t at = n * call.patches.count + index;
     call.patch_sums[at] = sum;
-    call.patch_sums[call.batch * call.patches.count() + at] = product;
+    call.patch_sums[call.batch * call.patches.count + at] = product;
   }
 }
 
@@ -280,7 +312,7 @@ CBAM_DEVICE void NormGrad(const Call<A>& call, int64_t n, int64_t index) {
 template <typename A>
 CBAM_DEVICE void Totals(const Call<A>& call) {
   A* const shared = Shared<A>();
-  const int64_t count = call.batch * call.patches.count();
+  const int64_t count = call.batch * call.patches.count;
   A sums[2] = {A(0), A(0)};
   for (int k = 0; k < 2; ++k) {
     for (int64_t i = ThreadIndex(); i < count; i += kThreads)
@@ -316,11 +348,12 @@ CBAM_DEVICE void ConvolveTransposed(const Call<A>& call, int64_t n, const Patch&
   const int height = call.kernel_height, width = call.kernel_width;
   *d_mean = *d_max = A(0);
   CBAM_NO_UNROLL
-  for (int i = 0; i < height; ++i) {
-    const A* const weights = windows.kernel + static_cast<int64_t>(i) * width * 2;
+  for (int k = 0; k < call.kernel_depth * height; ++k) {
+    const auto [d, i] = KernelRowAt(call, k);
+    const A* const weights = windows.kernel + static_cast<int64_t>(k) * width * 2;
     if (call.patches.staged) {
-      const A* const last =
-          windows.gradient + (row + height - 1 - i) * windows.stride + column + width - 1;
+      const int from = (call.kernel_depth - 1 - d) * windows.rows + row + height - 1 - i;
+      const A* const last = windows.gradient + from * windows.stride + column + width - 1;
       CBAM_NO_UNROLL
       for (int j = 0; j < width; ++j) {
         const A value = last[-j];
@@ -331,9 +364,10 @@ CBAM_DEVICE void ConvolveTransposed(const Call<A>& call, int64_t n, const Patch&
     }
     CBAM_NO_UNROLL
     for (int j = 0; j < width; ++j) {
+      const int64_t s = patch.slice - d + call.kernel_depth / 2;
       const int64_t r = patch.row + row - i + height / 2, c = patch.column + column - j + width / 2;
-      if (!Inside(call, r, c)) continue;
-      const A value = ConvolutionGradient(call, n, r * call.width + c);
+      if (!Inside(call, s, r, c)) continue;
+      const A value = ConvolutionGradient(call, n, IndexOf(call, s, r, c));
       *d_mean += value * weights[2 * j];
       *d_max += value * weights[2 * j + 1];
     }
@@ -345,17 +379,18 @@ template <typename A>
 CBAM_DEVICE void SumTaps(const Call<A>& call, int64_t n, const Patch& patch,
                          const Windows<A>& windows, int64_t block) {
   const int height = call.kernel_height, width = call.kernel_width, lane = ThreadIndex() % kWarp;
-  const int64_t taps = static_cast<int64_t>(height) * width * 2;
-  const int64_t blocks = call.batch * call.patches.count();
-  const A* const centre = windows.gradient + height / 2 * windows.stride + width / 2;
+  const int64_t taps = static_cast<int64_t>(call.kernel_depth) * height * width * 2;
+  const int64_t blocks = call.batch * call.patches.count;
+  const A* const centre = windows.gradient + windows.Centre(call);
   CBAM_NO_UNROLL
   for (int64_t tap = ThreadIndex() / kWarp; tap <= taps; tap += kThreads / kWarp) {
-    const int i = static_cast<int>(Quotient(tap / 2, width));
-    const int j = static_cast<int>(tap / 2 - i * width);
+    const int k = static_cast<int>(Quotient(tap / 2, width));
+    const int j = static_cast<int>(tap / 2 - k * width);
+    const auto [d, i] = KernelRowAt(call, k);
     A sum = A(0);
     if (call.patches.staged) {
-      const A* const other =
-          (tap % 2 == 0 ? windows.mean : windows.maximum) + i * windows.stride + j;
+      const A* const other = (tap % 2 == 0 ? windows.mean : windows.maximum) +
+                             (d * windows.rows + i) * windows.stride + j;
       CBAM_NO_UNROLL
       for (int q = lane; q < patch.size(); q += kWarp) {
         const A value = centre[windows.corners[q]];
@@ -366,13 +401,14 @@ CBAM_DEVICE void SumTaps(const Call<A>& call, int64_t n, const Patch& patch,
       for (int q = lane; q < patch.size(); q += kWarp) {
         const int row = q / patch.columns, column = q - row * patch.columns;
         const int64_t r = patch.row + row, c = patch.column + column;
-        const A value = ConvolutionGradient(call, n, r * call.width + c);
+        const A value = ConvolutionGradient(call, n, IndexOf(call, patch.slice, r, c));
+        const int64_t to_s = patch.slice + d - call.kernel_depth / 2;
         const int64_t to_r = r + i - height / 2, to_c = c + j - width / 2;
         if (tap == taps) {
           sum += value;
-        } else if (Inside(call, to_r, to_c)) {
+        } else if (Inside(call, to_s, to_r, to_c)) {
           A mean, maximum;
-          Fold<true>(call.spatial_source, n, to_r * call.width + to_c, &mean, &maximum);
+          Fold<true>(call.spatial_source, n, IndexOf(call, to_s, to_r, to_c), &mean, &maximum);
           sum += value * (tap % 2 == 0 ? mean : maximum);
         }
       }
@@ -406,14 +442,14 @@ CBAM_DEVICE void PositionSides(const Call<A>& call, int64_t n, int64_t index) {
                  true, d_max, count, call.position_maximum[n * call.position_stride + p]));
   }
   Barrier();
-  SumTaps(call, n, patch, windows, n * call.patches.count() + index);
+  SumTaps(call, n, patch, windows, n * call.patches.count + index);
 }
 
 // An item is a warp's worth of taps each.
 template <typename A>
 CBAM_DEVICE void Taps(const Call<A>& call, int index) {
-  const int64_t taps = 2 * static_cast<int64_t>(call.kernel_height) * call.kernel_width;
-  const int64_t blocks = call.batch * call.patches.count();
+  const int64_t taps = int64_t{2} * call.kernel_depth * call.kernel_height * call.kernel_width;
+  const int64_t blocks = call.batch * call.patches.count;
   const int64_t tap = static_cast<int64_t>(index) * kTapsAtOnce + ThreadIndex() / kWarp;
   if (tap > taps || (tap == taps && call.batch_norm)) return;
   A sum = A(0);

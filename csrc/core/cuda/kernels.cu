@@ -35,12 +35,13 @@ Status CheckSizes(const Problem& problem) {
   // have 64.
   constexpr int64_t kMost = 0x7fffffff;
   if (problem.height > kMost || problem.width > kMost || Positions(problem) > kMost ||
-      problem.channels > kMost || problem.hidden > kMost || problem.kernel_height > 0x7fff ||
-      problem.kernel_width > 0x7fff) {
-    return {StatusCode::kUnsupported,
-            "height * width, channels and hidden must be below 2^31 on a GPU, kernel_height and "
-            "kernel_width below 2^15",
-            ""};
+      problem.channels > kMost || problem.hidden > kMost || problem.kernel_depth > 0x7fff ||
+      problem.kernel_height > 0x7fff || problem.kernel_width > 0x7fff) {
+    return {
+        StatusCode::kUnsupported,
+        "depth * height * width, channels and hidden must be below 2^31 on a GPU, kernel_depth, "
+        "kernel_height and kernel_width below 2^15",
+        ""};
   }
   return {};
 }

@@ -29,7 +29,9 @@ inline int64_t CeilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline int64_t AtMost(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t AtLeast(int64_t a, int64_t b) { return a > b ? a : b; }
 
-inline int64_t Positions(const Problem& problem) { return problem.height * problem.width; }
+inline int64_t Positions(const Problem& problem) {
+  return problem.depth * problem.height * problem.width;
+}
 inline bool ChannelsLast(const Problem& problem) { return problem.layout == Layout::kNHWC; }
 
 // Tiles for a pass along the rows, `at_once` rows at a time per thread. Rows longer than a vector for
@@ -72,25 +74,37 @@ inline Tiles ColumnTiles(int64_t rows, int64_t columns, int vector, int element_
 }
 
 // Values of a patch's window.
-CBAM_HOST_DEVICE inline int PatchValues(const Patches& patches, int kernel_height,
+CBAM_HOST_DEVICE inline int PatchValues(const Patches& patches, int kernel_depth, int kernel_height,
                                         int kernel_width) {
-  return (patches.rows + kernel_height - 1) * (patches.columns + kernel_width - 1);
+  return kernel_depth * (patches.rows + kernel_height - 1) * (patches.columns + kernel_width - 1);
 }
 
-// Patches of about two positions per thread: whole rows where these are short, else pieces of 64.
+// Patches of about two positions per thread: whole rows where these are short, else pieces of 64. A
+// window has as many slices as the kernel: for these to fit, patches of volumes may be smaller.
 inline Patches MakePatches(const Problem& problem, int value_bytes) {
   Patches patches = {};
   patches.columns = static_cast<int>(AtMost(AtLeast(1, problem.width), 64));
   patches.rows = static_cast<int>(
       AtMost(AtLeast(1, problem.height), AtLeast(1, 2 * kThreads / patches.columns)));
+  const int64_t taps = problem.kernel_depth * problem.kernel_height * problem.kernel_width;
+  const auto fits = [&] {
+    if (taps * value_bytes > kItemBytes) return false;
+    const int64_t values = int64_t{3} * PatchValues(patches, static_cast<int>(problem.kernel_depth),
+                                                    static_cast<int>(problem.kernel_height),
+                                                    static_cast<int>(problem.kernel_width)) +
+                           2 * taps + kThreads / kWarp;
+    return values * value_bytes + 2 * kThreads * int64_t{sizeof(int)} <= kItemBytes;
+  };
+  const Patches whole = patches;
+  while (!fits() && problem.kernel_depth > 1 && patches.rows * patches.columns > kThreads / 8) {
+    int& side = patches.rows * 4 > patches.columns ? patches.rows : patches.columns;
+    side = (side + 1) / 2;
+  }
+  patches.staged = fits();
+  if (!patches.staged) patches = whole;
   patches.across = CeilDiv(problem.width, patches.columns);
   patches.down = CeilDiv(problem.height, patches.rows);
-  if (problem.kernel_height > 4096 || problem.kernel_width > 4096) return patches;
-  const int height = static_cast<int>(problem.kernel_height);
-  const int width = static_cast<int>(problem.kernel_width);
-  const int64_t values =
-      int64_t{3} * PatchValues(patches, height, width) + 2 * height * width + kThreads / kWarp;
-  patches.staged = values * value_bytes + 2 * kThreads * int64_t{sizeof(int)} <= kItemBytes;
+  patches.count = patches.across * patches.down * problem.depth;
   return patches;
 }
 
@@ -106,6 +120,7 @@ class Plan {
     call.vector = vector;
     call.channels_last = ChannelsLast(problem);
     call.batch = problem.batch;
+    call.depth = problem.depth;
     call.height = problem.height;
     call.width = problem.width;
     call.positions = Positions(problem);
@@ -113,6 +128,7 @@ class Plan {
     call.rows = ChannelsLast(problem) ? call.positions : call.channels;
     call.columns = ChannelsLast(problem) ? call.channels : call.positions;
     call.hidden = problem.hidden;
+    call.kernel_depth = static_cast<uint16_t>(problem.kernel_depth);
     call.kernel_height = static_cast<uint16_t>(problem.kernel_height);
     call.kernel_width = static_cast<uint16_t>(problem.kernel_width);
     call.batch_norm = problem.batch_norm;
@@ -164,7 +180,7 @@ class Plan {
       if (problem_.batch_norm) {
         call.batch_statistics = static_cast<A*>(args.batch_statistics);
         call.z = Take(problem_.batch, call.positions);
-        call.patch_sums = Take(2, problem_.batch, call.patches.count());
+        call.patch_sums = Take(2, problem_.batch, call.patches.count);
       }
     }
   }
@@ -178,7 +194,7 @@ class Plan {
     if (HasSpatialGate(problem_)) {
       spatial = AddBySample(builder, Task::kSpatialPool, call.spatial_tiles.count(),
                             call.serial ? channel : 0);
-      spatial = AddBySample(builder, Task::kConvolution, call.patches.count(), spatial);
+      spatial = AddBySample(builder, Task::kConvolution, call.patches.count, spatial);
       if (problem_.batch_norm) {
         spatial = builder->AddOnce(Task::kStatistics, 1, spatial);
         spatial =
@@ -235,9 +251,11 @@ class Plan {
       call.position_stride = 2 * call.positions;
       TakeSpatialPass(A(1));
       TakeSides(&call.position_sides, call.positions, ChannelsLast(problem_));
-      const int64_t patches = call.patches.count();
-      call.taps = Take(CheckedSize(2) * problem_.kernel_height * problem_.kernel_width + 1,
-                       problem_.batch, patches);
+      const int64_t patches = call.patches.count;
+      call.taps = Take(
+          CheckedSize(2) * problem_.kernel_depth * problem_.kernel_height * problem_.kernel_width +
+              1,
+          problem_.batch, patches);
       if (problem_.batch_norm) {
         call.z = Take(problem_.batch, call.positions);
         call.dz = Take(problem_.batch, call.positions);
@@ -258,10 +276,10 @@ class Plan {
       spatial = AddBySample(builder, Task::kSpatialGrad, call.spatial_tiles.count(), 0);
       uint32_t totals = 0;
       if (problem_.batch_norm) {
-        totals = AddBySample(builder, Task::kNormGrad, call.patches.count(), spatial);
+        totals = AddBySample(builder, Task::kNormGrad, call.patches.count, spatial);
         totals = builder->AddOnce(Task::kTotals, 1, totals);
       }
-      spatial = AddBySample(builder, Task::kPositionSides, call.patches.count(), spatial, totals);
+      spatial = AddBySample(builder, Task::kPositionSides, call.patches.count, spatial, totals);
     }
     if (HasChannelGate(problem_)) {
       channel = AddBySample(builder, Task::kChannelGrad, call.channel_tiles.count(),
@@ -271,7 +289,8 @@ class Plan {
     }
     AddBySample(builder, Task::kMapGrad, call.map_tiles.count(), spatial | channel);
     if (HasSpatialGate(problem_)) {
-      const int64_t taps = 2 * problem_.kernel_height * problem_.kernel_width;
+      const int64_t taps =
+          2 * problem_.kernel_depth * problem_.kernel_height * problem_.kernel_width;
       builder->AddOnce(Task::kTaps, CeilDiv(taps + 1, kTapsAtOnce), spatial);
     }
     if (HasChannelGate(problem_)) {
