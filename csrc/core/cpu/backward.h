@@ -65,9 +65,11 @@ class BackwardPipeline {
         tap_slices_(2 * g_.half_slices + 1),
         arena_(workspace),
         batch_norm_(problem, g_, *kernels.double_dense, parallel_, &arena_) {
-    const int64_t n = g_.batch, c = g_.channels, p = g_.positions, h = problem.hidden, w = g_.wave;
-    blocks_ = g_.BlocksPerSample(w);
-    block_slots_ = g_.Slots(w * blocks_);
+    const int64_t n = g_.batch, c = g_.channels, p = g_.positions, h = problem.hidden;
+    const int64_t w = g_.slots * g_.wave;
+    blocks_ = g_.BlocksPerSample(g_.wave);
+    block_slots_ = g_.is_own ? 1 : Slots::Count(parallel, g_.wave * blocks_);
+    sample_slots_ = g_.is_own ? 1 : Slots::Count(parallel, g_.wave * tap_slices_);
     if (HasChannelGate(problem)) {
       partial_ = arena_.Take<A>(w, g_.units, 2, c);
       channel_count_ = arena_.Take<A>(w, c);
@@ -85,8 +87,9 @@ class BackwardPipeline {
       d_position_mean_ = arena_.Take<A>(w, p);
       d_position_max_ = arena_.Take<A>(w, p);
       taps_size_ = 2 * tap_slices_ * (2 * g_.half_slice_rows + 1) * (2 * g_.half_columns + 1);
-      fold_ = std::clamp(kFoldBytes / (taps_size_ * int64_t{sizeof(A)}),
-                         std::min<int64_t>(w, 2 * g_.threads), w);
+      fold_ = g_.is_own ? n
+                        : std::clamp(Geometry::kFoldBytes / (taps_size_ * int64_t{sizeof(A)}),
+                                     std::min<int64_t>(w, 2 * g_.threads), w);
       dtaps_ = arena_.Take<A>(fold_, taps_size_);
       dtaps_total_ = arena_.Take<double>(std::min<int64_t>(n, 1), taps_size_);
       dbias_ = arena_.Take<double>(n);
@@ -102,8 +105,8 @@ class BackwardPipeline {
                                 2 * plane_size(g_.step_rows),
                             64);
       sample_size_ = RoundUp(3 * plane_size(g_.height) + (g_.is_line ? taps_size_ : 0), 64);
-      sample_slots_ = std::max(g_.Slots(w), std::min<int64_t>(w * tap_slices_, g_.threads));
-      scratch_ = arena_.Take<A>(std::max(block_slots_ * block_size_, sample_slots_ * sample_size_));
+      scratch_size_ = std::max(block_slots_ * block_size_, sample_slots_ * sample_size_);
+      scratch_ = arena_.Take<A>(g_.slots, scratch_size_);
     }
   }
 
@@ -121,18 +124,17 @@ class BackwardPipeline {
       batch_norm_.Run(static_cast<const A*>(args.spatial_descriptors),
                       static_cast<const A*>(args.kernel));
       gamma_ = *static_cast<const A*>(args.gamma);
-      for (int64_t first = 0; first < g_.batch; first += g_.wave)
-        PositionsOfWave(args, first, true);
+      ForEachWave(g_, parallel_, [&](const Wave& wave) { PositionsOfWave(args, wave, true); });
       BackwardThroughBatchNorm(args);
     }
     if (HasSpatialGate(problem_)) std::fill_n(dtaps_total_, taps_size_, 0.0);
-    for (int64_t first = 0; first < g_.batch; first += g_.wave) {
-      const int64_t samples = std::min(g_.wave, g_.batch - first);
-      PositionsOfWave(args, first, false);
-      Reductions(args, first, samples);
-      if (HasChannelGate(problem_)) ThroughMlp(args, first, samples);
-      MapOfWave(args, first, samples);
-    }
+    ForEachWave(g_, parallel_, [&](const Wave& wave) {
+      PositionsOfWave(args, wave, false);
+      Reductions(args, wave);
+      if (HasChannelGate(problem_)) ThroughMlp(args, wave);
+      MapOfWave(args, wave);
+    });
+    if (HasSpatialGate(problem_) && g_.is_own) AddTaps(g_.batch);
     WeightGradients(args);
   }
 
@@ -171,53 +173,54 @@ class BackwardPipeline {
       CopyRows(g_, from + q * g_.positions, inside, first, planes[q]);
     }
   }
-  A* DzOf(int64_t first, int64_t n) const {
-    return dz_ + (problem_.batch_norm ? n : n - first) * g_.positions;
+  A* DzOf(const Wave& wave, int64_t n) const {
+    return dz_ + (problem_.batch_norm ? n : wave.Row(n)) * g_.positions;
   }
 
-  // Positions [p, ...) of sample n of the wave that starts at `first`, and the sample's channels.
-  PositionValues<A> PositionsAt(const BackwardArgs& args, int64_t first, int64_t n,
+  // Positions [p, ...) of sample n of the wave, and the sample's channels.
+  PositionValues<A> PositionsAt(const BackwardArgs& args, const Wave& wave, int64_t n,
                                 int64_t p) const {
     if (!HasSpatialGate(problem_)) return {};
-    const int64_t i = (n - first) * g_.positions + p;
+    const int64_t i = wave.Row(n) * g_.positions + p;
     return {SpatialGateOf(args, n) + p, d_position_mean_ + i,
             SpatialDescriptorsOf(args, n) + g_.positions + p, d_position_max_ + i};
   }
-  ChannelValues<A> ChannelsAt(const BackwardArgs& args, int64_t first, int64_t n) const {
+  ChannelValues<A> ChannelsAt(const BackwardArgs& args, const Wave& wave, int64_t n) const {
     if (!HasChannelGate(problem_)) return {};
     const int64_t c = g_.channels;
-    return {ChannelGateOf(args, n), d_channel_[0] + (n - first) * c,
+    return {ChannelGateOf(args, n), d_channel_[0] + wave.Row(n) * c,
             static_cast<const A*>(args.channel_descriptors) + (g_.batch + n) * c,
-            d_channel_[1] + (n - first) * c};
+            d_channel_[1] + wave.Row(n) * c};
   }
 
   // Passes A and B of a wave. `gate_only` (batch norm's first sweep) stops at the gradient of the
   // gate's argument.
-  void PositionsOfWave(const BackwardArgs& args, int64_t first, bool gate_only) {
-    const int64_t samples = std::min(g_.wave, g_.batch - first);
+  void PositionsOfWave(const BackwardArgs& args, const Wave& wave, bool gate_only) {
     const bool first_sweep = gate_only || !problem_.batch_norm;
     if (first_sweep && problem_.activation == Activation::kRelu) {
       const int64_t steps = CeilDiv(g_.height, g_.step_rows);
-      ForEach(parallel_, samples * steps, [&](int64_t task) {
-        const int64_t n = first + task / steps, row = task % steps * g_.step_rows;
+      ForEach(wave.parallel, wave.samples * steps, [&](int64_t task) {
+        const int64_t n = wave.first + task / steps, row = task % steps * g_.step_rows;
         const Range positions = g_.RowPositions({row, std::min(g_.height, row + g_.step_rows)});
         map_.mask(g_.sample, g_.At(args.dy, n), g_.At(args.y, n), positions,
                   const_cast<void*>(g_.At(dy_, n)));
       });
     }
-    ForEachWithSlot(parallel_, samples * blocks_, block_slots_, [&](int64_t task, int64_t slot) {
-      const int64_t n = first + task / blocks_;
-      const Range rows = g_.BlockRows(task % blocks_, blocks_);
-      if (HasSpatialGate(problem_)) {
-        SpatialBlock(args, first, n, rows, gate_only, scratch_ + slot * block_size_);
-      } else {
-        ChannelPartials(args, first, n, g_.UnitsOfRows(rows));
-      }
-    });
+    A* const scratch = scratch_ + wave.slot * scratch_size_;
+    ForEachWithSlot(wave.parallel, wave.samples * blocks_, block_slots_,
+                    [&](int64_t task, int64_t slot) {
+                      const int64_t n = wave.first + task / blocks_;
+                      const Range rows = g_.BlockRows(task % blocks_, blocks_);
+                      if (HasSpatialGate(problem_)) {
+                        SpatialBlock(args, wave, n, rows, gate_only, scratch + slot * block_size_);
+                      } else {
+                        ChannelPartials(args, wave, n, g_.UnitsOfRows(rows));
+                      }
+                    });
   }
 
-  void SpatialBlock(const BackwardArgs& args, int64_t first, int64_t n, Range rows, bool gate_only,
-                    A* scratch) {
+  void SpatialBlock(const BackwardArgs& args, const Wave& wave, int64_t n, Range rows,
+                    bool gate_only, A* scratch) {
     const int64_t w = g_.width;
     const bool dz_is_there = problem_.batch_norm && !gate_only;
     const int64_t plane_rows = rows.size() + 2 * g_.half_rows;
@@ -239,7 +242,7 @@ class BackwardPipeline {
         const bool own = ready >= rows.begin && ready < rows.end;
         const int64_t limit = own ? rows.end : ready < rows.begin ? rows.begin : last;
         const int64_t stop = std::min(limit, ready + g_.step_rows);
-        A* dz = own || dz_is_there ? DzOf(first, n) + ready * w : step;
+        A* dz = own || dz_is_there ? DzOf(wave, n) + ready * w : step;
         A* ties = own ? own_count + (ready - rows.begin) * w : step + g_.step_rows * w;
         if (!dz_is_there || own) {
           // With batch norm the second sweep needs the counts again; dz was made in the first.
@@ -258,8 +261,8 @@ class BackwardPipeline {
         const int64_t size = std::min(g_.run_rows, end - r) * w;
         dense_.convolve_row_transposed(plane, g_.PlaneRow(r, first_row), size, TapsOf(args),
                                        line_mean, line_max);
-        A* d_mean = d_position_mean_ + (n - first) * g_.positions + r * w;
-        A* d_max = d_position_max_ + (n - first) * g_.positions + r * w;
+        A* d_mean = d_position_mean_ + wave.Row(n) * g_.positions + r * w;
+        A* d_max = d_position_max_ + wave.Row(n) * g_.positions + r * w;
         const A* ties = own_count + (r - rows.begin) * w;
         for (int64_t i = 0; i < size; ++i) {
           d_mean[i] = line_mean[i] / static_cast<A>(g_.channels);
@@ -270,7 +273,7 @@ class BackwardPipeline {
         const int64_t units_end =
             end == rows.end ? g_.UnitsOfRows(rows).end
                             : (g_.units_per_row > 1 ? end * g_.units_per_row : end / g_.unit_rows);
-        ChannelPartials(args, first, n, {unit, units_end});
+        ChannelPartials(args, wave, n, {unit, units_end});
         unit = units_end;
       }
     }
@@ -309,48 +312,55 @@ class BackwardPipeline {
     }
   }
 
-  void ChannelPartials(const BackwardArgs& args, int64_t first, int64_t n, Range units) {
+  void ChannelPartials(const BackwardArgs& args, const Wave& wave, int64_t n, Range units) {
     const int64_t c = g_.channels;
     for (int64_t u = units.begin; u < units.end; ++u) {
-      A* partial = partial_ + ((n - first) * g_.units + u) * 2 * c;
+      A* partial = partial_ + (wave.Row(n) * g_.units + u) * 2 * c;
       const Range positions = g_.Unit(u);
       map_.backward_channels(g_.sample, module_, g_.At(args.x, n), g_.At(dy_, n),
-                             PositionsAt(args, first, n, positions.begin),
-                             ChannelsAt(args, first, n), positions, partial, partial + c);
+                             PositionsAt(args, wave, n, positions.begin), ChannelsAt(args, wave, n),
+                             positions, partial, partial + c);
     }
   }
 
   // Per sample of the wave: the units' partial sums, which are the channel gate's gradient; and the
   // convolution kernel's gradient.
-  void Reductions(const BackwardArgs& args, int64_t first, int64_t samples) {
+  void Reductions(const BackwardArgs& args, const Wave& wave) {
     int64_t begin = 0;
     do {
-      const int64_t channel_tasks = HasChannelGate(problem_) && begin == 0 ? samples : 0;
-      const int64_t kernels = HasSpatialGate(problem_) ? std::min(fold_, samples - begin) : 0;
+      const int64_t channel_tasks = HasChannelGate(problem_) && begin == 0 ? wave.samples : 0;
+      const int64_t kernels = HasSpatialGate(problem_) ? std::min(fold_, wave.samples - begin) : 0;
       const int64_t slices = kernels * tap_slices_, runs = std::min(slices, sample_slots_);
-      ForEach(parallel_, runs + channel_tasks, [&](int64_t task) {
-        if (task >= runs) return CombineChannels(args, first, first + task - runs);
-        KernelGradients(args, first, first + begin,
+      A* const scratch = scratch_ + wave.slot * scratch_size_;
+      A* const dtaps = dtaps_ + (g_.is_own ? wave.first * taps_size_ : 0);
+      ForEach(wave.parallel, runs + channel_tasks, [&](int64_t task) {
+        if (task >= runs) return CombineChannels(args, wave, wave.first + task - runs);
+        KernelGradients(args, wave, wave.first + begin,
                         {slices * task / runs, slices * (task + 1) / runs},
-                        scratch_ + task * sample_size_);
+                        scratch + task * sample_size_, dtaps);
       });
-      for (int64_t i = 0; i < kernels; ++i) {  // in the order of samples, in double
-        for (int64_t j = 0; j < taps_size_; ++j)
-          dtaps_total_[j] += static_cast<double>(dtaps_[i * taps_size_ + j]);
-      }
+      if (!g_.is_own) AddTaps(kernels);
       begin += kernels;
-    } while (HasSpatialGate(problem_) && begin < samples);
+    } while (HasSpatialGate(problem_) && begin < wave.samples);
   }
 
-  void CombineChannels(const BackwardArgs& args, int64_t first, int64_t n) {
+  // In the order of samples, in double.
+  void AddTaps(int64_t samples) {
+    for (int64_t i = 0; i < samples; ++i) {
+      for (int64_t j = 0; j < taps_size_; ++j)
+        dtaps_total_[j] += static_cast<double>(dtaps_[i * taps_size_ + j]);
+    }
+  }
+
+  void CombineChannels(const BackwardArgs& args, const Wave& wave, int64_t n) {
     const int64_t c = g_.channels;
     const A* more = args.d_channel_gate == nullptr
                         ? nullptr
                         : static_cast<const A*>(args.d_channel_gate) + n * c;
     A* dz = dz_channel_[0] + n * c;
-    A* ties = channel_count_ + (n - first) * c;
+    A* ties = channel_count_ + wave.Row(n) * c;
     CombineUnits(
-        partial_ + (n - first) * g_.units * 2 * c, g_.units, c, 0.0,
+        partial_ + wave.Row(n) * g_.units * 2 * c, g_.units, c, 0.0,
         [](double a, double b) { return a + b; },
         [&](int64_t i, double dot, double count) {
           if (more != nullptr) dot += static_cast<double>(more[i]);
@@ -361,8 +371,9 @@ class BackwardPipeline {
 
   // From dz, the gradient of the gate, by that of its logits to the descriptors'. Leaves in
   // d_channel_ what pass C adds to every position and to those that attain the maximum.
-  void ThroughMlp(const BackwardArgs& args, int64_t first, int64_t samples) {
+  void ThroughMlp(const BackwardArgs& args, const Wave& wave) {
     const int64_t c = g_.channels, h = problem_.hidden;
+    const int64_t first = wave.first, samples = wave.samples;
     const Mlp<A> mlp{problem_,
                      dense_,
                      static_cast<const A*>(args.w0),
@@ -372,13 +383,15 @@ class BackwardPipeline {
     const A* mean = static_cast<const A*>(args.channel_descriptors) + first * c;
     const A* descriptors[2] = {mean, mean + g_.batch * c};
     A* hidden[2] = {hidden_[0] + first * h, hidden_[1] + first * h};
+    A* const d_channel[2] = {d_channel_[0] + wave.row * c, d_channel_[1] + wave.row * c};
+    const A* const channel_count = channel_count_ + wave.row * c;
     A* dz[2] = {dz_channel_[0] + first * c, dz_channel_[1] + first * c};
     const bool relu = problem_.mlp_activation == Activation::kRelu;
 
     const bool meet_early = mlp.IsUsed(0) && mlp.IsUsed(1) && !relu;
     A* const hidden_sum = d_hidden_[0] + first * h;  // as in the forward pass; free until later
     const Blocks hidden_blocks = mlp.HiddenBlocks(samples);
-    ForEach(parallel_, hidden_blocks.count, [&](int64_t i) {
+    ForEach(wave.parallel, hidden_blocks.count, [&](int64_t i) {
       const Range columns = hidden_blocks.At(i);
       mlp.HiddenBlock(descriptors, samples, columns, hidden);
       for (int64_t s = 0; meet_early && s < samples; ++s) {
@@ -389,26 +402,26 @@ class BackwardPipeline {
 
     const A* gate = ChannelGateOf(args, first);
     const Blocks channel_blocks = mlp.ChannelBlocks(samples);
-    ForEach(parallel_, channel_blocks.count, [&](int64_t i) {
+    ForEach(wave.parallel, channel_blocks.count, [&](int64_t i) {
       const Range columns = channel_blocks.At(i);
       bool saturated = false;
       for (int64_t s = 0; s < samples; ++s)
         saturated |= AnySaturated(gate + s * c + columns.begin, columns.size());
       // Both branches' logits, or their sum, go to d_channel_, which is free until the end.
       if (meet_early && saturated) {
-        mlp.OutputBlock(hidden_sum, samples, columns, Activation::kNone, d_channel_[0]);
+        mlp.OutputBlock(hidden_sum, samples, columns, Activation::kNone, d_channel[0]);
       } else if (relu || saturated) {
         for (int q = 0; q < 2; ++q) {
           if (mlp.IsUsed(q))
-            mlp.OutputBlock(hidden[q], samples, columns, Activation::kNone, d_channel_[q]);
+            mlp.OutputBlock(hidden[q], samples, columns, Activation::kNone, d_channel[q]);
         }
       }
       const auto logit = [&](int64_t row, int64_t column) {
         const int64_t j = row + column;
-        if (meet_early) return d_channel_[0][j] + (mlp.b1 == nullptr ? A{0} : mlp.b1[column]);
+        if (meet_early) return d_channel[0][j] + (mlp.b1 == nullptr ? A{0} : mlp.b1[column]);
         A sum{0};
         for (int q = 0; q < 2; ++q) {
-          if (mlp.IsUsed(q)) sum += relu ? std::max(d_channel_[q][j], A{0}) : d_channel_[q][j];
+          if (mlp.IsUsed(q)) sum += relu ? std::max(d_channel[q][j], A{0}) : d_channel[q][j];
         }
         return sum;
       };
@@ -433,12 +446,12 @@ class BackwardPipeline {
         for (int64_t j = s * c + columns.begin; j < s * c + columns.end; ++j) {
           const A gradient = dz[0][j];
           for (int q = 0; q < 2; ++q)
-            dz[q][j] = mlp.IsUsed(q) ? gradient * static_cast<A>(d_channel_[q][j] > 0) : A{0};
+            dz[q][j] = mlp.IsUsed(q) ? gradient * static_cast<A>(d_channel[q][j] > 0) : A{0};
         }
       }
     });
 
-    ForEach(parallel_, hidden_blocks.count, [&](int64_t i) {
+    ForEach(wave.parallel, hidden_blocks.count, [&](int64_t i) {
       const Range columns = hidden_blocks.At(i);
       for (int q = 0; q < 2; ++q) {
         if (!mlp.IsUsed(q)) continue;
@@ -464,22 +477,21 @@ class BackwardPipeline {
       }
     });
 
-    ForEach(parallel_, channel_blocks.count, [&](int64_t i) {
+    ForEach(wave.parallel, channel_blocks.count, [&](int64_t i) {
       const Range columns = channel_blocks.At(i);
       for (int q = 0; q < 2; ++q) {
         if (mlp.IsUsed(q)) {
           dense_.dot_products({samples, columns.size(), h, d_hidden_[q] + first * h, h,
-                               mlp.w0 + columns.begin * h, h, d_channel_[q] + columns.begin, c});
+                               mlp.w0 + columns.begin * h, h, d_channel[q] + columns.begin, c});
         }
       }
       for (int64_t s = 0; s < samples; ++s) {
         for (int64_t j = s * c + columns.begin; j < s * c + columns.end; ++j) {
-          d_channel_[0][j] = mlp.IsUsed(0) ? d_channel_[0][j] / static_cast<A>(g_.positions) : A{0};
+          d_channel[0][j] = mlp.IsUsed(0) ? d_channel[0][j] / static_cast<A>(g_.positions) : A{0};
           if (mlp.IsUsed(1)) {
-            ShareAmongMaxima(d_channel_[1][j], channel_count_[j], &d_channel_[0][j],
-                             &d_channel_[1][j]);
+            ShareAmongMaxima(d_channel[1][j], channel_count[j], &d_channel[0][j], &d_channel[1][j]);
           } else {
-            d_channel_[1][j] = 0;
+            d_channel[1][j] = 0;
           }
         }
       }
@@ -487,8 +499,8 @@ class BackwardPipeline {
   }
 
   // The gradient of the kernel's slices, of all that those of the samples from `begin` on are.
-  void KernelGradients(const BackwardArgs& args, int64_t first, int64_t begin, Range slices,
-                       A* scratch) const {
+  void KernelGradients(const BackwardArgs& args, const Wave& wave, int64_t begin, Range slices,
+                       A* scratch, A* all_dtaps) const {
     const int64_t rows = g_.height + 2 * g_.half_rows;
     const int64_t size = PaddedPlane<A>::Size(g_, dense_.lanes, rows);
     Plane<A> planes[3];
@@ -497,10 +509,10 @@ class BackwardPipeline {
       if (slice == 0 || i == slices.begin) {
         DescriptorPlanes(args, n, {0, g_.height}, scratch, planes);
         planes[2] = PaddedPlane<A>::Make(g_, dense_.lanes, rows, scratch + 2 * size);
-        CopyRows(g_, DzOf(first, n), {0, g_.height}, -g_.half_rows, planes[2]);
+        CopyRows(g_, DzOf(wave, n), {0, g_.height}, -g_.half_rows, planes[2]);
         for (Plane<A>& plane : planes) plane.data += g_.PlaneRow(0, -g_.half_rows) * plane.stride;
       }
-      A* dtaps = dtaps_ + i * (taps_size_ / tap_slices_);
+      A* dtaps = all_dtaps + i * (taps_size_ / tap_slices_);
       if (g_.is_line) {
         LineKernelGradient(planes, scratch + 3 * size, dtaps);
       } else {
@@ -513,7 +525,7 @@ class BackwardPipeline {
       }
       if (slice == 0 && !problem_.batch_norm) {
         double sum = 0;
-        for (int64_t p = 0; p < g_.positions; ++p) sum += DzOf(first, n)[p];
+        for (int64_t p = 0; p < g_.positions; ++p) sum += DzOf(wave, n)[p];
         dbias_[n] = sum;
       }
     }
@@ -549,13 +561,13 @@ class BackwardPipeline {
     });
   }
 
-  void MapOfWave(const BackwardArgs& args, int64_t first, int64_t samples) {
+  void MapOfWave(const BackwardArgs& args, const Wave& wave) {
     const int64_t steps = CeilDiv(g_.height, g_.step_rows);
-    ForEach(parallel_, samples * steps, [&](int64_t task) {
-      const int64_t n = first + task / steps, row = task % steps * g_.step_rows;
+    ForEach(wave.parallel, wave.samples * steps, [&](int64_t task) {
+      const int64_t n = wave.first + task / steps, row = task % steps * g_.step_rows;
       const Range positions = g_.RowPositions({row, std::min(g_.height, row + g_.step_rows)});
       map_.backward_map(g_.sample, module_, g_.At(args.x, n), g_.At(dy_, n),
-                        PositionsAt(args, first, n, positions.begin), ChannelsAt(args, first, n),
+                        PositionsAt(args, wave, n, positions.begin), ChannelsAt(args, wave, n),
                         positions, stream_, g_.At(args.dx, n));
     });
   }
@@ -630,35 +642,33 @@ class BackwardPipeline {
   const Geometry g_;
   const bool stream_;
   const int64_t tap_slices_;  // of the convolution kernel, that touch the map
-  // Samples' gradients of the convolution kernel that wait to be added up.
-  static constexpr int64_t kFoldBytes = int64_t{4} << 20;
-
   Arena arena_;
   BatchNorm<A> batch_norm_;
   int64_t blocks_ = 1;
   const void* dy_ = nullptr;
 
   // For the channel gate; [2] is for the mean and the maximum, whose arrays follow each other.
-  A* partial_ = nullptr;        // [wave, units, 2, C]
-  A* channel_count_ = nullptr;  // [wave, C]
+  A* partial_ = nullptr;        // [g.slots * wave, units, 2, C]
+  A* channel_count_ = nullptr;  // [g.slots * wave, C]
   A* hidden_[2] = {};           // [N, hidden]
   A* d_hidden_[2] = {};         // [N, hidden]
-  A* d_channel_[2] = {};        // [wave, C]
+  A* d_channel_[2] = {};        // [g.slots * wave, C]
   A* dz_channel_[2] = {};       // [N, C], one tensor unless the MLP ends in an activation
 
   // For the spatial gate.
-  A* dz_ = nullptr;                // [wave, P], with batch norm [N, P]
-  A* d_position_mean_ = nullptr;   // [wave, P]
-  A* d_position_max_ = nullptr;    // [wave, P]
+  A* dz_ = nullptr;                // [g.slots * wave, P], with batch norm [N, P]
+  A* d_position_mean_ = nullptr;   // [g.slots * wave, P]
+  A* d_position_max_ = nullptr;    // [g.slots * wave, P]
   A* dtaps_ = nullptr;             // [fold, taps that touch the map, 2]
   double* dtaps_total_ = nullptr;  // [taps that touch the map, 2]
   double* dbias_ = nullptr;        // [N]
   double gamma_ = 0;               // with batch norm
   int64_t taps_size_ = 0, fold_ = 0;
   int64_t line_size_ = 0;
-  // Scratch of a task on a block or on a sample.
-  int64_t block_size_ = 0, block_slots_ = 0, sample_size_ = 0, sample_slots_ = 0;
-  A* scratch_ = nullptr;
+  // Of tasks on blocks or on samples.
+  int64_t block_slots_ = 0, block_size_ = 0, sample_slots_ = 0, sample_size_ = 0;
+  int64_t scratch_size_ = 0;
+  A* scratch_ = nullptr;  // [g.slots, scratch_size]
 };
 
 // What takes which arguments (kernels.cc).

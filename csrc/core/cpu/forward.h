@@ -23,39 +23,40 @@ namespace cpu {
 template <typename A>
 class ChannelDescriptors {
  public:
-  ChannelDescriptors(const Geometry& g, const MapPasses<A>& map, const Parallel& parallel,
-                     Arena* arena)
-      : g_(g), map_(map), parallel_(parallel) {
-    if (g.sample.layout == Layout::kNHWC) partial_ = arena->Take<A>(g.wave, g.units, 2, g.channels);
+  ChannelDescriptors(const Geometry& g, const MapPasses<A>& map, Arena* arena) : g_(g), map_(map) {
+    if (g.sample.layout == Layout::kNHWC)
+      partial_ = arena->Take<A>(g.slots * g.wave, g.units, 2, g.channels);
   }
 
-  // mean[c] and maximum[c] of `samples` samples from x on, whose results are C apart.
-  void Run(const void* x, int64_t samples, A* mean, A* maximum) const {
+  // mean[c] and maximum[c] of a wave's samples of `maps`, whose results are C apart.
+  void Run(const void* maps, const Wave& wave, A* mean, A* maximum) const {
+    const void* x = g_.At(maps, wave.first);
     if (g_.sample.layout == Layout::kNHWC) {
-      PartialThenCombined(x, samples, mean, maximum);
+      PartialThenCombined(x, wave, mean, maximum);
     } else {
-      WholeChannels(x, samples, mean, maximum);
+      WholeChannels(x, wave, mean, maximum);
     }
   }
 
  private:
-  void PartialThenCombined(const void* x, int64_t samples, A* mean, A* maximum) const {
+  void PartialThenCombined(const void* x, const Wave& wave, A* mean, A* maximum) const {
     const int64_t c = g_.channels;
+    A* const partials = partial_ + wave.row * g_.units * 2 * c;
     const int64_t unit_bytes = std::max<int64_t>(1, g_.sample_bytes / g_.units);
     const int64_t units_per_task =
         std::clamp<int64_t>(Geometry::kStepBytes / unit_bytes, 1, g_.units);
     const int64_t tasks = CeilDiv(g_.units, units_per_task);
-    ForEach(parallel_, samples * tasks, [&](int64_t task) {
+    ForEach(wave.parallel, wave.samples * tasks, [&](int64_t task) {
       const int64_t s = task / tasks;
       const int64_t end = std::min(g_.units, (task % tasks + 1) * units_per_task);
       for (int64_t u = task % tasks * units_per_task; u < end; ++u) {
-        A* partial = partial_ + (s * g_.units + u) * 2 * c;
+        A* partial = partials + (s * g_.units + u) * 2 * c;
         map_.channel_pool(g_.sample, g_.At(x, s), g_.Unit(u), {0, c}, A{1}, partial, partial + c);
       }
     });
-    ForEach(parallel_, samples, [&](int64_t s) {
+    ForEach(wave.parallel, wave.samples, [&](int64_t s) {
       CombineUnits(
-          partial_ + s * g_.units * 2 * c, g_.units, c, -std::numeric_limits<double>::infinity(),
+          partials + s * g_.units * 2 * c, g_.units, c, -std::numeric_limits<double>::infinity(),
           [](double a, double b) { return MaxOrNan(a, b); },
           [&](int64_t i, double total, double greatest) {
             mean[s * c + i] = static_cast<A>(total / static_cast<double>(g_.positions));
@@ -64,13 +65,13 @@ class ChannelDescriptors {
     });
   }
 
-  void WholeChannels(const void* x, int64_t samples, A* mean, A* maximum) const {
+  void WholeChannels(const void* x, const Wave& wave, A* mean, A* maximum) const {
     const int64_t c = g_.channels;
     const int64_t channel_bytes = std::max<int64_t>(1, g_.sample_bytes / std::max<int64_t>(1, c));
     const int64_t per_task =
         std::clamp<int64_t>(Geometry::kStepBytes / channel_bytes, 1, std::max<int64_t>(1, c));
     const int64_t tasks = CeilDiv(c, per_task);
-    ForEach(parallel_, samples * tasks, [&](int64_t task) {
+    ForEach(wave.parallel, wave.samples * tasks, [&](int64_t task) {
       const int64_t s = task / tasks;
       const Range range{task % tasks * per_task, std::min(c, (task % tasks + 1) * per_task)};
       map_.channel_pool(g_.sample, g_.At(x, s), {0, g_.positions}, range,
@@ -81,8 +82,7 @@ class ChannelDescriptors {
 
   const Geometry& g_;
   const MapPasses<A>& map_;
-  const Parallel& parallel_;
-  A* partial_ = nullptr;  // [wave, units, 2, C]
+  A* partial_ = nullptr;  // [slots * wave, units, 2, C]
 };
 
 template <typename A>
@@ -97,14 +97,15 @@ class ForwardPipeline {
         g_(problem, parallel, 1),
         stream_(ShouldStream(g_)),
         arena_(workspace),
-        channel_descriptors_(g_, map_, parallel_, &arena_),
+        channel_descriptors_(g_, map_, &arena_),
         batch_norm_(problem, g_, *kernels.double_dense, parallel_, &arena_) {
     if (HasChannelGate(problem)) {
+      const int64_t samples = g_.slots * g_.wave;
       for (int q = 0; q < 2; ++q) {
-        hidden_[q] = arena_.Take<A>(g_.wave, problem.hidden);
-        logits_[q] = arena_.Take<A>(g_.wave, g_.channels);
+        hidden_[q] = arena_.Take<A>(samples, problem.hidden);
+        logits_[q] = arena_.Take<A>(samples, g_.channels);
       }
-      if (MeetEarly()) hidden_sum_ = arena_.Take<A>(g_.wave, problem.hidden);
+      if (MeetEarly()) hidden_sum_ = arena_.Take<A>(samples, problem.hidden);
     }
     blocks_ = g_.BlocksPerSample(g_.wave);
     if (HasSpatialGate(problem) && !problem.batch_norm) {
@@ -114,31 +115,32 @@ class ForwardPipeline {
       line_size_ = RoundUp(g_.width, dense_.lanes);
       halo_size_ = 2 * g_.step_rows * g_.width;
       scratch_size_ = RoundUp(2 * plane_size_ + line_size_ + halo_size_, 64);
-      slots_ = g_.Slots(g_.wave * blocks_);
-      scratch_ = arena_.Take<A>(slots_, scratch_size_);
+      slots_ = g_.is_own ? 1 : Slots::Count(parallel, g_.wave * blocks_);
+      scratch_ = arena_.Take<A>(g_.slots * slots_, scratch_size_);
     }
   }
 
   size_t workspace_bytes() const { return arena_.bytes(); }
 
   void Run(const ForwardArgs& args) {
-    for (int64_t first = 0; first < g_.batch; first += g_.wave) {
-      const int64_t samples = std::min(g_.wave, g_.batch - first);
-      if (HasChannelGate(problem_)) ChannelGate(args, first, samples);
+    ForEachWave(g_, parallel_, [&](const Wave& wave) {
+      if (HasChannelGate(problem_)) ChannelGate(args, wave);
       if (problem_.batch_norm) {
-        SpatialDescriptors(args, first, samples);
+        SpatialDescriptors(args, wave);
       } else if (HasSpatialGate(problem_)) {
-        ForEachWithSlot(parallel_, samples * blocks_, slots_, [&](int64_t task, int64_t slot) {
-          SpatialBlock(args, first + task / blocks_, g_.BlockRows(task % blocks_, blocks_),
-                       scratch_ + slot * scratch_size_);
-        });
+        A* const scratch = scratch_ + wave.slot * slots_ * scratch_size_;
+        ForEachWithSlot(
+            wave.parallel, wave.samples * blocks_, slots_, [&](int64_t task, int64_t slot) {
+              SpatialBlock(args, wave.first + task / blocks_, g_.BlockRows(task % blocks_, blocks_),
+                           scratch + slot * scratch_size_);
+            });
       } else {
-        ApplyAll(args, first, samples);
+        ApplyAll(args, wave);
       }
-    }
+    });
     if (problem_.batch_norm) {
       NormalizedGate(args);
-      ApplyAll(args, 0, g_.batch);
+      ApplyAll(args, {parallel_, 0, g_.batch, 0, 0});
     }
   }
 
@@ -154,11 +156,14 @@ class ForwardPipeline {
     return problem_.pooling == Pooling::kAvgMax && problem_.mlp_activation == Activation::kNone;
   }
 
-  void ChannelGate(const ForwardArgs& args, int64_t first, int64_t samples) {
-    const int64_t c = g_.channels, h = problem_.hidden;
-    A* mean = static_cast<A*>(args.channel_descriptors) + first * c;
+  void ChannelGate(const ForwardArgs& args, const Wave& wave) {
+    const int64_t c = g_.channels, h = problem_.hidden, samples = wave.samples;
+    A* mean = static_cast<A*>(args.channel_descriptors) + wave.first * c;
     A* maximum = mean + g_.batch * c;
-    channel_descriptors_.Run(g_.At(args.x, first), samples, mean, maximum);
+    channel_descriptors_.Run(args.x, wave, mean, maximum);
+    A* const hidden[2] = {hidden_[0] + wave.row * h, hidden_[1] + wave.row * h};
+    A* const hidden_sum = hidden_sum_ + wave.row * h;
+    A* const logits_of[2] = {logits_[0] + wave.row * c, logits_[1] + wave.row * c};
 
     const Mlp<A> mlp{problem_,
                      dense_,
@@ -172,25 +177,25 @@ class ForwardPipeline {
     const int branch = UsesMean(problem_.pooling) ? 0 : 1;
 
     const Blocks hidden_blocks = mlp.HiddenBlocks(samples);
-    ForEach(parallel_, hidden_blocks.count, [&](int64_t i) {
+    ForEach(wave.parallel, hidden_blocks.count, [&](int64_t i) {
       const Range columns = hidden_blocks.At(i);
-      mlp.HiddenBlock(descriptors, samples, columns, hidden_);
+      mlp.HiddenBlock(descriptors, samples, columns, hidden);
       for (int64_t s = 0; meet_early && s < samples; ++s) {
         for (int64_t j = s * h + columns.begin; j < s * h + columns.end; ++j)
-          hidden_sum_[j] = hidden_[0][j] + hidden_[1][j];
+          hidden_sum[j] = hidden[0][j] + hidden[1][j];
       }
     });
 
-    A* gate = ChannelGateOf(args, first);
+    A* gate = ChannelGateOf(args, wave.first);
     const Blocks channel_blocks = mlp.ChannelBlocks(samples);
-    ForEach(parallel_, channel_blocks.count, [&](int64_t i) {
+    ForEach(wave.parallel, channel_blocks.count, [&](int64_t i) {
       const Range columns = channel_blocks.At(i);
-      A* logits = logits_[branch];
-      mlp.OutputBlock(meet_early ? hidden_sum_ : hidden_[branch], samples, columns,
+      A* logits = logits_of[branch];
+      mlp.OutputBlock(meet_early ? hidden_sum : hidden[branch], samples, columns,
                       problem_.mlp_activation, logits);
       if (both && !meet_early) {
-        mlp.OutputBlock(hidden_[1], samples, columns, problem_.mlp_activation, logits_[1]);
-        AddRows(logits_[1], samples, c, columns, logits);
+        mlp.OutputBlock(hidden[1], samples, columns, problem_.mlp_activation, logits_of[1]);
+        AddRows(logits_of[1], samples, c, columns, logits);
       }
       bool finite = true;
       if (meet_early) {
@@ -205,11 +210,11 @@ class ForwardPipeline {
       if (!finite) {
         // An infinite weight times 0 is NaN, and its branches' sum need not be: what is not finite
         // is taken branch by branch after all.
-        mlp.OutputBlock(hidden_[0], samples, columns, Activation::kNone, logits_[1]);
-        mlp.OutputBlock(hidden_[1], samples, columns, Activation::kNone, gate);
+        mlp.OutputBlock(hidden[0], samples, columns, Activation::kNone, logits_of[1]);
+        mlp.OutputBlock(hidden[1], samples, columns, Activation::kNone, gate);
         for (int64_t s = 0; s < samples; ++s) {
           for (int64_t j = s * c + columns.begin; j < s * c + columns.end; ++j) {
-            if (!std::isfinite(logits[j])) logits[j] = logits_[1][j] + gate[j];
+            if (!std::isfinite(logits[j])) logits[j] = logits_of[1][j] + gate[j];
           }
         }
       }
@@ -229,10 +234,10 @@ class ForwardPipeline {
   }
 
   // As far as pass 2 goes with batch norm, before whose statistics there is no gate.
-  void SpatialDescriptors(const ForwardArgs& args, int64_t first, int64_t samples) {
+  void SpatialDescriptors(const ForwardArgs& args, const Wave& wave) {
     const int64_t tasks = CeilDiv(g_.height, g_.step_rows);
-    ForEach(parallel_, samples * tasks, [&](int64_t task) {
-      const int64_t n = first + task / tasks, row = task % tasks * g_.step_rows;
+    ForEach(wave.parallel, wave.samples * tasks, [&](int64_t task) {
+      const int64_t n = wave.first + task / tasks, row = task % tasks * g_.step_rows;
       const Range positions = g_.RowPositions({row, std::min(g_.height, row + g_.step_rows)});
       A* mean = static_cast<A*>(args.spatial_descriptors) + 2 * n * g_.positions + positions.begin;
       map_.spatial_pool(g_.sample, g_.At(args.x, n), PoolGateOf(args, n), positions, mean,
@@ -294,10 +299,10 @@ class ForwardPipeline {
                positions, stream_, g_.At(args.y, n));
   }
 
-  void ApplyAll(const ForwardArgs& args, int64_t first, int64_t samples) {
+  void ApplyAll(const ForwardArgs& args, const Wave& wave) {
     const int64_t tasks = CeilDiv(g_.height, g_.step_rows);
-    ForEach(parallel_, samples * tasks, [&](int64_t task) {
-      const int64_t n = first + task / tasks;
+    ForEach(wave.parallel, wave.samples * tasks, [&](int64_t task) {
+      const int64_t n = wave.first + task / tasks;
       const int64_t row = task % tasks * g_.step_rows;
       const A* gate = HasSpatialGate(problem_)
                           ? static_cast<const A*>(args.spatial_gate) + n * g_.positions
@@ -335,12 +340,12 @@ class ForwardPipeline {
   Arena arena_;
   ChannelDescriptors<A> channel_descriptors_;
   BatchNorm<A> batch_norm_;
-  A* hidden_[2] = {};        // [wave, hidden], for the mean and the maximum
-  A* hidden_sum_ = nullptr;  // [wave, hidden], where the branches meet early
-  A* logits_[2] = {};        // [wave, C]
+  A* hidden_[2] = {};        // [g.slots * wave, hidden], for the mean and the maximum
+  A* hidden_sum_ = nullptr;  // [g.slots * wave, hidden], where the branches meet early
+  A* logits_[2] = {};        // [g.slots * wave, C]
   int64_t blocks_ = 0, slots_ = 0;
   int64_t plane_size_ = 0, line_size_ = 0, halo_size_ = 0, scratch_size_ = 0;
-  A* scratch_ = nullptr;  // [slots, scratch_size]
+  A* scratch_ = nullptr;  // [g.slots * slots, scratch_size]
 };
 
 // What takes which arguments (kernels.cc).

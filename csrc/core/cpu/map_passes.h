@@ -245,26 +245,76 @@ CBAM_INLINE void Across(const Body& body, int64_t rows, int64_t columns, typenam
   }
 }
 
+// Stores past the caches whole vectors that start where one may, of rows that start anywhere. Where
+// the rows follow each other a vector may hold the end of one and the beginning of the next; what
+// does not fill one, at both ends, is stored plainly.
+template <typename T>
+class Streamer {
+ public:
+  using A = typename ComputeOf<T>::A;
+  using V = typename Simd<A>::V;
+  static constexpr int64_t kLanes = Simd<A>::kLanes;
+
+  // How many elements of a row that starts at `line` belong to a vector that starts before.
+  static CBAM_INLINE int64_t Before(const T* line) {
+    return -static_cast<int64_t>(reinterpret_cast<uintptr_t>(line) / sizeof(T)) & (kLanes - 1);
+  }
+  // The first n < kLanes of `value` go to `to` when their vector is full, or with Flush.
+  CBAM_INLINE void Part(T* to, V value, int64_t n) {
+    const int64_t at = (kLanes - Before(to)) & (kLanes - 1);
+    if (begin_ == end_) begin_ = at;
+    StoreFirst(part_ + at, value, n);
+    end_ = at + n;
+    vector_ = to - at;
+    if (end_ < kLanes) return;
+    if (begin_ > 0) return Flush();
+    Stream(vector_, Load(part_));
+    end_ = begin_ = 0;
+  }
+  CBAM_INLINE void Flush() {
+    if (begin_ < end_)
+      StoreFirst(vector_ + begin_, LoadFirst(part_ + begin_, end_ - begin_), end_ - begin_);
+    end_ = begin_ = 0;
+  }
+
+ private:
+  A part_[kLanes];  // of the vector of the map that starts at vector_, what lies in [begin_, end_)
+  T* vector_ = nullptr;
+  int64_t begin_ = 0, end_ = 0;
+};
+
 // Writes body(row, column) over the tile.
 template <typename T, typename Body>
 CBAM_INLINE void Map(const Body& body, int64_t rows, int64_t columns, int64_t stride, bool stream,
                      T* out) {
   constexpr int64_t kLanes = Simd<typename Body::A>::kLanes;
+  if (!stream) {
+    for (int64_t r = 0; r < rows; ++r) {
+      const typename Body::Row row = body.At(r);
+      T* line = out + r * stride;
+      int64_t j = 0;
+      for (; j + kLanes <= columns; j += kLanes)
+        Store(line + j, body.template Value<false>(row, j, kLanes));
+      if (j < columns)
+        StoreFirst(line + j, body.template Value<true>(row, j, columns - j), columns - j);
+    }
+    return;
+  }
+  Streamer<T> streamer;
   for (int64_t r = 0; r < rows; ++r) {
     const typename Body::Row row = body.At(r);
     T* line = out + r * stride;
-    int64_t j = 0;
-    if (stream && CanStream(line)) {
-      for (; j + kLanes <= columns; j += kLanes)
-        Stream(line + j, body.template Value<false>(row, j, kLanes));
-    } else {
-      for (; j + kLanes <= columns; j += kLanes)
-        Store(line + j, body.template Value<false>(row, j, kLanes));
-    }
+    const int64_t before = Streamer<T>::Before(line);
+    int64_t j = before < columns ? before : columns;
+    if (j > 0) streamer.Part(line, body.template Value<true>(row, 0, j), j);
+    for (; j + kLanes <= columns; j += kLanes)
+      Stream(line + j, body.template Value<false>(row, j, kLanes));
     if (j < columns)
-      StoreFirst(line + j, body.template Value<true>(row, j, columns - j), columns - j);
+      streamer.Part(line + j, body.template Value<true>(row, j, columns - j), columns - j);
+    if (stride != columns) streamer.Flush();
   }
-  if (stream) EndStream();
+  streamer.Flush();
+  EndStream();
 }
 
 // --- Pools ---

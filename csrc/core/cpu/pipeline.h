@@ -2,7 +2,9 @@
 // blocks, the workspace, and parallel loops.
 //
 // A *wave* is as many samples as stay in the last-level cache between the first pass over them and
-// the last, so that only the first pass reads memory. A *unit* is a fixed range of positions, a few
+// the last, so that only the first pass reads memory. Where the batch has enough samples for all
+// threads, a wave is one thread's *own*: no thread waits for another between passes, and one reads
+// memory while the other computes. Else the threads share each pass of a wave. A *unit* is a fixed range of positions, a few
 // image rows, for which partial sums over positions are kept; the partial sums are then added in
 // double and in order, so results do not depend on which thread took which unit. A *row block* is a
 // run of rows that one task takes through several passes while they are in its own caches; blocks
@@ -11,12 +13,14 @@
 #define CBAM_OPS_CORE_CPU_PIPELINE_H_
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
 #include <limits>
 #include <numeric>
+#include <thread>
 #include <type_traits>
 
 #if defined(__SSE2__)
@@ -99,17 +103,50 @@ void ForEach(const Parallel& parallel, int64_t tasks, const Body& body) {
 
 using Arena = WorkspaceArena<kHostAlignment>;
 
-// Calls body(i, slot) for i in [0, tasks), `slots` runs of them in parallel: of two that share a slot
-// one ends before the other begins.
+// Scratch memory of tasks: of `count` pieces each task takes one that no other has.
+class Slots {
+ public:
+  // As many as tasks may run at once.
+  static int64_t Count(const Parallel& parallel, int64_t tasks) {
+    return std::min<int64_t>(tasks, std::clamp(parallel.threads, 1, 64));
+  }
+  explicit Slots(int64_t count) : count_(count) {}
+
+  int64_t Take() {
+    uint64_t taken = taken_.load(std::memory_order_relaxed);
+    for (;;) {
+      int64_t slot = 0;
+      while (slot < count_ && (taken >> slot & 1)) ++slot;
+      if (slot == count_) {  // each is with a task that runs
+        std::this_thread::yield();
+        taken = taken_.load(std::memory_order_relaxed);
+      } else if (taken_.compare_exchange_weak(taken, taken | uint64_t{1} << slot,
+                                              std::memory_order_acquire,
+                                              std::memory_order_relaxed)) {
+        return slot;
+      }
+    }
+  }
+  void Give(int64_t slot) { taken_.fetch_and(~(uint64_t{1} << slot), std::memory_order_release); }
+
+ private:
+  const int64_t count_;
+  std::atomic<uint64_t> taken_{0};  // a bit per slot
+};
+
+// Calls body(i, slot) for i in [0, tasks): of two that share one of `count` slots one ends before
+// the other begins.
 template <typename Body>
-void ForEachWithSlot(const Parallel& parallel, int64_t tasks, int64_t slots, const Body& body) {
-  const int64_t runs = std::min(tasks, slots);
-  ForEach(parallel, runs, [&](int64_t slot) {
-    for (int64_t i = tasks * slot / runs; i < tasks * (slot + 1) / runs; ++i) body(i, slot);
+void ForEachWithSlot(const Parallel& parallel, int64_t tasks, int64_t count, const Body& body) {
+  Slots slots(count);
+  ForEach(parallel, tasks, [&](int64_t i) {
+    const int64_t slot = slots.Take();
+    body(i, slot);
+    slots.Give(slot);
   });
 }
 
-// How a problem is cut. `maps` is how many maps of a sample a wave must keep in the cache. An empty
+// How a problem is cut into waves and below. `maps` is how many maps of a sample a wave must keep in the cache. An empty
 // batch has no positions, however high and wide it says it is, and takes no workspace; nor does a
 // problem that is refused.
 struct Geometry {
@@ -129,9 +166,29 @@ struct Geometry {
         sample{problem.layout, positions, channels},
         sample_bytes(positions * channels * ElementSize(problem.dtype)) {
     const int64_t bytes = std::max(kLeastSampleBytes, maps * sample_bytes);
-    // Waves of the same size: the last of them is no remainder too small for the MLP's products.
     const int64_t samples = std::max<int64_t>(1, batch);
-    const int64_t waves = CeilDiv(samples, std::clamp<int64_t>(kWaveBytes / bytes, 1, samples));
+    int64_t most = std::clamp<int64_t>(kWaveBytes / bytes, 1, samples);
+    const int64_t taps =
+        2 * (2 * half_slices + 1) * (2 * half_slice_rows + 1) * (2 * half_columns + 1);
+    if (batch > 0 && HasChannelGate(problem) && !problem.batch_norm &&
+        bytes <= 2 * kWaveBytes / threads &&
+        samples * taps * ElementSize(ComputeType(problem.dtype)) <= kFoldBytes) {
+      // What a thread can take alone is as much as stays in its own caches, and twice what it has to
+      // read of weights.
+      const int64_t weights =
+          2 * channels * problem.hidden * ElementSize(ComputeType(problem.dtype));
+      const int64_t share = CeilDiv(samples, threads);
+      const int64_t own = std::clamp<int64_t>(std::max(kOwnBytes, 2 * weights) / bytes, 1, share);
+      is_own = weights <= 2 * share * bytes && (samples % threads == 0 || samples >= 4 * threads);
+      if (is_own) most = own;
+    }
+    // Waves of the same size: the last of them is no remainder too small for the MLP's products.
+    waves = CeilDiv(samples, most);
+    if (is_own) {
+      waves = std::min(samples, RoundUp(waves, threads));
+      slots = Slots::Count(parallel, waves);
+      threads = 1;
+    }
     wave = CeilDiv(batch, waves);
 
     if (width > kUnitPositions) {
@@ -205,11 +262,6 @@ struct Geometry {
       ++blocks;
     return blocks;
   }
-  // How many of `tasks` may have scratch memory of their own (ForEachWithSlot): as many as every
-  // division of a sample makes, so that only samples too small to be divided share.
-  int64_t Slots(int64_t tasks) const {
-    return std::min(tasks, std::max<int64_t>(64, 4 * int64_t{threads}));
-  }
   // Rows of block b of `blocks`, on unit boundaries.
   Range BlockRows(int64_t b, int64_t blocks) const {
     const int64_t row_units = CeilDiv(height, unit_rows);
@@ -242,13 +294,16 @@ struct Geometry {
   int64_t depth;
   int64_t height;  // of a volume the rows of all slices, which lie one below the other
   int64_t width, channels, positions;
-  int threads;
+  int threads;                           // that share a wave
   int64_t slice_rows;                    // of an image all
   int64_t half_slices, half_slice_rows;  // that a convolution reaches, and rows within a slice
   int64_t half_rows, half_columns;
   Sample sample;
   int64_t sample_bytes;
-  int64_t wave;           // samples
+  int64_t wave;  // samples, at most
+  int64_t waves;
+  bool is_own = false;  // a wave is one thread's own, and `slots` of them run at once
+  int64_t slots = 1;
   int64_t unit_rows;      // rows per unit, or 1 when a row is cut
   int64_t units_per_row;  // 1 unless a row is cut
   int64_t units;          // per sample
@@ -263,12 +318,43 @@ struct Geometry {
   // What two cores still read at cache speed; 4 and 16 MB, and steps of 64 and 256 KB, were within
   // the noise of these or slower (benchmarks/NOTES.md).
   static constexpr int64_t kWaveBytes = int64_t{8} << 20;
+  // What a core still reads at the speed of its second-level cache.
+  static constexpr int64_t kOwnBytes = int64_t{1} << 20;
+  // What the samples' gradients of the convolution kernel may take until they are added up.
+  static constexpr int64_t kFoldBytes = int64_t{4} << 20;
   // What a sample counts at least: it has results of its own to keep besides its maps.
   static constexpr int64_t kLeastSampleBytes = 2048;
   static constexpr int64_t kUnitPositions = 256;
   static constexpr int64_t kRunBytes = 4096;
   static constexpr int64_t kStepBytes = int64_t{128} << 10;
 };
+
+// Samples [first, first + samples) of a batch on their way through all passes, and whose threads take
+// them.
+struct Wave {
+  // Where sample n is kept in an array of slots * wave samples.
+  int64_t Row(int64_t n) const { return row + n - first; }
+  const Parallel& parallel;
+  int64_t first, samples;
+  int64_t row, slot;
+};
+
+// Calls body(wave) for all waves.
+template <typename Body>
+void ForEachWave(const Geometry& g, const Parallel& parallel, const Body& body) {
+  const auto take = [&](const Parallel& threads, int64_t i, int64_t slot) {
+    const int64_t first = g.batch * i / g.waves, end = g.batch * (i + 1) / g.waves;
+    body(Wave{threads, first, end - first, slot * g.wave, slot});
+  };
+  if (g.batch == 0) return;
+  if (g.is_own) {
+    const Parallel alone;
+    ForEachWithSlot(parallel, g.waves, g.slots,
+                    [&](int64_t i, int64_t slot) { take(alone, i, slot); });
+  } else {
+    for (int64_t i = 0; i < g.waves; ++i) take(parallel, i, 0);
+  }
+}
 
 // Outputs larger than a wave are stored past the caches, where they would take the place of what
 // the next passes read.
@@ -394,7 +480,7 @@ class BatchNorm {
     if (!problem.batch_norm) return;
     plane_size_ = PaddedPlane<double>::Size(g, dense.lanes, g.height + 2 * g.half_rows);
     line_size_ = RoundUp(g.run_rows * g.width, dense.lanes);
-    slots_ = g.Slots(g.batch);
+    slots_ = Slots::Count(parallel, g.batch);
     scratch_ = arena->Take<double>(slots_, 2 * plane_size_ + line_size_);
     kernel_ = arena->Take<double>(std::min<int64_t>(g.batch, 1), 2, problem.kernel_depth,
                                   problem.kernel_height, problem.kernel_width);

@@ -22,7 +22,7 @@ class ChannelPoolPipeline {
         g_(problem, parallel, 1),
         stream_(ShouldStream(g_)),
         arena_(workspace),
-        descriptors_(g_, map_, parallel_, &arena_) {
+        descriptors_(g_, map_, &arena_) {
     for (auto& values : values_) values = arena_.Take<A>(g_.wave, g_.channels);
     partial_ = arena_.Take<A>(g_.wave, g_.units, 2, g_.channels);
   }
@@ -30,16 +30,18 @@ class ChannelPoolPipeline {
   size_t workspace_bytes() const { return arena_.bytes(); }
 
   void Run(const ChannelPoolArgs& args) {
-    ForWaves([&](int64_t first, int64_t samples) {
-      descriptors_.Run(g_.At(args.x, first), samples, values_[0], values_[1]);
-      map_.to_map_type(values_[0], samples * g_.channels, ChannelsOf(args.mean, first), 1);
-      map_.to_map_type(values_[1], samples * g_.channels, ChannelsOf(args.maximum, first), 1);
+    ForEachWave(g_, parallel_, [&](const Wave& wave) {
+      const int64_t count = wave.samples * g_.channels;
+      descriptors_.Run(args.x, wave, values_[0], values_[1]);
+      map_.to_map_type(values_[0], count, ChannelsOf(args.mean, wave.first), 1);
+      map_.to_map_type(values_[1], count, ChannelsOf(args.maximum, wave.first), 1);
     });
   }
 
   void Run(const ChannelPoolGradArgs& args) {
     const int64_t c = g_.channels;
-    ForWaves([&](int64_t first, int64_t samples) {
+    ForEachWave(g_, parallel_, [&](const Wave& wave) {
+      const int64_t first = wave.first, samples = wave.samples;
       A *d_mean = values_[0], *maximum = values_[1], *d_max = values_[2];
       map_.to_compute_type(ChannelsOf(args.d_mean, first), 1, samples * c, d_mean);
       map_.to_compute_type(ChannelsOf(args.maximum, first), 1, samples * c, maximum);
@@ -68,11 +70,6 @@ class ChannelPoolPipeline {
   }
 
  private:
-  template <typename Body>
-  void ForWaves(const Body& body) const {
-    for (int64_t first = 0; first < g_.batch; first += g_.wave)
-      body(first, std::min(g_.wave, g_.batch - first));
-  }
   template <typename P>
   P* ChannelsOf(P* values, int64_t n) const {
     using Byte = std::conditional_t<std::is_const_v<P>, const char, char>;
@@ -103,7 +100,7 @@ class SpatialPoolPipeline {
     Arena arena(workspace);
     scratch_size_ = RoundUp(4 * g_.step_rows * g_.width, 64);
     steps_ = CeilDiv(g_.height, g_.step_rows);
-    slots_ = g_.Slots(g_.wave * steps_);
+    slots_ = Slots::Count(parallel, g_.wave * steps_);
     scratch_ = arena.Take<A>(slots_, scratch_size_);
     bytes_ = arena.bytes();
   }
@@ -149,14 +146,14 @@ class SpatialPoolPipeline {
   // body(sample, positions, scratch) over steps of rows.
   template <typename Body>
   void ForSteps(const Body& body) const {
-    for (int64_t first = 0; first < g_.batch; first += g_.wave) {
-      const int64_t tasks = std::min(g_.wave, g_.batch - first) * steps_;
-      ForEachWithSlot(parallel_, tasks, slots_, [&](int64_t task, int64_t slot) {
+    ForEachWave(g_, parallel_, [&](const Wave& wave) {
+      ForEachWithSlot(parallel_, wave.samples * steps_, slots_, [&](int64_t task, int64_t slot) {
         const int64_t row = task % steps_ * g_.step_rows;
-        body(first + task / steps_, g_.RowPositions({row, std::min(g_.height, row + g_.step_rows)}),
+        body(wave.first + task / steps_,
+             g_.RowPositions({row, std::min(g_.height, row + g_.step_rows)}),
              scratch_ + slot * scratch_size_);
       });
-    }
+    });
   }
   int64_t Stride() const { return g_.sample.layout == Layout::kNHWC ? 2 : 1; }
   // The address of descriptor q at position p.

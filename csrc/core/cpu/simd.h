@@ -496,10 +496,6 @@ CBAM_INLINE void EndStream() {
   _mm_sfence();
 #endif
 }
-template <typename T>
-CBAM_INLINE bool CanStream(const T* p) {
-  return reinterpret_cast<uintptr_t>(p) % (CBAM_VECTOR_BYTES / (sizeof(T) == 2 ? 2 : 1)) == 0;
-}
 
 // --- Scalars ---
 
