@@ -288,9 +288,12 @@ def test_values(kernels: Kernels, fill: str, layout: str) -> None:
 
 @pytest.mark.parametrize("batch_norm", [False, True])
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_empty_batch(kernels: Kernels, layout: str, batch_norm: bool) -> None:
+@pytest.mark.parametrize("size", [(0, 4, 4, 8), (0, 3, 4, 4, 8)], ids=str)
+def test_empty_batch(
+    kernels: Kernels, size: tuple[int, ...], layout: str, batch_norm: bool
+) -> None:
     """No samples: empty maps, and weights' gradients of zero rather than of nothing."""
-    case = with_batch_norm(Case(size=(0, 4, 4, 8), data_format=layout), batch_norm)
+    case = with_batch_norm(Case(size=size, data_format=layout), batch_norm)
     problem = Problem(case)
     for name, value in problem.backward(kernels, problem.forward(kernels)).items():
         assert (value == 0).all(), name

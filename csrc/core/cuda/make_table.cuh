@@ -56,7 +56,8 @@ bool MakeOrder(Plan<T>* plan, const Problem& problem, const Args& args, int64_t 
 inline Status RunEmpty(const Problem& problem, const BackwardArgs& args, const Launcher& launcher) {
   const bool channel = HasChannelGate(problem), spatial = HasSpatialGate(problem);
   const int64_t weights = channel ? problem.channels * problem.hidden : 0;
-  const int64_t taps = spatial ? 2 * problem.kernel_height * problem.kernel_width : 0;
+  const int64_t taps =
+      spatial ? 2 * problem.kernel_depth * problem.kernel_height * problem.kernel_width : 0;
   struct {
     void* data;
     int64_t values;
