@@ -8,7 +8,7 @@ function, a gradient), its name and who reads it stay as they are, and so do var
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -179,11 +179,15 @@ class _Rewriting:
     def run(self) -> int:
         """Replaces every fused node; returns how many there were."""
         functions = list(self._graph.library.function)  # those that are added have none
-        count = sum(self._replace(node) is not None for node in self._graph.node)
+        ranks = {node.name: _rank(node.attr) for node in self._graph.node}
+        count = sum(self._replace(node, ranks) is not None for node in self._graph.node)
         for function in functions:
             outputs = {}
+            ranks = {node.name: _rank(node.attr) for node in function.node_def}
+            for i, argument in enumerate(function.signature.input_arg):
+                ranks[argument.name] = _rank(function.arg_attr[i].attr)
             for node in function.node_def:
-                places = self._replace(node)
+                places = self._replace(node, ranks)
                 if places is not None:
                     outputs[node.name] = places
             count += len(outputs)
@@ -204,7 +208,7 @@ class _Rewriting:
                 function.ret[name] = renamed(tensor)
         return count
 
-    def _replace(self, node: node_def_pb2.NodeDef) -> dict[str, int] | None:
+    def _replace(self, node: node_def_pb2.NodeDef, ranks: dict[str, int]) -> dict[str, int] | None:
         """Makes a call of a fused node; where its outputs then begin, or None if it is no such."""
         if not node.op.startswith(_PREFIX):
             return None
@@ -212,7 +216,8 @@ class _Rewriting:
         attributes = {a.name: a.default_value for a in definition.attr} | dict(node.attr)
         inputs = _flat_types(definition.input_arg, attributes)
         outputs = _flat_types(definition.output_arg, attributes)
-        function = self._function(definition, attributes, inputs, outputs)
+        is_volume = ranks.get(node.input[0].partition(":")[0]) == 5  # x comes first
+        function = self._function(definition, attributes, inputs, outputs, is_volume)
         node.op = "PartitionedCall"
         for name in [name for name in node.attr if not name.startswith("_")]:
             del node.attr[name]
@@ -234,17 +239,18 @@ class _Rewriting:
         attributes: dict[str, attr_value_pb2.AttrValue],
         inputs: Sequence[tuple[str, int]],
         outputs: Sequence[tuple[str, int]],
+        is_volume: bool,
     ) -> str:
         """The name of the function that computes an op at these attributes."""
         asked = node_def_pb2.NodeDef(op=definition.name)
         for name, value in attributes.items():
             if not name.startswith("_"):
                 asked.attr[name].CopyFrom(value)
-        key = asked.SerializeToString(deterministic=True)
+        key = asked.SerializeToString(deterministic=True) + bytes([is_volume])
         if key not in self._functions:
             words = {a.name: _plain(asked.attr[a.name]) for a in definition.attr}
             taken = {function.signature.name for function in self._graph.library.function}
-            for function in self._trace(definition, words, inputs, outputs):
+            for function in self._trace(definition, words, inputs, outputs, is_volume):
                 if function.signature.name in taken:  # of the same op in another graph of this file
                     raise ValueError(f"there is a function {function.signature.name} already")
                 self._graph.library.function.append(function)
@@ -257,6 +263,7 @@ class _Rewriting:
         words: dict[str, Any],
         inputs: Sequence[tuple[str, int]],
         outputs: Sequence[tuple[str, int]],
+        is_volume: bool,
     ) -> list[Any]:
         """The functions that the op's definition in plain TensorFlow is made of, it itself last."""
         signature = _call.signature_of(definition)
@@ -282,18 +289,26 @@ class _Rewriting:
             flat = _gradients.flat(results[name] for name in signature.outputs)
             return [tf.cast(t, dtype) for t, (_, dtype) in zip(flat, outputs, strict=True)]
 
-        name = definition.name.replace(">", "_") + "_in_stock_ops"
+        of_volumes = "_of_volumes" if is_volume else ""
+        name = definition.name.replace(">", "_") + of_volumes + "_in_stock_ops"
         compute.__name__ = name
-        specs = [tf.TensorSpec(_shape(name, words), dtype) for name, dtype in inputs]
+        sides = 3 if is_volume else 2
+        specs = [tf.TensorSpec(_shape(name, sides), dtype) for name, dtype in inputs]
         traced = tf.function(compute, autograph=False).get_concrete_function(*specs)
         return [*traced.graph.as_graph_def().library.function, traced.function_def]
 
 
-def _shape(name: str, words: dict[str, Any]) -> list[int | None] | None:
+def _rank(attributes: Mapping[str, attr_value_pb2.AttrValue]) -> int:
+    """The rank of a node's first output; 0 where the file does not say."""
+    shapes = attributes["_output_shapes"].list.shape if "_output_shapes" in attributes else []
+    return len(shapes[0].dim) if shapes else 0
+
+
+def _shape(name: str, sides: int) -> list[int | None] | None:
     dimensions = _call.DIMENSIONS.get(name)
     if dimensions is None:
         return None
-    return [None] * (len(dimensions) + dimensions.count("..."))  # ops take images: two sides
+    return [None] * (len(dimensions) + dimensions.count("...") * (sides - 1))
 
 
 def _all_outputs(op: str, values: dict[str, Any]) -> dict[str, Any]:
@@ -309,7 +324,7 @@ def _all_outputs(op: str, values: dict[str, Any]) -> dict[str, Any]:
             u = reference.scale_channels(x, outputs["channel_gate"], layout)
     if "spatial_gate" in outputs:
         pooled = reference.spatial_pool(u, data_format=layout)
-        mean_and_maximum = tf.unstack(pooled, axis=layout.index("C"))
+        mean_and_maximum = tf.unstack(pooled, axis=1 if layout == "NCHW" else -1)
         outputs["spatial_descriptors"] = tf.stack(mean_and_maximum, axis=1)
         statistics = outputs["batch_statistics"]
         outputs["batch_statistics"] = tf.concat(statistics or [tf.zeros([0], x.dtype)], axis=0)
