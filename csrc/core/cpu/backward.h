@@ -25,8 +25,10 @@ namespace cpu {
 // NaN, for all, as in TensorFlow.
 template <typename A>
 void ShareAmongMaxima(A gradient, A count, A* of_all, A* of_maxima) {
-  *of_maxima = count > 0 ? gradient / count : A{0};
-  if (!(count > 0)) *of_all = std::numeric_limits<A>::quiet_NaN();
+  // Both are written whatever the count, so that loops over this are vectors.
+  const A share = gradient / count;
+  *of_maxima = count > 0 ? share : A{0};
+  *of_all = count > 0 ? *of_all : std::numeric_limits<A>::quiet_NaN();
 }
 
 // Whether a gate is so near to 1 that 1 - gate has lost digits that the logit still has: the

@@ -317,6 +317,109 @@ CBAM_INLINE void Map(const Body& body, int64_t rows, int64_t columns, int64_t st
   EndStream();
 }
 
+// --- Narrow maps ---
+
+// Of an NHWC map with 2, 3 or 4 channels a vector along the channels would be mostly empty. Such a map
+// goes through the passes as NCHW, so many positions at a time, transposed into a tile that stays in
+// the first-level cache. With more channels the transposition costs what it saves
+// (benchmarks/NOTES.md); maps of one channel are NCHW as they are.
+constexpr int64_t kNarrowPositions = 256, kNarrowChannels = 4;
+
+template <typename T>
+CBAM_INLINE bool IsNarrow(const Sample& sample) {
+  return sample.layout == Layout::kNHWC && sample.channels > 1 &&
+         sample.channels <= kNarrowChannels &&
+         sample.channels < Simd<typename ComputeOf<T>::A>::kLanes;
+}
+
+// Calls copy(channels, channel, position) in the order of the map. The number of channels is a
+// constant, so that the compiler finds the permutations.
+template <typename Copy>
+CBAM_INLINE void ForNarrow(int64_t positions, int64_t channels, const Copy& copy) {
+  const auto each = [&](auto count) {
+    for (int64_t p = 0; p < positions; ++p) {
+      for (int64_t c = 0; c < count; ++c) copy(count, c, p);
+    }
+  };
+  switch (channels) {
+    case 2:
+      return each(Constant<2>());
+    case 3:
+      return each(Constant<3>());
+    default:
+      return each(Constant<4>());
+  }
+}
+
+// Positions of a narrow map, transposed.
+template <typename T>
+struct NarrowTile {
+  alignas(64) T values[kNarrowChannels * kNarrowPositions];
+
+  CBAM_INLINE const T* From(const Sample& sample, const void* map, Range positions) {
+    const T* from = MakeTile<T>(sample, map, positions).data;
+    const int64_t n = positions.size();
+    ForNarrow(n, sample.channels, [&](int64_t channels, int64_t c, int64_t p) {
+      values[c * n + p] = from[p * channels + c];
+    });
+    return values;
+  }
+  CBAM_INLINE void To(const Sample& sample, Range positions, void* map) const {
+    T* to = const_cast<T*>(MakeTile<T>(sample, map, positions).data);
+    const int64_t n = positions.size();
+    ForNarrow(n, sample.channels, [&](int64_t channels, int64_t c, int64_t p) {
+      to[p * channels + c] = values[c * n + p];
+    });
+  }
+};
+
+// What tiles add up to, by channel: sums, and maxima or sums.
+template <typename A, bool kSecondIsMax>
+struct NarrowTotals {
+  double first[kNarrowChannels], second[kNarrowChannels];
+
+  NarrowTotals() {
+    for (int64_t c = 0; c < kNarrowChannels; ++c) {
+      first[c] = 0;
+      second[c] = kSecondIsMax ? -kInfinity<double> : 0;
+    }
+  }
+  void Add(int64_t channels, const A* sums, const A* others) {
+    for (int64_t c = 0; c < channels; ++c) {
+      first[c] += sums[c];
+      if constexpr (kSecondIsMax) {
+        if (others[c] > second[c] || others[c] != others[c]) second[c] = others[c];
+      } else {
+        second[c] += others[c];
+      }
+    }
+  }
+  void Get(int64_t channels, A divisor, A* sums, A* others) const {
+    for (int64_t c = 0; c < channels; ++c) {
+      sums[c] = static_cast<A>(first[c] / divisor);
+      others[c] = static_cast<A>(second[c]);
+    }
+  }
+};
+
+// Calls body(transposed, positions, offset) for the tiles of a range of a narrow map: the sample that
+// a tile is, its positions in the map, and how far from the first of the range they begin.
+template <typename Body>
+CBAM_INLINE void ForNarrowTiles(const Sample& sample, Range positions, const Body& body) {
+  for (int64_t begin = positions.begin; begin < positions.end; begin += kNarrowPositions) {
+    const int64_t left = positions.end - begin;
+    const int64_t size = left < kNarrowPositions ? left : kNarrowPositions;
+    body(Sample{Layout::kNCHW, size, sample.channels}, Range{begin, begin + size},
+         begin - positions.begin);
+  }
+}
+
+template <typename A>
+PositionValues<A> operator+(const PositionValues<A>& values, int64_t offset) {
+  const auto at = [offset](const A* p) { return p == nullptr ? nullptr : p + offset; };
+  return {at(values.gate), at(values.d_mean), at(values.maximum), at(values.d_max)};
+}
+
 // --- Pools ---
 
 template <typename T, bool kGated, bool kGatePerColumn>
@@ -368,6 +471,18 @@ A MaximumOrNan(const Body& body, int64_t row, int64_t column, int64_t row_step, 
   return greatest;
 }
 
+template <typename A>
+bool AnyNan(const A* values, int64_t count) {
+  constexpr int64_t kLanes = Simd<A>::kLanes;
+  typename Simd<A>::I nan{};
+  int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) nan |= Load(values + i) != Load(values + i);
+  if (i < count) nan |= LoadFirst(values + i, count - i) != LoadFirst(values + i, count - i);
+  int64_t any = 0;
+  for (int64_t lane = 0; lane < kLanes; ++lane) any |= nan[lane];
+  return any != 0;
+}
+
 template <typename Body, typename A>
 CBAM_INLINE void PoolAlong(const Body& body, int64_t rows, int64_t columns, A divisor, A* sum,
                            A* maximum) {
@@ -381,15 +496,28 @@ template <typename Body, typename A>
 CBAM_INLINE void PoolAcross(const Body& body, int64_t rows, int64_t columns, A divisor, A* sum,
                             A* maximum) {
   Across(body, rows, columns, sum, maximum);
-  for (int64_t j = 0; j < columns; ++j) {
-    if (sum[j] != sum[j]) maximum[j] = MaximumOrNan<A>(body, 0, j, 1, 0, rows);
-    sum[j] /= divisor;
+  if (AnyNan(sum, columns)) {
+    for (int64_t j = 0; j < columns; ++j) {
+      if (sum[j] != sum[j]) maximum[j] = MaximumOrNan<A>(body, 0, j, 1, 0, rows);
+    }
   }
+  for (int64_t j = 0; j < columns; ++j) sum[j] /= divisor;
 }
 
 template <typename T, typename A = typename ComputeOf<T>::A>
 void ChannelPool(const Sample& sample, const void* x, Range positions, Range channels, A divisor,
                  A* sum, A* maximum) {
+  if (IsNarrow<T>(sample)) {
+    NarrowTile<T> tile;
+    NarrowTotals<A, true> totals;
+    ForNarrowTiles(sample, positions, [&](const Sample& transposed, Range part, int64_t) {
+      A sums[kNarrowChannels], maxima[kNarrowChannels];
+      ChannelPool<T>(transposed, tile.From(sample, x, part), {0, part.size()}, channels, A{1}, sums,
+                     maxima);
+      totals.Add(channels.size(), sums, maxima);
+    });
+    return totals.Get(channels.size(), divisor, sum, maximum);
+  }
   const PoolBody<T, false, false> body{MakeTile<T>(sample, x, positions, channels), {nullptr}};
   if (sample.layout == Layout::kNHWC) {
     PoolAcross(body, body.x.rows, body.x.columns, divisor, sum, maximum);
@@ -401,6 +529,14 @@ void ChannelPool(const Sample& sample, const void* x, Range positions, Range cha
 template <typename T, typename A = typename ComputeOf<T>::A>
 void SpatialPool(const Sample& sample, const void* x, const A* gate, Range positions, A* mean,
                  A* maximum) {
+  if (IsNarrow<T>(sample)) {
+    NarrowTile<T> tile;
+    return ForNarrowTiles(sample, positions,
+                          [&](const Sample& transposed, Range part, int64_t offset) {
+                            SpatialPool<T>(transposed, tile.From(sample, x, part), gate,
+                                           {0, part.size()}, mean + offset, maximum + offset);
+                          });
+  }
   const Tile<T> tile = MakeTile<T>(sample, x, positions);
   const A channels = static_cast<A>(sample.channels);
   if (sample.layout == Layout::kNHWC) {
@@ -467,6 +603,17 @@ void ApplyWith(const Sample& sample, const void* x, const A* channel_gate, const
 template <typename T, typename A = typename ComputeOf<T>::A>
 void Apply(const Sample& sample, const void* x, const A* channel_gate, const A* position_gate,
            const void* residual, Activation activation, Range positions, bool stream, void* y) {
+  if (IsNarrow<T>(sample)) {
+    NarrowTile<T> tile, addend;
+    return ForNarrowTiles(
+        sample, positions, [&](const Sample& transposed, Range part, int64_t offset) {
+          Apply<T>(transposed, tile.From(sample, x, part), channel_gate,
+                   position_gate == nullptr ? nullptr : position_gate + offset,
+                   residual == nullptr ? nullptr : addend.From(sample, residual, part), activation,
+                   {0, part.size()}, false, tile.values);
+          tile.To(sample, part, y);
+        });
+  }
   using Function =
       void (*)(const Sample&, const void*, const A*, const A*, const void*, Range, bool, void*);
 #define CBAM_RESIDUAL_RELU(nhwc, channel, position)         \
@@ -515,6 +662,7 @@ template <typename T>
 void Mask(const Sample& sample, const void* dy, const void* y, Range positions, void* masked) {
   const MaskBody<T> body{MakeTile<T>(sample, dy, positions), MakeTile<T>(sample, y, positions)};
   T* out = const_cast<T*>(MakeTile<T>(sample, masked, positions).data);
+  if (IsNarrow<T>(sample)) return Map(body, 1, positions.size() * sample.channels, 0, false, out);
   Map(body, body.dy.rows, body.dy.columns, body.dy.stride, false, out);
 }
 
@@ -576,6 +724,15 @@ void BackwardPositionsWith(const Sample& sample, const void* x, const void* dy, 
 template <typename T, typename A = typename ComputeOf<T>::A>
 void BackwardPositions(const Sample& sample, Module module, const void* x, const void* dy,
                        const A* gate, const A* maximum, Range positions, A* dot, A* count) {
+  if (IsNarrow<T>(sample)) {
+    NarrowTile<T> x_tile, dy_tile;
+    return ForNarrowTiles(
+        sample, positions, [&](const Sample& transposed, Range part, int64_t offset) {
+          BackwardPositions<T>(transposed, module, x_tile.From(sample, x, part),
+                               dy == nullptr ? nullptr : dy_tile.From(sample, dy, part), gate,
+                               maximum + offset, {0, part.size()}, dot + offset, count + offset);
+        });
+  }
   if (dy == nullptr) {
     BackwardPositionsWith<T, false, false, true>(sample, x, dy, gate, maximum, positions, dot,
                                                  count);
@@ -747,6 +904,18 @@ template <typename T, typename A = typename ComputeOf<T>::A>
 void BackwardChannels(const Sample& sample, Module module, const void* x, const void* dy,
                       const PositionValues<A>& position, const ChannelValues<A>& channel,
                       Range positions, A* dot, A* count) {
+  if (IsNarrow<T>(sample)) {
+    NarrowTile<T> x_tile, dy_tile;
+    NarrowTotals<A, false> totals;
+    ForNarrowTiles(sample, positions, [&](const Sample& transposed, Range part, int64_t offset) {
+      A dots[kNarrowChannels], counts[kNarrowChannels];
+      BackwardChannels<T>(transposed, module, x_tile.From(sample, x, part),
+                          dy == nullptr ? nullptr : dy_tile.From(sample, dy, part),
+                          position + offset, channel, {0, part.size()}, dots, counts);
+      totals.Add(sample.channels, dots, counts);
+    });
+    return totals.Get(sample.channels, A{1}, dot, count);
+  }
   switch (module) {
     case Module::kChannelFirst:
       return BackwardChannelsWith<T, Module::kChannelFirst>(sample, x, dy, position, channel,
@@ -786,6 +955,16 @@ template <typename T, typename A = typename ComputeOf<T>::A>
 void BackwardMap(const Sample& sample, Module module, const void* x, const void* dy,
                  const PositionValues<A>& position, const ChannelValues<A>& channel,
                  Range positions, bool stream, void* dx) {
+  if (IsNarrow<T>(sample)) {
+    NarrowTile<T> x_tile, dy_tile;
+    return ForNarrowTiles(
+        sample, positions, [&](const Sample& transposed, Range part, int64_t offset) {
+          BackwardMap<T>(transposed, module, x_tile.From(sample, x, part),
+                         dy == nullptr ? nullptr : dy_tile.From(sample, dy, part),
+                         position + offset, channel, {0, part.size()}, false, x_tile.values);
+          x_tile.To(sample, part, dx);
+        });
+  }
   using Function = void (*)(const Sample&, const void*, const void*, const PositionValues<A>&,
                             const ChannelValues<A>&, Range, bool, void*);
   static constexpr Function kTable[] = {

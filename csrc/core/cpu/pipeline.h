@@ -163,7 +163,7 @@ struct Geometry {
         half_slice_rows(HalfWithin(problem, problem.kernel_height, slice_rows)),
         half_rows(half_slices * slice_rows + half_slice_rows),
         half_columns(HalfWithin(problem, problem.kernel_width, width)),
-        sample{problem.layout, positions, channels},
+        sample{LayoutOf(problem), positions, channels},
         sample_bytes(positions * channels * ElementSize(problem.dtype)) {
     const int64_t bytes = std::max(kLeastSampleBytes, maps * sample_bytes);
     const int64_t samples = std::max<int64_t>(1, batch);
@@ -208,7 +208,7 @@ struct Geometry {
     const int64_t element = ElementSize(problem.dtype);
     const int64_t row_bytes = std::max<int64_t>(1, width * channels * element);
     step_rows = std::max<int64_t>(1, kStepBytes / row_bytes);
-    if (problem.layout == Layout::kNCHW) {
+    if (sample.layout == Layout::kNCHW) {
       const int64_t run_row = std::max<int64_t>(1, width * element);
       step_rows = RoundUp(std::max(step_rows, CeilDiv(kRunBytes, run_row)),
                           64 / std::gcd(run_row, int64_t{64}));
@@ -242,6 +242,13 @@ struct Geometry {
     if (gap == 0) return r - first;
     const auto slice = [this](int64_t row) { return (row + height) / slice_rows; };
     return r - first + (slice(r) - slice(first)) * gap;
+  }
+
+  // Where there is one position or one channel the layouts are the same memory. The passes take the
+  // one whose rows are long.
+  static Layout LayoutOf(const Problem& problem) {
+    if (problem.depth == 1 && problem.height == 1 && problem.width == 1) return Layout::kNHWC;
+    return problem.channels == 1 ? Layout::kNCHW : problem.layout;
   }
 
   // Rows or columns on either side of a position that its convolution can reach.

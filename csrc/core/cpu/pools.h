@@ -95,6 +95,7 @@ class SpatialPoolPipeline {
       : map_(*kernels.map),
         parallel_(parallel),
         element_size_(ElementSize(problem.dtype)),
+        layout_(problem.layout),
         g_(problem, parallel, 1),
         stream_(ShouldStream(g_)) {
     Arena arena(workspace);
@@ -155,19 +156,20 @@ class SpatialPoolPipeline {
       });
     });
   }
-  int64_t Stride() const { return g_.sample.layout == Layout::kNHWC ? 2 : 1; }
+  int64_t Stride() const { return layout_ == Layout::kNHWC ? 2 : 1; }
   // The address of descriptor q at position p.
   template <typename P>
   P* Descriptor(P* descriptors, int64_t n, int q, int64_t p) const {
     using Byte = std::conditional_t<std::is_const_v<P>, const char, char>;
-    const int64_t index = g_.sample.layout == Layout::kNHWC ? (n * g_.positions + p) * 2 + q
-                                                            : (n * 2 + q) * g_.positions + p;
+    const int64_t index =
+        layout_ == Layout::kNHWC ? (n * g_.positions + p) * 2 + q : (n * 2 + q) * g_.positions + p;
     return static_cast<Byte*>(descriptors) + index * element_size_;
   }
 
   const MapPasses<A>& map_;
   const Parallel& parallel_;
   const int64_t element_size_;
+  const Layout layout_;  // of the descriptors
   const Geometry g_;
   const bool stream_;
   size_t bytes_ = 0;

@@ -45,6 +45,12 @@ namespace {
 
 #define CBAM_INLINE inline __attribute__((always_inline))
 
+// A number that is known where it is passed on as an argument.
+template <int64_t kValue>
+struct Constant {
+  constexpr operator int64_t() const { return kValue; }
+};
+
 // Storage types of the half formats.
 struct Float16 {
   uint16_t bits;
