@@ -73,11 +73,10 @@ class BackwardPipeline {
     block_slots_ = g_.is_own ? 1 : Slots::Count(parallel, g_.wave * blocks_);
     sample_slots_ = g_.is_own ? 1 : Slots::Count(parallel, g_.wave * tap_slices_);
     if (HasChannelGate(problem)) {
-      partial_ = arena_.Take<A>(w, g_.units, 2, c);
+      partial_ = arena_.Take<A>(w, PartialsPerSample(), 2, c);
       channel_count_ = arena_.Take<A>(w, c);
       arena_.TakePair(hidden_, n, h);
       arena_.TakePair(d_hidden_, n, h);
-      arena_.TakePair(d_channel_, w, c);
       if (problem.mlp_activation == Activation::kRelu) {
         arena_.TakePair(dz_channel_, n, c);
       } else {
@@ -179,6 +178,13 @@ class BackwardPipeline {
     return dz_ + (problem_.batch_norm ? n : wave.Row(n)) * g_.positions;
   }
 
+  // [samples, C]: the gradient of the mean (0) or maximum (1) of a wave's channels, where its partial
+  // sums were, which are added up by then.
+  A* DChannel(const Wave& wave, int q) const {
+    return partial_ + (wave.row * PartialsPerSample() * 2 + q * wave.samples) * g_.channels;
+  }
+  int64_t PartialsPerSample() const { return std::max<int64_t>(1, g_.units); }
+
   // Positions [p, ...) of sample n of the wave, and the sample's channels.
   PositionValues<A> PositionsAt(const BackwardArgs& args, const Wave& wave, int64_t n,
                                 int64_t p) const {
@@ -190,9 +196,10 @@ class BackwardPipeline {
   ChannelValues<A> ChannelsAt(const BackwardArgs& args, const Wave& wave, int64_t n) const {
     if (!HasChannelGate(problem_)) return {};
     const int64_t c = g_.channels;
-    return {ChannelGateOf(args, n), d_channel_[0] + wave.Row(n) * c,
+    const int64_t i = (n - wave.first) * c;
+    return {ChannelGateOf(args, n), DChannel(wave, 0) + i,
             static_cast<const A*>(args.channel_descriptors) + (g_.batch + n) * c,
-            d_channel_[1] + wave.Row(n) * c};
+            DChannel(wave, 1) + i};
   }
 
   // Passes A and B of a wave. `gate_only` (batch norm's first sweep) stops at the gradient of the
@@ -372,7 +379,7 @@ class BackwardPipeline {
   }
 
   // From dz, the gradient of the gate, by that of its logits to the descriptors'. Leaves in
-  // d_channel_ what pass C adds to every position and to those that attain the maximum.
+  // DChannel what pass C adds to every position and to those that attain the maximum.
   void ThroughMlp(const BackwardArgs& args, const Wave& wave) {
     const int64_t c = g_.channels, h = problem_.hidden;
     const int64_t first = wave.first, samples = wave.samples;
@@ -385,7 +392,7 @@ class BackwardPipeline {
     const A* mean = static_cast<const A*>(args.channel_descriptors) + first * c;
     const A* descriptors[2] = {mean, mean + g_.batch * c};
     A* hidden[2] = {hidden_[0] + first * h, hidden_[1] + first * h};
-    A* const d_channel[2] = {d_channel_[0] + wave.row * c, d_channel_[1] + wave.row * c};
+    A* const d_channel[2] = {DChannel(wave, 0), DChannel(wave, 1)};
     const A* const channel_count = channel_count_ + wave.row * c;
     A* dz[2] = {dz_channel_[0] + first * c, dz_channel_[1] + first * c};
     const bool relu = problem_.mlp_activation == Activation::kRelu;
@@ -409,7 +416,7 @@ class BackwardPipeline {
       bool saturated = false;
       for (int64_t s = 0; s < samples; ++s)
         saturated |= AnySaturated(gate + s * c + columns.begin, columns.size());
-      // Both branches' logits, or their sum, go to d_channel_, which is free until the end.
+      // Both branches' logits, or their sum, go to d_channel, which is free until the end.
       if (meet_early && saturated) {
         mlp.OutputBlock(hidden_sum, samples, columns, Activation::kNone, d_channel[0]);
       } else if (relu || saturated) {
@@ -654,7 +661,6 @@ class BackwardPipeline {
   A* channel_count_ = nullptr;  // [g.slots * wave, C]
   A* hidden_[2] = {};           // [N, hidden]
   A* d_hidden_[2] = {};         // [N, hidden]
-  A* d_channel_[2] = {};        // [g.slots * wave, C]
   A* dz_channel_[2] = {};       // [N, C], one tensor unless the MLP ends in an activation
 
   // For the spatial gate.
