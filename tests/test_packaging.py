@@ -124,6 +124,13 @@ def test_the_sdist_holds_the_sources_and_no_builds(sdist):
     assert not [n for n in names if n.startswith("build/") or n.endswith((".so", ".o", ".pyc"))]
 
 
+@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="the sources are no clone")
+@pytest.mark.parametrize("name", ["build/", "dist/", ".venv/", "uv.lock"])
+def test_what_an_install_leaves_in_a_clone_is_no_source(name):
+    """Fails where a commit or an sdist would take it along."""
+    succeed("git", "check-ignore", name, cwd=ROOT)
+
+
 @pytest.mark.long
 def test_the_wheel_holds_the_package_and_its_compiled_parts(wheel):
     with zipfile.ZipFile(wheel) as archive:
