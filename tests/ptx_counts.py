@@ -7,7 +7,8 @@
     python tests/ptx_counts.py --memory 56x56x256 float32 NHWC
                                           bytes from and to memory of a whole H100
 
-For the maps of ResNet's four stages, both directions, by phase, per element of the map:
+For the maps of ResNet's four stages, with C / 16 hidden units and a kernel of 7 x 7, both
+directions, by phase, per element of the map:
 
     instructions  issue slots of a lane: 32 per instruction of a warp, whoever takes part. Moves,
                   parameters and conversions of addresses are not in them: ptxas folds those
@@ -46,13 +47,16 @@ from ptx_machine import PtxKernels
 from cbam_ops.testing import Case
 
 TABLE = CSRC / "core" / "cuda" / "counts.csv"
-# Batches of about a million elements, and one that a group of samples of the MLP fits.
+# Batches of one to three million elements: what the gradients of the weights cost beside their
+# sums, many samples share.
 STAGES = {
     "56x56x256": (2, 56, 56, 256),
     "28x28x512": (2, 28, 28, 512),
-    "14x14x1024": (8, 14, 14, 1024),
-    "7x7x2048": (8, 7, 7, 2048),
+    "14x14x1024": (16, 14, 14, 1024),
+    "7x7x2048": (32, 7, 7, 2048),
 }
+# As in the paper, with a kernel of 7 x 7.
+REDUCTION = 16
 DTYPES = ("float32", "bfloat16")
 LAYOUTS = ("NHWC", "NCHW")
 KEYS = ("stage", "dtype", "layout", "direction", "phase")
@@ -134,7 +138,10 @@ def run(
 ) -> Iterator[tuple[str, int]]:
     """Runs both directions and stops after each, to be counted: its name, the map's elements."""
     size = (batch or STAGES[stage][0], *STAGES[stage][1:])
-    problem = Problem(Case(size=size, dtype=dtype, data_format=layout), gate_gradients=False)
+    case = Case(
+        size=size, hidden=size[-1] // REDUCTION, kernel_size=7, dtype=dtype, data_format=layout
+    )
+    problem = Problem(case, gate_gradients=False)
     outputs: Any = None
     for direction in ("forward", "backward"):
         kernels.configure(races=False, **{"l1": L1_BYTES, "l2": L2_BYTES, **machine})

@@ -480,13 +480,13 @@ MUTANTS = {
     ),
     "mlp: barrier after a slice removed": (
         "mlp.cuh",
-        "    Barrier();\n  }\n  CBAM_UNROLL\n  for (int s = 0; s < kSums; ++s) shared",
-        "  }\n  CBAM_UNROLL\n  for (int s = 0; s < kSums; ++s) shared",
+        "    Barrier();\n  }\n  // One more than there are threads",
+        "  }\n  // One more than there are threads",
     ),
     "map: ties get the whole gradient": (
         "sides.cuh",
-        "side.max_share = d_max / count;",
-        "side.max_share = d_max;",
+        "side.share + d_max / count;",
+        "side.share + d_max;",
     ),
     # The protocol between blocks: each wait, each release, each barrier that they rely on.
     "tickets: nobody waits": (
@@ -592,11 +592,11 @@ def test_resources_and_warnings() -> None:
 
 
 def test_committed_table() -> None:
-    """All architectures that are built by default. Kernels for float32 and half types spill nothing
-    but a few registers of backward on 12.0."""
+    """All architectures that are built by default. Kernels for float32 and half types spill
+    nothing, float64's a few registers of backward."""
     table = cuda_resources.read_table()
     assert {str(row["architecture"]) for row in table} == set(cuda_resources.ARCHITECTURES)
     for row in table:
-        spares = row["source"] == "float64" or row["architecture"] == 120
-        limit = 136 if spares and "Backward" in str(row["kernel"]) else 0
+        spares = row["source"] == "float64" and "Backward" in str(row["kernel"])
+        limit = 144 if spares else 0
         assert int(row["spills"]) <= limit, row

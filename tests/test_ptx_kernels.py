@@ -195,7 +195,7 @@ def test_no_more_to_do_than_the_table_says(
     assert not ptx_counts.differences(rows, ptx_counts.read_table())
 
 
-@pytest.mark.parametrize(("stage", "batch"), [("56x56x256", 4), ("7x7x2048", 16)])
+@pytest.mark.parametrize(("stage", "batch"), [("56x56x256", 4), ("7x7x2048", 64)])
 def test_counts_scale_with_the_batch(compiled: PtxKernels, stage: str, batch: int) -> None:
     """Of twice the table's batch each element has no more to do, and what goes over maps has the
     same: the table's counts are those of larger batches too, a little pessimistic."""
@@ -210,8 +210,8 @@ def test_counts_scale_with_the_batch(compiled: PtxKernels, stage: str, batch: in
 
 
 def test_counts_notice_a_bank_conflict(tmp_path: Path) -> None:
-    """Rows of a staged tile without the element between them: as right, and slower."""
-    broken = planted(tmp_path, "mlp.cuh", "(kSize + 1)", "kSize")
+    """Rows of inputs without the vectors between them: as right, and slower."""
+    broken = planted(tmp_path, "mlp.cuh", "kSlice<A> + 2 * kBlockSide", "kSlice<A>")
     rows = ptx_counts.count(broken, "14x14x1024", "float32", "NHWC")
     found = ptx_counts.differences(rows, ptx_counts.read_table())
     assert [text for text in found if "MLP: conflicts" in text], found

@@ -39,8 +39,9 @@ class Order : public cbam_ops::python::DevicePointers<cbam_ops::python::Question
       const cbam_ops::cuda::Stage& stage = schedule.stages[s];
       stages.append(py::make_tuple(stage.items, stage.groups, stage.after, stage.after_all));
     }
+    int section = 0;
     for (uint64_t ticket = 0; ticket < schedule.tickets; ++ticket) {
-      const cbam_ops::cuda::Item item = schedule.At(ticket);
+      const cbam_ops::cuda::Item item = schedule.At(ticket, &section);
       items.append(py::make_tuple(item.stage, item.group, item.index));
     }
     return py::make_tuple(stages, items);

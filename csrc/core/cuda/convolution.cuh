@@ -64,13 +64,13 @@ struct Windows {
         PatchValues(call.patches, call.kernel_depth, call.kernel_height, call.kernel_width);
     const int taps = 2 * call.kernel_depth * call.kernel_height * call.kernel_width;
     rows = patch.rows + call.kernel_height - 1;
-    stride = patch.columns + call.kernel_width - 1;
+    stride = (patch.columns + 1) / 2 * 2 + call.kernel_width - 1;
     sums = Shared<A>();
-    mean = sums + kThreads / kWarp;
+    A* const weights = sums + kThreads / kWarp;  // first, for vectors of two
+    mean = weights + taps;
     maximum = mean + values;
     gradient = maximum + values;
-    A* const weights = gradient + values;
-    corners = reinterpret_cast<int*>(weights + taps);
+    corners = reinterpret_cast<int*>(gradient + values);
     kernel = call.kernel;
     if (!call.patches.staged) return;
     kernel = weights;
@@ -105,16 +105,17 @@ CBAM_DEVICE KernelRow KernelRowAt(const Call<A>& call, int i) {
   return {slice, i - slice * call.kernel_height};
 }
 
-// A position of a patch: its row and column there, and its index in the map.
-struct PatchPosition {
-  int row;
-  int column;
-  int64_t p;
-};
-template <typename A>
-CBAM_DEVICE PatchPosition PositionAt(const Call<A>& call, const Patch& patch, int q) {
-  const int row = q / patch.columns, column = q - row * patch.columns;
-  return {row, column, IndexOf(call, patch.slice, patch.row + row, patch.column + column)};
+// Calls body(row, column, positions, index of the first in the map) for every two neighbours of a
+// patch, in its row, or the last one: a thread shares what it reads for them.
+template <typename A, typename Body>
+CBAM_DEVICE void OverNeighbours(const Call<A>& call, const Patch& patch, Body body) {
+  const int pairs = (patch.columns + 1) / 2;
+  CBAM_NO_UNROLL
+  for (int q = ThreadIndex(); q < patch.rows * pairs; q += kThreads) {
+    const int row = q / pairs, column = 2 * (q - row * pairs);
+    body(row, column, column + 1 < patch.columns ? 2 : 1,
+         IndexOf(call, patch.slice, patch.row + row, patch.column + column));
+  }
 }
 
 // Calls store(index in the window, inside, position) for the whole window of a patch: a warp takes
@@ -147,37 +148,44 @@ CBAM_DEVICE void FillDescriptors(const Call<A>& call, int64_t n, const Patch& pa
   });
 }
 
-// conv(descriptors) at a position of the patch: its row and column there.
+// conv(descriptors) at two neighbours of the patch, from the row and column of the first there.
 template <typename A>
-CBAM_DEVICE A Convolve(const Call<A>& call, int64_t n, const Patch& patch,
-                       const Windows<A>& windows, int row, int column) {
+CBAM_DEVICE void Convolve(const Call<A>& call, int64_t n, const Patch& patch,
+                          const Windows<A>& windows, int row, int column, A (&sums)[2]) {
   const int height = call.kernel_height, width = call.kernel_width;
-  A sum = A(0);
+  sums[0] = sums[1] = A(0);
   CBAM_NO_UNROLL
-  for (int k = 0; k < call.kernel_depth * height; ++k) {
-    const auto [d, i] = KernelRowAt(call, k);
-    const A* const weights = windows.kernel + static_cast<int64_t>(k) * width * 2;
+  for (int of = 0; of < call.kernel_depth * height; ++of) {
+    const auto [d, i] = KernelRowAt(call, of);
+    const A* const weights = windows.kernel + static_cast<int64_t>(of) * width * 2;
     if (call.patches.staged) {
       const int at = (d * windows.rows + row + i) * windows.stride + column;
-      CBAM_NO_UNROLL
+      A mean = windows.mean[at], maximum = windows.maximum[at];
+      CBAM_UNROLL_4
       for (int j = 0; j < width; ++j) {
-        sum += windows.mean[at + j] * weights[2 * j];
-        sum += windows.maximum[at + j] * weights[2 * j + 1];
+        const Vec<A, 2> two = Load<A, 2>(weights + 2 * j);
+        sums[0] += mean * two.value[0];
+        sums[0] += maximum * two.value[1];
+        mean = windows.mean[at + j + 1];
+        maximum = windows.maximum[at + j + 1];
+        sums[1] += mean * two.value[0];
+        sums[1] += maximum * two.value[1];
       }
       continue;
     }
     CBAM_NO_UNROLL
-    for (int j = 0; j < width; ++j) {
+    for (int j = 0; j < 2 * width; ++j) {
+      const int k = j / width, tap = j - k * width;
       const int64_t s = patch.slice + d - call.kernel_depth / 2;
-      const int64_t r = patch.row + row + i - height / 2, c = patch.column + column + j - width / 2;
+      const int64_t r = patch.row + row + i - height / 2;
+      const int64_t c = patch.column + column + k + tap - width / 2;
       if (!Inside(call, s, r, c)) continue;
       A mean, maximum;
       Fold<true>(call.spatial_source, n, IndexOf(call, s, r, c), &mean, &maximum);
-      sum += mean * weights[2 * j];
-      sum += maximum * weights[2 * j + 1];
+      const A part = mean * weights[2 * tap] + maximum * weights[2 * tap + 1];
+      (k == 0 ? sums[0] : sums[1]) += part;
     }
   }
-  return sum;
 }
 
 template <typename A>
@@ -194,34 +202,38 @@ CBAM_DEVICE void Convolution(const Call<A>& call, int64_t n, int64_t index) {
   Barrier();
   A* const descriptors = call.spatial_descriptors + n * 2 * call.positions;
   A sum = A(0);
-  CBAM_NO_UNROLL
-  for (int q = ThreadIndex(); q < patch.size(); q += kThreads) {
-    const auto [row, column, p] = PositionAt(call, patch, q);
-    if (call.patches.staged) {
-      const int centre = windows.Centre(call) + row * windows.stride + column;
-      descriptors[p] = windows.mean[centre];
-      descriptors[call.positions + p] = windows.maximum[centre];
-    } else {
-      Fold<true>(call.spatial_source, n, p, descriptors + p, descriptors + call.positions + p);
+  OverNeighbours(call, patch, [&](int row, int column, int positions, int64_t first) {
+    A z[2];
+    Convolve(call, n, patch, windows, row, column, z);
+    CBAM_UNROLL
+    for (int k = 0; k < 2; ++k) {
+      if (k >= positions) continue;
+      const int64_t p = first + k;
+      if (call.patches.staged) {
+        const int centre = windows.Centre(call) + row * windows.stride + column + k;
+        descriptors[p] = windows.mean[centre];
+        descriptors[call.positions + p] = windows.maximum[centre];
+      } else {
+        Fold<true>(call.spatial_source, n, p, descriptors + p, descriptors + call.positions + p);
+      }
+      if (call.batch_norm) {
+        call.z[n * call.positions + p] = z[k];
+        sum += z[k];
+      } else {
+        call.spatial_gate[n * call.positions + p] = Sigmoid(z[k] + Bias(call));
+      }
     }
-    const A z = Convolve(call, n, patch, windows, row, column);
-    if (call.batch_norm) {
-      call.z[n * call.positions + p] = z;
-      sum += z;
-    } else {
-      call.spatial_gate[n * call.positions + p] = Sigmoid(z + Bias(call));
-    }
-  }
+  });
   if (!call.batch_norm) return;
   sum = BlockSum(sum, windows.sums);
   const A mean = sum / static_cast<A>(patch.size());
   A squares = A(0);
-  CBAM_NO_UNROLL
-  for (int q = ThreadIndex(); q < patch.size(); q += kThreads) {
-    const auto [row, column, p] = PositionAt(call, patch, q);
-    const A distance = call.z[n * call.positions + p] - mean;  // this thread's own value
-    squares += distance * distance;
-  }
+  OverNeighbours(call, patch, [&](int, int, int positions, int64_t first) {
+    for (int k = 0; k < positions; ++k) {  // this thread's own values
+      const A distance = call.z[n * call.positions + first + k] - mean;
+      squares += distance * distance;
+    }
+  });
   squares = BlockSum(squares, windows.sums);
   if (ThreadIndex() == 0) {
     const int64_t at = n * call.patches.count + index;
@@ -286,19 +298,22 @@ CBAM_DEVICE void NormGrad(const Call<A>& call, int64_t n, int64_t index) {
   if (call.patches.staged) FillDescriptors(call, n, patch, windows);
   Barrier();
   A sum = A(0), product = A(0);
-  CBAM_NO_UNROLL
-  for (int q = ThreadIndex(); q < patch.size(); q += kThreads) {
-    const auto [row, column, p] = PositionAt(call, patch, q);
-    const A z = Convolve(call, n, patch, windows, row, column);
-    const A normalised = (z - call.batch_statistics[0]) / Deviation(call);
-    A t, count;
-    Fold<false>(call.spatial_pass, n, p, &t, &count);
-    const A dz = LogitGradient(call, n, p, t);
-    call.dz[n * call.positions + p] = dz;
-    call.z[n * call.positions + p] = normalised;
-    sum += dz;
-    product += dz * normalised;
-  }
+  OverNeighbours(call, patch, [&](int row, int column, int positions, int64_t first) {
+    A z[2];
+    Convolve(call, n, patch, windows, row, column, z);
+    CBAM_UNROLL
+    for (int k = 0; k < 2; ++k) {
+      if (k >= positions) continue;
+      const A normalised = (z[k] - call.batch_statistics[0]) / Deviation(call);
+      A t, count;
+      Fold<false>(call.spatial_pass, n, first + k, &t, &count);
+      const A dz = LogitGradient(call, n, first + k, t);
+      call.dz[n * call.positions + first + k] = dz;
+      call.z[n * call.positions + first + k] = normalised;
+      sum += dz;
+      product += dz * normalised;
+    }
+  });
   sum = BlockSum(sum, windows.sums);
   product = BlockSum(product, windows.sums);
   if (ThreadIndex() == 0) {
@@ -340,61 +355,78 @@ CBAM_DEVICE A ConvolutionGradient(const Call<A>& call, int64_t n, int64_t p) {
   return LogitGradient(call, n, p, t);
 }
 
-// The transposed convolution at a position of the patch.
+// The transposed convolution at two neighbours of the patch.
 template <typename A>
 CBAM_DEVICE void ConvolveTransposed(const Call<A>& call, int64_t n, const Patch& patch,
-                                    const Windows<A>& windows, int row, int column, A* d_mean,
-                                    A* d_max) {
+                                    const Windows<A>& windows, int row, int column, A (&d_mean)[2],
+                                    A (&d_max)[2]) {
   const int height = call.kernel_height, width = call.kernel_width;
-  *d_mean = *d_max = A(0);
+  for (int k = 0; k < 2; ++k) d_mean[k] = d_max[k] = A(0);
   CBAM_NO_UNROLL
-  for (int k = 0; k < call.kernel_depth * height; ++k) {
-    const auto [d, i] = KernelRowAt(call, k);
-    const A* const weights = windows.kernel + static_cast<int64_t>(k) * width * 2;
+  for (int of = 0; of < call.kernel_depth * height; ++of) {
+    const auto [d, i] = KernelRowAt(call, of);
+    const A* const weights = windows.kernel + static_cast<int64_t>(of) * width * 2;
     if (call.patches.staged) {
       const int from = (call.kernel_depth - 1 - d) * windows.rows + row + height - 1 - i;
       const A* const last = windows.gradient + from * windows.stride + column + width - 1;
-      CBAM_NO_UNROLL
+      A neighbour = last[1];
+      CBAM_UNROLL_4
       for (int j = 0; j < width; ++j) {
+        const Vec<A, 2> two = Load<A, 2>(weights + 2 * j);
         const A value = last[-j];
-        *d_mean += value * weights[2 * j];
-        *d_max += value * weights[2 * j + 1];
+        d_mean[0] += value * two.value[0];
+        d_max[0] += value * two.value[1];
+        d_mean[1] += neighbour * two.value[0];
+        d_max[1] += neighbour * two.value[1];
+        neighbour = value;
       }
       continue;
     }
     CBAM_NO_UNROLL
-    for (int j = 0; j < width; ++j) {
+    for (int j = 0; j < 2 * width; ++j) {
+      const int k = j / width, tap = j - k * width;
       const int64_t s = patch.slice - d + call.kernel_depth / 2;
-      const int64_t r = patch.row + row - i + height / 2, c = patch.column + column - j + width / 2;
+      const int64_t r = patch.row + row - i + height / 2;
+      const int64_t c = patch.column + column + k - tap + width / 2;
       if (!Inside(call, s, r, c)) continue;
       const A value = ConvolutionGradient(call, n, IndexOf(call, s, r, c));
-      *d_mean += value * weights[2 * j];
-      *d_max += value * weights[2 * j + 1];
+      (k == 0 ? d_mean[0] : d_mean[1]) += value * weights[2 * tap];
+      (k == 0 ? d_max[0] : d_max[1]) += value * weights[2 * tap + 1];
     }
   }
 }
 
-// The patch's part of dK, and of dbias as the last tap: a warp per tap.
+// The patch's part of dK, and of dbias as the last tap. A warp sums four columns of a row of the
+// kernel at a time, for both descriptors.
 template <typename A>
 CBAM_DEVICE void SumTaps(const Call<A>& call, int64_t n, const Patch& patch,
                          const Windows<A>& windows, int64_t block) {
+  constexpr int kColumns = 4;
   const int height = call.kernel_height, width = call.kernel_width, lane = ThreadIndex() % kWarp;
-  const int64_t taps = static_cast<int64_t>(call.kernel_depth) * height * width * 2;
+  const int rows = call.kernel_depth * height, pieces = (width + kColumns - 1) / kColumns;
   const int64_t blocks = call.batch * call.patches.count;
   const A* const centre = windows.gradient + windows.Centre(call);
   CBAM_NO_UNROLL
-  for (int64_t tap = ThreadIndex() / kWarp; tap <= taps; tap += kThreads / kWarp) {
-    const int k = static_cast<int>(Quotient(tap / 2, width));
-    const int j = static_cast<int>(tap / 2 - k * width);
-    const auto [d, i] = KernelRowAt(call, k);
-    A sum = A(0);
+  for (int piece = ThreadIndex() / kWarp; piece < rows * pieces; piece += kThreads / kWarp) {
+    const int of = piece / pieces, first = (piece - of * pieces) * kColumns;
+    const auto [d, i] = KernelRowAt(call, of);
+    A sums[kColumns][2] = {}, total = A(0);
     if (call.patches.staged) {
-      const A* const other = (tap % 2 == 0 ? windows.mean : windows.maximum) +
-                             (d * windows.rows + i) * windows.stride + j;
+      int others[kColumns];
+      CBAM_UNROLL
+      for (int j = 0; j < kColumns; ++j)  // beyond the kernel: its last column again
+        others[j] =
+            (d * windows.rows + i) * windows.stride + (first + j < width ? first + j : width - 1);
       CBAM_NO_UNROLL
       for (int q = lane; q < patch.size(); q += kWarp) {
-        const A value = centre[windows.corners[q]];
-        sum += tap < taps ? value * other[windows.corners[q]] : value;
+        const int corner = windows.corners[q];
+        const A value = centre[corner];
+        total += value;
+        CBAM_UNROLL
+        for (int j = 0; j < kColumns; ++j) {
+          sums[j][0] += value * windows.mean[corner + others[j]];
+          sums[j][1] += value * windows.maximum[corner + others[j]];
+        }
       }
     } else {
       CBAM_NO_UNROLL
@@ -402,19 +434,38 @@ CBAM_DEVICE void SumTaps(const Call<A>& call, int64_t n, const Patch& patch,
         const int row = q / patch.columns, column = q - row * patch.columns;
         const int64_t r = patch.row + row, c = patch.column + column;
         const A value = ConvolutionGradient(call, n, IndexOf(call, patch.slice, r, c));
-        const int64_t to_s = patch.slice + d - call.kernel_depth / 2;
-        const int64_t to_r = r + i - height / 2, to_c = c + j - width / 2;
-        if (tap == taps) {
-          sum += value;
-        } else if (Inside(call, to_s, to_r, to_c)) {
+        total += value;
+        CBAM_UNROLL
+        for (int j = 0; j < kColumns; ++j) {
+          const int64_t to_s = patch.slice + d - call.kernel_depth / 2;
+          const int64_t to_r = r + i - height / 2, to_c = c + first + j - width / 2;
+          if (first + j >= width || !Inside(call, to_s, to_r, to_c)) continue;
           A mean, maximum;
           Fold<true>(call.spatial_source, n, IndexOf(call, to_s, to_r, to_c), &mean, &maximum);
-          sum += value * (tap % 2 == 0 ? mean : maximum);
+          sums[j][0] += value * mean;
+          sums[j][1] += value * maximum;
         }
       }
     }
-    sum = SumOverWarp(sum);
-    if (lane == 0) call.taps[tap * blocks + block] = sum;
+    CBAM_NO_UNROLL
+    for (int mask = kWarp / 2; mask > 0; mask /= 2) {
+      total += ShuffleXor(total, mask);
+      CBAM_UNROLL
+      for (int j = 0; j < kColumns; ++j) {
+        sums[j][0] += ShuffleXor(sums[j][0], mask);
+        sums[j][1] += ShuffleXor(sums[j][1], mask);
+      }
+    }
+    if (lane != 0) continue;
+    if (piece == 0) call.taps[int64_t{2} * rows * width * blocks + block] = total;
+    CBAM_UNROLL
+    for (int j = 0; j < kColumns; ++j) {
+      if (first + j >= width) continue;
+      A* const taps =
+          call.taps + 2 * (static_cast<int64_t>(of) * width + first + j) * blocks + block;
+      taps[0] = sums[j][0];
+      taps[blocks] = sums[j][1];
+    }
   }
 }
 
@@ -429,28 +480,34 @@ CBAM_DEVICE void PositionSides(const Call<A>& call, int64_t n, int64_t index) {
     });
   }
   Barrier();
-  CBAM_NO_UNROLL
-  for (int q = ThreadIndex(); q < patch.size(); q += kThreads) {
-    const auto [row, column, p] = PositionAt(call, patch, q);
-    if (call.patches.staged) windows.corners[q] = row * windows.stride + column;
-    A d_mean, d_max, t, count;
-    ConvolveTransposed(call, n, patch, windows, row, column, &d_mean, &d_max);
-    Fold<false>(call.spatial_pass, n, p, &t, &count);
-    StoreSide(
-        call.position_sides, n, p,
-        MakeSide(call.spatial_gate[n * call.positions + p], d_mean, static_cast<A>(call.channels),
-                 true, d_max, count, call.position_maximum[n * call.position_stride + p]));
-  }
+  OverNeighbours(call, patch, [&](int row, int column, int positions, int64_t first) {
+    A d_mean[2], d_max[2];
+    ConvolveTransposed(call, n, patch, windows, row, column, d_mean, d_max);
+    CBAM_UNROLL
+    for (int k = 0; k < 2; ++k) {
+      if (k >= positions) continue;
+      if (call.patches.staged) {
+        windows.corners[row * patch.columns + column + k] = row * windows.stride + column + k;
+      }
+      const int64_t p = first + k;
+      A t, count;
+      Fold<false>(call.spatial_pass, n, p, &t, &count);
+      StoreSide(call.position_sides, n, p,
+                MakeSide(call.spatial_gate[n * call.positions + p], d_mean[k],
+                         static_cast<A>(call.channels), true, d_max[k], count,
+                         call.position_maximum[n * call.position_stride + p]));
+    }
+  });
   Barrier();
   SumTaps(call, n, patch, windows, n * call.patches.count + index);
 }
 
 // An item is a warp's worth of taps each.
 template <typename A>
-CBAM_DEVICE void Taps(const Call<A>& call, int index) {
+CBAM_DEVICE void Taps(const Call<A>& call, int64_t index) {
   const int64_t taps = int64_t{2} * call.kernel_depth * call.kernel_height * call.kernel_width;
   const int64_t blocks = call.batch * call.patches.count;
-  const int64_t tap = static_cast<int64_t>(index) * kTapsAtOnce + ThreadIndex() / kWarp;
+  const int64_t tap = index * kTapsAtOnce + ThreadIndex() / kWarp;
   if (tap > taps || (tap == taps && call.batch_norm)) return;
   A sum = A(0);
   CBAM_NO_UNROLL

@@ -12,6 +12,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #include "core/cuda/schedule.h"
 
@@ -145,6 +146,14 @@ CBAM_DEVICE float Maximum(float a, float b) {
 }
 CBAM_DEVICE double Maximum(double a, double b) { return (b > a || b != b) ? b : a; }
 
+// sum + (a == b ? 1 : 0): a comparison and an addition.
+CBAM_DEVICE float CountEqual(float a, float b, float sum) {
+  asm("{.reg .pred equal; setp.eq.f32 equal, %1, %2; @equal add.f32 %0, %0, 0f3F800000;}"
+      : "+f"(sum)
+      : "f"(a), "f"(b));
+  return sum;
+}
+
 CBAM_DEVICE float ToCompute(Half value) {
   float result;
   asm("cvt.f32.f16 %0, %1;" : "=f"(result) : "h"(value.bits));
@@ -192,6 +201,7 @@ inline float Multiply(float a, float b) { return a * b; }  // the build forbids 
 inline double Multiply(double a, double b) { return a * b; }
 inline float Maximum(float a, float b) { return (b > a || b != b) ? b : a; }
 inline double Maximum(double a, double b) { return (b > a || b != b) ? b : a; }
+inline float CountEqual(float a, float b, float sum) { return a == b ? sum + 1.0f : sum; }
 inline float ToCompute(Half value) { return cuda_on_cpu::HalfToFloat(value.bits); }
 inline float ToCompute(BFloat16 value) { return cuda_on_cpu::BFloat16ToFloat(value.bits); }
 inline void FromCompute(float value, Half* result) {
@@ -203,6 +213,7 @@ inline void FromCompute(float value, BFloat16* result) {
 
 #endif
 
+CBAM_DEVICE double CountEqual(double a, double b, double sum) { return a == b ? sum + 1.0 : sum; }
 CBAM_DEVICE float ToCompute(float value) { return value; }
 CBAM_DEVICE double ToCompute(double value) { return value; }
 CBAM_DEVICE void FromCompute(float value, float* result) { *result = value; }
@@ -219,6 +230,14 @@ struct alignas(sizeof(T) * V) Vec {
 // in the same launch.
 template <typename T, int V>
 CBAM_DEVICE Vec<T, V> Load(const T* pointer) {
+#if defined(__CUDACC__)
+  if constexpr (sizeof(T) == 2 && V == 4) {  // as words: see At
+    const uint2 bits = *reinterpret_cast<const uint2*>(pointer);
+    Vec<T, V> vec;
+    memcpy(&vec, &bits, sizeof(bits));
+    return vec;
+  }
+#endif
   return *reinterpret_cast<const Vec<T, V>*>(pointer);
 }
 
@@ -257,6 +276,48 @@ CBAM_DEVICE void StoreStreaming(T* pointer, const Vec<T, V>& vec) {
   }
 #endif
   *reinterpret_cast<Vec<T, V>*>(pointer) = vec;
+}
+
+// A value of a vector, and a vector of values. Two bfloat16 lie in a word: the upper one is the word
+// without its lower half, and two values are rounded by one instruction.
+template <typename T, int V>
+CBAM_DEVICE Compute<T> At(const Vec<T, V>& vec, int i) {
+  if constexpr (std::is_same_v<T, BFloat16> && V % 2 == 0) {
+    uint32_t word;
+    memcpy(&word, &vec.value[i / 2 * 2], sizeof(word));
+    word = i % 2 == 0 ? word << 16 : word & 0xffff0000u;
+    float result;
+    memcpy(&result, &word, sizeof(word));
+    return result;
+  } else {
+    return ToCompute(vec.value[i]);
+  }
+}
+template <typename T, int V>
+CBAM_DEVICE Vec<T, V> FromValues(const Compute<T> (&values)[V]) {
+  Vec<T, V> vec;
+#if __CUDA_ARCH__ >= 800
+  constexpr bool kByTwo = sizeof(T) == 2 && V % 2 == 0;
+  if constexpr (kByTwo) {
+    CBAM_UNROLL
+    for (int i = 0; i < V; i += 2) {
+      uint32_t word;
+      if constexpr (std::is_same_v<T, BFloat16>) {
+        asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(values[i + 1]), "f"(values[i]));
+      } else {
+        asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(values[i + 1]), "f"(values[i]));
+      }
+      memcpy(&vec.value[i], &word, sizeof(word));
+    }
+  }
+#else
+  constexpr bool kByTwo = false;
+#endif
+  if constexpr (!kByTwo) {
+    CBAM_UNROLL
+    for (int i = 0; i < V; ++i) FromCompute(values[i], &vec.value[i]);
+  }
+  return vec;
 }
 
 // ---- numbers ------------------------------------------------------------------------------------

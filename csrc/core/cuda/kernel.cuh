@@ -14,9 +14,17 @@
 namespace cbam_ops {
 namespace cuda {
 
+// An item as those who work on it need it.
+struct Work {
+  Item item;
+  Task task;
+  int64_t n;  // the sample, or of a stage that does not go by samples the group
+  int index;  // among the items of that
+};
+
 // The start of a block's shared memory.
 struct Control {
-  Item items[2];      // in turn: the one that is worked on, the next
+  Work works[2];      // in turn: the one that is worked on, the next
   uint32_t finished;  // items that the block has worked on
 };
 static_assert(sizeof(Control) <= kControlBytes, "more than is set aside");
@@ -31,9 +39,10 @@ CBAM_DEVICE void CountAsDone(const Call<A>& call, const Item& item) {
 // last item, `fetched` before it: when the block has finished that, it must be counted before more
 // is waited for. Returns whether it was.
 template <typename A>
-CBAM_DEVICE bool Fetch(const Call<A>& call, Control* control, const Item& last, uint32_t fetched) {
+CBAM_DEVICE bool Fetch(const Call<A>& call, Control* control, const Item& last, uint32_t fetched,
+                       int* section) {
   const Schedule& schedule = call.schedule;
-  const Item next = schedule.At(TakeTicket(call.next_ticket));
+  const Item next = schedule.At(TakeTicket(call.next_ticket), section);
   bool counted = last.stage < 0;
   const auto wait = [&](int64_t counter, int64_t target) {
     const uint32_t* const address = call.counters + counter;
@@ -51,48 +60,47 @@ CBAM_DEVICE bool Fetch(const Call<A>& call, Control* control, const Item& last, 
     if (stage.after >> s & 1) wait(schedule.CounterOf(s, next.group), other.items);
     if (stage.after_all >> s & 1) wait(schedule.TotalOf(s), other.items * other.groups);
   }
-  control->items[fetched & 1] = next;
+  Work work = {next, Task(), next.group, next.index};
+  if (next.stage >= 0) {
+    const Stage& stage = schedule.stages[next.stage];
+    work.task = stage.task;
+    if (stage.sample_items > 0) {
+      const int32_t sample = next.index / stage.sample_items;
+      work.n = next.group * schedule.group_samples + sample;
+      work.index = next.index - sample * stage.sample_items;
+    }
+  }
+  control->works[fetched & 1] = work;
   return counted;
 }
 
-// Runs work(item) for every item that the block gets.
-template <typename A, typename Work>
-CBAM_DEVICE void RunItems(const Call<A>& call, Work work) {
+// Runs run(task, sample or group, index) for every item that the block gets.
+template <typename A, typename Run>
+CBAM_DEVICE void RunItems(const Call<A>& call, Run run) {
   Control* const control = reinterpret_cast<Control*>(BlockMemory());
   if (ThreadIndex() == 0) control->finished = 0;
   BlockBarrier();
   if (ThreadIndex() < kThreads) {
     for (uint32_t fetched = 0;; ++fetched) {
       BlockBarrier();  // the last item is finished, the next one known
-      const Item item = control->items[fetched & 1];
-      if (item.stage < 0) return;
+      const Work work = control->works[fetched & 1];
+      if (work.item.stage < 0) return;
       ForgetShared();
-      work(item);
+      if (work.n < call.batch) run(work.task, work.n, work.index);  // the last group may be smaller
       Barrier();
       if (ThreadIndex() == 0) Publish(&control->finished, fetched + 1);
     }
   }
   Item last = {-1, 0, 0};
+  int section = 0;
   for (uint32_t fetched = 0;; ++fetched) {
-    const bool counted = ThreadIndex() != kThreads || Fetch(call, control, last, fetched);
+    const bool counted = ThreadIndex() != kThreads || Fetch(call, control, last, fetched, &section);
     ConvergeWarp();
     BlockBarrier();
     if (!counted) CountAsDone(call, last);
-    last = control->items[fetched & 1];
+    last = control->works[fetched & 1].item;
     if (last.stage < 0) return;
   }
-}
-
-// The sample of an item of a stage that goes by samples, and the index within it. False: the last
-// group has no such sample.
-template <typename A>
-CBAM_DEVICE bool FindSample(const Call<A>& call, const Item& item, int64_t* n, int64_t* index) {
-  const int64_t samples = call.schedule.group_samples;
-  const int64_t items = Quotient(call.schedule.stages[item.stage].items, samples);
-  const int64_t sample = Quotient(item.index, items);
-  *n = item.group * samples + sample;
-  *index = item.index - sample * items;
-  return *n < call.batch;
 }
 
 template <typename M>
@@ -100,14 +108,14 @@ CBAM_KERNEL(kBlocksAtOnce)
 ForwardKernel(CBAM_PARAMETER Call<typename M::A> call) {
   using T = typename M::T;
   constexpr Gradient kNone = Gradient::kNone;
-  RunItems(call, [&](const Item& item) {
-    const Task task = call.schedule.stages[item.stage].task;
-    if (task == Task::kHidden) return Hidden(call, item.group, item.index);
-    if (task == Task::kGate) return Gate(call, item.group, item.index, false);
-    if (task == Task::kStatistics) return Statistics(call);
-    int64_t n, index;
-    if (!FindSample(call, item, &n, &index)) return;
+  RunItems(call, [&](Task task, int64_t n, int index) {
     switch (task) {
+      case Task::kHidden:
+        return Hidden(call, n, index);
+      case Task::kGate:
+        return Gate(call, n, index, false);
+      case Task::kStatistics:
+        return Statistics(call);
       case Task::kChannelPool:
         return Reduce<M, Pass::kChannelPool, kNone, false>(call, n, index);
       case Task::kSpatialPool:
@@ -131,31 +139,24 @@ BackwardKernel(CBAM_PARAMETER Call<typename M::A> call) {
   using T = typename M::T;
   constexpr Gradient kNone = Gradient::kNone, kPlain = Gradient::kPlain,
                      kMasked = Gradient::kMasked;
-  RunItems(call, [&](const Item& item) {
-    const Task task = call.schedule.stages[item.stage].task;
+  RunItems(call, [&](Task task, int64_t n, int index) {
+    const bool masked = call.mask != nullptr;
     switch (task) {
       case Task::kHidden:
-        return Hidden(call, item.group, item.index);
+        return Hidden(call, n, index);
       case Task::kLogits:
-        return Gate(call, item.group, item.index, true);
+        return Gate(call, n, index, true);
       case Task::kHiddenGrad:
-        return HiddenGrad(call, item.group, item.index);
+        return HiddenGrad(call, n, index);
       case Task::kChannelSides:
-        return ChannelSides(call, item.group, item.index);
+        return ChannelSides(call, n, index);
       case Task::kWeights0:
       case Task::kWeights1:
-        return WeightGradient(call, item.index, task == Task::kWeights0);
+        return WeightGradient(call, index, task == Task::kWeights0);
       case Task::kTotals:
         return Totals(call);
       case Task::kTaps:
-        return Taps(call, item.index);
-      default:
-        break;
-    }
-    int64_t n, index;
-    if (!FindSample(call, item, &n, &index)) return;
-    const bool masked = call.mask != nullptr;
-    switch (task) {
+        return Taps(call, index);
       case Task::kSpatialGrad:
         return masked ? Reduce<M, Pass::kSpatialGrad, kMasked, false>(call, n, index)
                       : Reduce<M, Pass::kSpatialGrad, kPlain, false>(call, n, index);

@@ -21,7 +21,7 @@
 //   dx = du g_c + da / P + (x == max x) dm / count        (not serial: du g_c + the spatial terms +
 //                                                          the channel terms)
 //
-// An item is a tile of about 24 KB of the maps it reads. What goes with its columns a thread holds
+// An item is a tile of about 32 KB of the maps it reads. What goes with its columns a thread holds
 // in registers as vectors, what goes with a row is one load for all of the row that it has; options
 // are template arguments or values, never branches in the inner loop.
 //
@@ -89,14 +89,13 @@ struct Elements {
     if constexpr (kGradient != Gradient::kNone) dy = load(call.dy);
     if constexpr (kGradient == Gradient::kMasked) y = load(call.mask);
   }
-  CBAM_DEVICE A X(int i) const { return ToCompute(x.value[i]); }
+  CBAM_DEVICE A X(int i) const { return At(x, i); }
   CBAM_DEVICE A Dy(int i) const {
     if constexpr (kGradient == Gradient::kNone) {
       return A(0);
     } else {
-      const A value = ToCompute(dy.value[i]);
-      if constexpr (kGradient == Gradient::kMasked)
-        return ToCompute(y.value[i]) > A(0) ? value : A(0);
+      const A value = At(dy, i);
+      if constexpr (kGradient == Gradient::kMasked) return At(y, i) > A(0) ? value : A(0);
       return value;
     }
   }
@@ -113,17 +112,17 @@ template <typename M>
 struct ColumnSides {
   using A = typename M::A;
   static constexpr int V = M::V;
-  A gate[V], mean_share[V], max_share[V], maximum[V];
+  A gate[V], share[V], maximum_share[V], maximum[V];
 
   // All that the gradient needs; neutral where there are none.
   CBAM_DEVICE void LoadAll(const A* sides, int64_t columns, int64_t n, int64_t column) {
     const A* const data = sides != nullptr ? sides + n * 4 * columns : nullptr;
     LoadOr<V>(data, column, A(1), gate);
-    LoadOr<V>(data, columns + column, A(0), mean_share);
-    LoadOr<V>(data, 2 * columns + column, A(0), max_share);
+    LoadOr<V>(data, columns + column, A(0), share);
+    LoadOr<V>(data, 2 * columns + column, A(0), maximum_share);
     LoadOr<V>(data, 3 * columns + column, NotANumber<A>(), maximum);
   }
-  CBAM_DEVICE Side<A> At(int i) const { return {gate[i], mean_share[i], max_share[i], maximum[i]}; }
+  CBAM_DEVICE Side<A> At(int i) const { return {gate[i], share[i], maximum_share[i], maximum[i]}; }
 };
 // The side of a row.
 template <typename A>
@@ -199,15 +198,14 @@ CBAM_DEVICE void Accumulate(A x, A dy, const Side<A>& row, const Side<A>& column
   } else if constexpr (kPass == Pass::kSpatialGrad) {
     const A u = Multiply(x, channel.gate);
     *first += dy * u;
-    *second += (serial ? u : x) == position.maximum ? A(1) : A(0);
+    *second = CountEqual(serial ? u : x, position.maximum, *second);
   } else {
     A du = dy * position.gate;
     if constexpr (kSerial) {
-      du += position.mean_share;
-      if (Multiply(x, channel.gate) == position.maximum) du += position.max_share;
+      du += Multiply(x, channel.gate) == position.maximum ? position.maximum_share : position.share;
     }
     *first += du * x;
-    *second += x == channel.maximum ? A(1) : A(0);
+    *second = CountEqual(x, channel.maximum, *second);
   }
 }
 
@@ -261,6 +259,7 @@ CBAM_DEVICE void ReduceRows(const Call<typename M::A>& call, int64_t n, int64_t 
   CBAM_NO_UNROLL
   for (int64_t begin = tile.row; begin < tile.end_row; begin += batch) {
     const int64_t row = begin + group * kRows;
+    if (row - ThreadIndex() % kWarp / lanes * kRows >= tile.end_row) break;  // all of the warp
     int64_t offsets[kRows];
     Side<A> row_sides[kRows];
     A first[kRows], second[kRows];
@@ -447,16 +446,17 @@ CBAM_DEVICE void Apply(const Call<typename M::A>& call, int64_t n, int64_t index
         CBAM_UNROLL
         for (int k = 0; k < kRows; ++k) {
           if (k >= present) continue;
-          Vec<T, V> results;
+          A values[V];
           CBAM_UNROLL
           for (int i = 0; i < V; ++i) {
             const A first = M::kChannelsLast ? gates[i] : row_gate[k];
             const A second = M::kChannelsLast ? row_gate[k] : gates[i];
-            A value = Multiply(Multiply(ToCompute(xs[k].value[i]), first), second);
-            if constexpr (kResidual) value += ToCompute(residuals[k].value[i]);
-            FromCompute(value <= floor ? floor : value, &results.value[i]);
+            A value = Multiply(Multiply(At(xs[k], i), first), second);
+            if constexpr (kResidual) value += At(residuals[k], i);
+            values[i] = value <= floor ? floor : value;
           }
-          StoreStreaming<T, V>(static_cast<T*>(call.result) + offsets[k] + column, results);
+          StoreStreaming<T, V>(static_cast<T*>(call.result) + offsets[k] + column,
+                               FromValues<T, V>(values));
         }
       });
 }
@@ -465,12 +465,10 @@ CBAM_DEVICE void Apply(const Call<typename M::A>& call, int64_t n, int64_t index
 template <Gradient kGradient, typename A>
 CBAM_DEVICE A MapGradient(A x, A dy, const Side<A>& channel, A serial_gate,
                           const Side<A>& position) {
-  A spatial = position.mean_share;
-  if (Multiply(x, serial_gate) == position.maximum) spatial += position.max_share;
-  A result = spatial * serial_gate;
+  const bool largest = Multiply(x, serial_gate) == position.maximum;
+  A result = x == channel.maximum ? channel.maximum_share : channel.share;
+  result += (largest ? position.maximum_share : position.share) * serial_gate;
   if constexpr (kGradient != Gradient::kNone) result += dy * position.gate * channel.gate;
-  result += channel.mean_share;
-  if (x == channel.maximum) result += channel.max_share;
   return result;
 }
 
@@ -499,23 +497,23 @@ CBAM_DEVICE void MapGrad(const Call<typename M::A>& call, int64_t n, int64_t ind
         CBAM_UNROLL
         for (int k = 0; k < kRows; ++k) {
           if (k >= present) continue;
-          Vec<T, V> results;
+          A values[V];
           CBAM_UNROLL
           for (int i = 0; i < V; ++i) {
             const Side<A> column_side = sides.At(i);
             const Side<A>& channel = ChannelOf<M>(row_side[k], column_side);
             const Side<A>& position = PositionOf<M>(row_side[k], column_side);
-            FromCompute(MapGradient<kGradient>(elements[k].X(i), elements[k].Dy(i), channel,
-                                               serial ? channel.gate : A(1), position),
-                        &results.value[i]);
+            values[i] = MapGradient<kGradient>(elements[k].X(i), elements[k].Dy(i), channel,
+                                               serial ? channel.gate : A(1), position);
           }
-          StoreStreaming<T, V>(static_cast<T*>(call.result) + offsets[k] + column, results);
+          StoreStreaming<T, V>(static_cast<T*>(call.result) + offsets[k] + column,
+                               FromValues<T, V>(values));
           if constexpr (kGradient == Gradient::kMasked) {
             if (call.d_residual != nullptr) {
-              Vec<T, V> masked;
               CBAM_UNROLL
-              for (int i = 0; i < V; ++i) FromCompute(elements[k].Dy(i), &masked.value[i]);
-              StoreStreaming<T, V>(static_cast<T*>(call.d_residual) + offsets[k] + column, masked);
+              for (int i = 0; i < V; ++i) values[i] = elements[k].Dy(i);
+              StoreStreaming<T, V>(static_cast<T*>(call.d_residual) + offsets[k] + column,
+                                   FromValues<T, V>(values));
             }
           }
         }

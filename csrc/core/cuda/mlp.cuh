@@ -11,9 +11,11 @@
 //                             dW0 = sum t^T dh_t, db0 = sum dh_t
 //
 // The maps are not touched here; what costs is reading W0 and W1 (2 C hidden values, at 7 x 7 x
-// 2048 five times a sample's map) and the latency of short sums. So the samples of a group, up to
-// kSamples, share each read of a weight: 16 sums per thread with both descriptors. The inner
-// dimension is spread over the threads and folded through shared memory in a fixed order.
+// 2048 five times a sample's map), the products with them, and the latency of short sums. So the
+// samples of a group, up to kSamples, share each read of a weight. A thread sums for four outputs of
+// two samples, both descriptors, at four inner indices at a time: 64 products for four vectors of
+// weights and four of inputs. The inner dimension is spread over the threads and folded through
+// shared memory in a fixed order.
 #ifndef CBAM_OPS_CORE_CUDA_MLP_CUH_
 #define CBAM_OPS_CORE_CUDA_MLP_CUH_
 
@@ -23,12 +25,11 @@
 namespace cbam_ops {
 namespace cuda {
 
-constexpr int kSums = 2 * kSamples;  // per thread: both descriptors of each sample
-// What goes with one inner index lies together: its sums in four vectors. 20 apart instead of 16,
-// so that eight neighbours fill all banks.
-constexpr int kSumsApart = kSums + 4;
+// Of a thread: its outputs, the inner indices that it takes at a time, and the inputs at each, which
+// are both descriptors of two samples.
+constexpr int kBlockSide = 4;
 template <typename A>
-constexpr int kSlice = 512 / static_cast<int>(sizeof(A));  // of the inner dimension at a time
+constexpr int kSlice = 1024 / static_cast<int>(sizeof(A));  // of the inner dimension at a time
 
 // The samples of a group.
 template <typename A>
@@ -40,22 +41,32 @@ struct Group {
         present(static_cast<int>(Smaller(call.schedule.group_samples, call.batch - first))) {}
 };
 
-// shared[i * kSumsApart + 2 s + t] = descriptor t of sample s at inner index i; value(s, i, &mean,
-// &max) gives both.
-template <int kSize, typename A, typename Value>
-CBAM_DEVICE void FillSums(A* shared, int size, int present, Value value) {
+// The inputs of a pair of samples lie in kBlockSide rows of vectors, those of inner index i in row i %
+// kBlockSide at i / kBlockSide: indices that are a block apart are neighbours, as the threads that
+// read them are, and with two vectors between the rows a warp writes to all banks too.
+template <typename A>
+constexpr int kInputRow = kSlice<A> + 2 * kBlockSide;
+static_assert(kSamples / 2 * kBlockSide * kInputRow<double> * sizeof(double) <= kItemBytes,
+              "more shared memory than there is");
+
+// Fills the inputs at `size` inner indices, and with zeros what completes a block; value(s, i, &mean,
+// &max) gives both descriptors of sample s.
+template <typename A, typename Value>
+CBAM_DEVICE void FillInputs(A* shared, unsigned size, int present, Value value) {
+  const unsigned end = (size + kBlockSide - 1) / kBlockSide * kBlockSide;
   CBAM_NO_UNROLL
-  for (int at = ThreadIndex(); at < kSize * kSamples / 2; at += kThreads) {
-    const int i = at % kSize, pair = at / kSize;
-    Vec<A, 4> four;
-    CBAM_UNROLL
-    for (int k = 0; k < 4; ++k) four.value[k] = A(0);
-    CBAM_UNROLL
-    for (int k = 0; k < 2; ++k) {
-      const int s = 2 * pair + k;
-      if (i < size && s < present) value(s, i, &four.value[2 * k], &four.value[2 * k + 1]);
+  for (int pair = 0; 2 * pair < present; ++pair) {
+    CBAM_NO_UNROLL
+    for (unsigned i = ThreadIndex(); i < end; i += kThreads) {
+      Vec<A, 4> four = {};
+      if (i < size) {
+        value(2 * pair, i, &four.value[0], &four.value[1]);
+        if (2 * pair + 1 < present) value(2 * pair + 1, i, &four.value[2], &four.value[3]);
+      }
+      const unsigned row = pair * kBlockSide + i % kBlockSide;
+      *reinterpret_cast<Vec<A, 4>*>(shared + row * kInputRow<A> + i / kBlockSide * kBlockSide) =
+          four;
     }
-    *reinterpret_cast<Vec<A, 4>*>(shared + i * kSumsApart + 4 * pair) = four;
   }
 }
 
@@ -73,89 +84,127 @@ struct Weights {
   const A* data;
   int64_t outputs;
   int64_t inner;
+  bool whole;  // blocks are whole, and their rows vectors
+
+  CBAM_DEVICE Weights(const A* data, int64_t outputs, int64_t inner)
+      : data(data), outputs(outputs), inner(inner) {
+    whole = outputs % kBlockSide == 0 && inner % kBlockSide == 0 &&
+            reinterpret_cast<uintptr_t>(data) % (kBlockSide * sizeof(A)) == 0;
+  }
 };
 
-// For the outputs of a tile of kLanes: shared[s * kThreads + r * kLanes + lane] = the part that is
-// thread r's of the sum over inner indices i of values(s, i) weight(output, i). Whatever they read,
-// all threads may use it after this, by Folded. Weights whose inner indices lie side by side come by
-// way of shared memory; the others are read where they are.
-template <int kLanes, bool kInnerFirst, typename A, typename Value>
-CBAM_DEVICE void SumProducts(const Weights<A>& weights, int64_t tile, int present, A* shared,
-                             Value value) {
-  // Half of the shared memory for these weights.
-  constexpr int kTile = kItemBytes / 2 / static_cast<int>(sizeof(A)) / kLanes - 1;
-  constexpr int kSize = kInnerFirst ? (kTile >= 128 ? 128 : kTile >= 32 ? 32 : 16) : kSlice<A>;
-  static_assert((kSize + 1) * kLanes + kSize * kSumsApart <=
-                    (kInnerFirst ? kItemBytes / static_cast<int>(sizeof(A)) : 1 << 30),
-                "more shared memory than there is");
-  const int lane = ThreadIndex() % kLanes, row_thread = ThreadIndex() / kLanes;
-  const int64_t output = tile * kLanes + lane;
-  A* const staged = shared + kSize * kSumsApart;
-  A sums[kSums];
+// The weights of four outputs at four inner indices, block[inner][output]; 0 where there are none.
+template <bool kInnerFirst, typename A>
+CBAM_DEVICE void LoadBlock(const Weights<A>& weights, int64_t output, int64_t i,
+                           A (&block)[kBlockSide][kBlockSide]) {
+  const int64_t rows = kInnerFirst ? weights.outputs : weights.inner;
+  const int64_t columns = kInnerFirst ? weights.inner : weights.outputs;
+  const int64_t row = kInnerFirst ? output : i, column = kInnerFirst ? i : output;
+  const A* data = weights.data + row * columns + column;
   CBAM_UNROLL
-  for (int s = 0; s < kSums; ++s) sums[s] = A(0);
-  CBAM_NO_UNROLL
-  for (int64_t slice = 0; slice < weights.inner; slice += kSize) {
-    const int size = static_cast<int>(Smaller(kSize, weights.inner - slice));
-    FillSums<kSize>(shared, size, present,
-                    [&](int s, int i, A* mean, A* maximum) { value(s, slice + i, mean, maximum); });
-    if constexpr (kInnerFirst) {
-      CBAM_UNROLL_4
-      for (int at = ThreadIndex(); at < kLanes * kSize; at += kThreads) {
-        const int64_t row = tile * kLanes + at / kSize;
-        const int i = at % kSize;
-        staged[at / kSize * (kSize + 1) + i] = row < weights.outputs && i < size
-                                                   ? weights.data[row * weights.inner + slice + i]
-                                                   : A(0);
+  for (int k = 0; k < kBlockSide; ++k) {
+    Vec<A, kBlockSide> four = {};
+    if (weights.whole) {
+      four = Load<A, kBlockSide>(data);
+    } else {
+      CBAM_UNROLL
+      for (int j = 0; j < kBlockSide; ++j) {
+        if (row + k < rows && column + j < columns) four.value[j] = data[j];
       }
     }
+    CBAM_UNROLL
+    for (int j = 0; j < kBlockSide; ++j) (kInnerFirst ? block[j][k] : block[k][j]) = four.value[j];
+    data += columns;
+  }
+}
+
+// How the threads share the outputs of a tile of kLanes: by four outputs, by pairs of samples, and
+// the rest by inner indices. Neighbours read neighbouring weights.
+template <int kLanes, bool kInnerFirst>
+struct Shares {
+  static constexpr int kOutputs = kLanes / kBlockSide;
+  int inner;
+
+  CBAM_DEVICE explicit Shares(int64_t group_samples) : inner(kThreads / kOutputs) {
+    for (int pairs = 1; 2 * pairs < group_samples; pairs *= 2) inner /= 2;
+  }
+  CBAM_DEVICE int Thread(int outputs, int pair, int part) const {
+    return kInnerFirst ? (pair * kOutputs + outputs) * inner + part
+                       : (pair * inner + part) * kOutputs + outputs;
+  }
+};
+
+// Calls store(s, output, mean's sum, max's sum) for the outputs of a tile of kLanes and the samples
+// that are there, the sums being those of value(s, i) weight(output, i) over inner indices i.
+template <int kLanes, bool kInnerFirst, typename A, typename Value, typename Store>
+CBAM_DEVICE void Products(const Call<A>& call, const Weights<A>& weights, int64_t tile, int present,
+                          Value value, Store store) {
+  using Share = Shares<kLanes, kInnerFirst>;
+  const Share shares(call.schedule.group_samples);
+  const int rest = ThreadIndex() % (Share::kOutputs * shares.inner);
+  const int pair = ThreadIndex() / (Share::kOutputs * shares.inner);
+  const int part = kInnerFirst ? rest % shares.inner : rest / Share::kOutputs;
+  const int outputs = kInnerFirst ? rest / shares.inner : rest % Share::kOutputs;
+  const int64_t first_output = tile * kLanes + outputs * kBlockSide;
+  A* const shared = Shared<A>();
+  const A* const mine = shared + pair * kBlockSide * kInputRow<A>;
+  A sums[kBlockSide][4] = {};
+  CBAM_NO_UNROLL
+  for (int64_t slice = 0; slice < weights.inner; slice += kSlice<A>) {
+    const int size = static_cast<int>(Smaller(kSlice<A>, weights.inner - slice));
+    FillInputs(shared, size, present,
+               [&](int s, int i, A* mean, A* maximum) { value(s, slice + i, mean, maximum); });
     Barrier();
-    if (output < weights.outputs) {
-      CBAM_UNROLL_4
-      for (int i = row_thread; i < size; i += kThreads / kLanes) {
-        const A weight = kInnerFirst ? staged[lane * (kSize + 1) + i]
-                                     : weights.data[(slice + i) * weights.outputs + output];
+    if (2 * pair < present && first_output < weights.outputs) {
+      CBAM_NO_UNROLL
+      for (int i = part * kBlockSide; i < size; i += shares.inner * kBlockSide) {
+        A block[kBlockSide][kBlockSide];
+        LoadBlock<kInnerFirst>(weights, first_output, slice + i, block);
         CBAM_UNROLL
-        for (int q = 0; q < kSums; q += 4) {
-          const Vec<A, 4> four = Load<A, 4>(shared + i * kSumsApart + q);
+        for (int k = 0; k < kBlockSide; ++k) {
+          const Vec<A, 4> inputs = Load<A, 4>(mine + k * kInputRow<A> + i);
           CBAM_UNROLL
-          for (int j = 0; j < 4; ++j) sums[q + j] += four.value[j] * weight;
+          for (int o = 0; o < kBlockSide; ++o) {
+            CBAM_UNROLL
+            for (int j = 0; j < 4; ++j) sums[o][j] += inputs.value[j] * block[k][o];
+          }
         }
       }
     }
     Barrier();
   }
+  // One more than there are threads between what neighbours read.
+  constexpr int kRow = kThreads + 1;
   CBAM_UNROLL
-  for (int s = 0; s < kSums; ++s) shared[s * kThreads + ThreadIndex()] = sums[s];
+  for (int o = 0; o < kBlockSide; ++o) {
+    CBAM_UNROLL
+    for (int j = 0; j < 4; ++j) shared[(o * 4 + j) * kRow + ThreadIndex()] = sums[o][j];
+  }
   Barrier();
-}
-
-// Calls store(s, output, mean's sum, max's sum) for a tile's outputs of the samples that are there.
-template <int kLanes, typename A, typename Store>
-CBAM_DEVICE void Folded(const Weights<A>& weights, int64_t tile, int present, const A* shared,
-                        Store store) {
   CBAM_NO_UNROLL
   for (int at = ThreadIndex(); at < present * kLanes; at += kThreads) {
     const int s = at / kLanes, lane = at % kLanes;
     if (tile * kLanes + lane >= weights.outputs) continue;
-    A sums[2] = {A(0), A(0)};
+    A result[2] = {A(0), A(0)};
+    const A* const parts = shared + (lane % kBlockSide * 4 + s % 2 * 2) * kRow;
     CBAM_NO_UNROLL
-    for (int r = 0; r < kThreads / kLanes; ++r) {
-      sums[0] += shared[2 * s * kThreads + r * kLanes + lane];
-      sums[1] += shared[(2 * s + 1) * kThreads + r * kLanes + lane];
+    for (int r = 0; r < shares.inner; ++r) {
+      const int thread = shares.Thread(lane / kBlockSide, s / 2, r);
+      result[0] += parts[thread];
+      result[1] += parts[kRow + thread];
     }
-    store(s, tile * kLanes + lane, sums[0], sums[1]);
+    store(s, tile * kLanes + lane, result[0], result[1]);
   }
 }
 
 // An item is kUnits hidden units.
 template <typename A>
-CBAM_DEVICE void Hidden(const Call<A>& call, int64_t group_index, int tile) {
+CBAM_DEVICE void Hidden(const Call<A>& call, int64_t group_index, int64_t tile) {
   const Group<A> group(call, group_index);
-  const Weights<A> weights = {call.w0, call.hidden, call.channels};
-  A* const shared = Shared<A>();
-  SumProducts<kUnits, false>(
-      weights, tile, group.present, shared, [&](int s, int64_t c, A* mean, A* maximum) {
+  const Weights<A> weights(call.w0, call.hidden, call.channels);
+  Products<kUnits, false>(
+      call, weights, tile, group.present,
+      [&](int s, int64_t c, A* mean, A* maximum) {
         const int64_t n = group.first + s;
         Fold<true>(call.channel_source, n, c, mean, maximum);
         if (tile == 0 && call.channel_descriptors != nullptr) {
@@ -163,27 +212,26 @@ CBAM_DEVICE void Hidden(const Call<A>& call, int64_t group_index, int tile) {
           descriptor[0] = call.use_mean ? *mean : A(0);
           descriptor[call.batch * call.channels] = call.use_max ? *maximum : A(0);
         }
+      },
+      [&](int s, int64_t unit, A mean, A maximum) {
+        const A bias = call.b0 != nullptr ? call.b0[unit] : A(0);
+        A* const hidden = call.hidden_values + (group.first + s) * 2 * call.hidden + unit;
+        hidden[0] = call.use_mean ? Relu(mean + bias) : A(0);
+        hidden[call.hidden] = call.use_max ? Relu(maximum + bias) : A(0);
       });
-  Folded<kUnits>(weights, tile, group.present, shared, [&](int s, int64_t unit, A mean, A maximum) {
-    const A bias = call.b0 != nullptr ? call.b0[unit] : A(0);
-    A* const hidden = call.hidden_values + (group.first + s) * 2 * call.hidden + unit;
-    hidden[0] = call.use_mean ? Relu(mean + bias) : A(0);
-    hidden[call.hidden] = call.use_max ? Relu(maximum + bias) : A(0);
-  });
 }
 
 // An item is kGateChannels channels: the gate, or in backward the logits alone.
 template <typename A>
-CBAM_DEVICE void Gate(const Call<A>& call, int64_t group_index, int tile, bool logits_only) {
+CBAM_DEVICE void Gate(const Call<A>& call, int64_t group_index, int64_t tile, bool logits_only) {
   const Group<A> group(call, group_index);
-  const Weights<A> weights = {call.w1, call.channels, call.hidden};
-  A* const shared = Shared<A>();
-  SumProducts<kGateChannels, false>(
-      weights, tile, group.present, shared, [&](int s, int64_t j, A* mean, A* maximum) {
+  const Weights<A> weights(call.w1, call.channels, call.hidden);
+  Products<kGateChannels, false>(
+      call, weights, tile, group.present,
+      [&](int s, int64_t j, A* mean, A* maximum) {
         ReadPair(call.hidden_values, call.hidden, group.first + s, j, mean, maximum);
-      });
-  Folded<kGateChannels>(
-      weights, tile, group.present, shared, [&](int s, int64_t c, A mean, A maximum) {
+      },
+      [&](int s, int64_t c, A mean, A maximum) {
         const int64_t n = group.first + s;
         const A bias = call.b1 != nullptr ? call.b1[c] : A(0);
         mean += bias;
@@ -204,12 +252,12 @@ CBAM_DEVICE void Gate(const Call<A>& call, int64_t group_index, int tile, bool l
 
 // An item is kUnits hidden units.
 template <typename A>
-CBAM_DEVICE void HiddenGrad(const Call<A>& call, int64_t group_index, int tile) {
+CBAM_DEVICE void HiddenGrad(const Call<A>& call, int64_t group_index, int64_t tile) {
   const Group<A> group(call, group_index);
-  const Weights<A> weights = {call.w1, call.hidden, call.channels};
-  A* const shared = Shared<A>();
-  SumProducts<kUnits, true>(
-      weights, tile, group.present, shared, [&](int s, int64_t c, A* mean, A* maximum) {
+  const Weights<A> weights(call.w1, call.hidden, call.channels);
+  Products<kUnits, true>(
+      call, weights, tile, group.present,
+      [&](int s, int64_t c, A* mean, A* maximum) {
         const int64_t n = group.first + s, at = n * call.channels + c;
         A d_gate, count;
         Fold<false>(call.channel_pass, n, c, &d_gate, &count);
@@ -226,95 +274,100 @@ CBAM_DEVICE void HiddenGrad(const Call<A>& call, int64_t group_index, int tile) 
         }
         *mean = d_logits[0];
         *maximum = d_logits[1];
+      },
+      [&](int s, int64_t unit, A mean, A maximum) {
+        const int64_t at = (group.first + s) * 2 * call.hidden + unit;
+        call.d_hidden[at] = call.hidden_values[at] > A(0) ? mean : A(0);
+        call.d_hidden[at + call.hidden] =
+            call.hidden_values[at + call.hidden] > A(0) ? maximum : A(0);
       });
-  Folded<kUnits>(weights, tile, group.present, shared, [&](int s, int64_t unit, A mean, A maximum) {
-    const int64_t at = (group.first + s) * 2 * call.hidden + unit;
-    call.d_hidden[at] = call.hidden_values[at] > A(0) ? mean : A(0);
-    call.d_hidden[at + call.hidden] = call.hidden_values[at + call.hidden] > A(0) ? maximum : A(0);
-  });
 }
 
 // An item is kGateChannels channels.
 template <typename A>
-CBAM_DEVICE void ChannelSides(const Call<A>& call, int64_t group_index, int tile) {
+CBAM_DEVICE void ChannelSides(const Call<A>& call, int64_t group_index, int64_t tile) {
   const Group<A> group(call, group_index);
-  const Weights<A> weights = {call.w0, call.channels, call.hidden};
-  A* const shared = Shared<A>();
-  SumProducts<kGateChannels, true>(
-      weights, tile, group.present, shared, [&](int s, int64_t j, A* mean, A* maximum) {
+  const Weights<A> weights(call.w0, call.channels, call.hidden);
+  Products<kGateChannels, true>(
+      call, weights, tile, group.present,
+      [&](int s, int64_t j, A* mean, A* maximum) {
         ReadPair(call.d_hidden, call.hidden, group.first + s, j, mean, maximum);
+      },
+      [&](int s, int64_t c, A d_mean, A d_max) {
+        const int64_t n = group.first + s, at = n * call.channels + c;
+        A d_gate, count;
+        Fold<false>(call.channel_pass, n, c, &d_gate, &count);
+        StoreSide(call.channel_sides, n, c,
+                  MakeSide(call.channel_gate[at], call.use_mean ? d_mean : A(0),
+                           static_cast<A>(call.positions), call.use_max, d_max, count,
+                           call.channel_maximum[at]));
       });
-  Folded<kGateChannels>(weights, tile, group.present, shared,
-                        [&](int s, int64_t c, A d_mean, A d_max) {
-                          const int64_t n = group.first + s, at = n * call.channels + c;
-                          A d_gate, count;
-                          Fold<false>(call.channel_pass, n, c, &d_gate, &count);
-                          StoreSide(call.channel_sides, n, c,
-                                    MakeSide(call.channel_gate[at], call.use_mean ? d_mean : A(0),
-                                             static_cast<A>(call.positions), call.use_max, d_max,
-                                             count, call.channel_maximum[at]));
-                        });
+}
+
+// shared[i * kWidth + j] = row(i)[column + j] for `terms` rows of `size` values, 0 beyond their end.
+template <int kWidth, typename A, typename Row>
+CBAM_DEVICE void FillTerms(A* shared, int terms, int64_t column, int64_t size, Row row) {
+  const int64_t c = column + ThreadIndex() % kWidth;
+  CBAM_NO_UNROLL
+  for (int i = ThreadIndex() / kWidth; i < terms; i += kThreads / kWidth)
+    shared[i * kWidth + ThreadIndex() % kWidth] = c < size ? row(i)[c] : A(0);
 }
 
 // out[a, b] = sum over k of left[k, a] right[k, b], and bias[b] = sum over k of right[k, b], k over
-// samples and descriptors. An item is kOuterLeft x kOuterRight of them, 2 x 4 for each thread.
+// samples and descriptors. An item is kOuterLeft x kOuterRight of them, 4 x 4 for each thread.
 template <typename A>
-CBAM_DEVICE void WeightGradient(const Call<A>& call, int tile, bool of_w0) {
-  constexpr int kTerms = 32;
+CBAM_DEVICE void WeightGradient(const Call<A>& call, int64_t tile, bool of_w0) {
+  constexpr int kTerms = 128 / static_cast<int>(sizeof(A));
   const int64_t left_size = of_w0 ? call.channels : call.hidden;
   const int64_t right_size = of_w0 ? call.hidden : call.channels;
+  const A* const lefts = of_w0 ? call.channel_source.first : call.hidden_values;
   const A* const rights = of_w0 ? call.d_hidden : call.d_logits;
   A* const out = of_w0 ? call.dw0 : call.dw1;
   A* const bias = of_w0 ? call.db0 : call.db1;
   const int64_t tiles = (right_size + kOuterRight - 1) / kOuterRight;
   const int64_t first_a = Quotient(tile, tiles) * kOuterLeft;
   const int64_t first_b = Remainder(tile, tiles) * kOuterRight;
-  const int a = ThreadIndex() / 16 * 2, b = ThreadIndex() % 16 * 4;
+  const int a = ThreadIndex() / 16 * 4, b = ThreadIndex() % 16 * 4;
   A* const left = Shared<A>();
   A* const right = left + kTerms * kOuterLeft;
-  A sums[2][4] = {}, bias_sum = A(0);
+  const bool sums_bias = first_a == 0 && ThreadIndex() < kOuterRight && bias != nullptr;
+  A sums[4][4] = {}, bias_sum = A(0);
+  CBAM_NO_UNROLL
   for (int64_t first = 0; first < 2 * call.batch; first += kTerms) {
     const int size = static_cast<int>(Smaller(kTerms, 2 * call.batch - first));
-    CBAM_NO_UNROLL
-    for (int i = ThreadIndex(); i < size * kOuterLeft; i += kThreads) {
-      const int64_t k = first + i / kOuterLeft, at = first_a + i % kOuterLeft;
-      A value = A(0);
-      if (at < left_size) {
-        value = of_w0 ? call.channel_source.first[(k % 2 * call.batch + k / 2) * left_size + at]
-                      : call.hidden_values[k * left_size + at];
-      }
-      left[i] = value;
-    }
-    CBAM_NO_UNROLL
-    for (int i = ThreadIndex(); i < size * kOuterRight; i += kThreads) {
-      const int64_t k = first + i / kOuterRight, at = first_b + i % kOuterRight;
-      right[i] = at < right_size ? rights[k * right_size + at] : A(0);
-    }
+    // Descriptors lie [2, N, C], all else [N, 2, ...].
+    FillTerms<kOuterLeft>(left, size, first_a, left_size, [&](int i) {
+      const int64_t k = first + i;
+      return lefts + (of_w0 ? k % 2 * call.batch + k / 2 : k) * left_size;
+    });
+    FillTerms<kOuterRight>(right, size, first_b, right_size,
+                           [&](int i) { return rights + (first + i) * right_size; });
     Barrier();
-    CBAM_NO_UNROLL
+    CBAM_UNROLL_4
     for (int k = 0; k < size; ++k) {
-      const Vec<A, 2> lefts = Load<A, 2>(left + k * kOuterLeft + a);
-      const Vec<A, 4> four = Load<A, 4>(right + k * kOuterRight + b);
+      const Vec<A, 4> of_left = Load<A, 4>(left + k * kOuterLeft + a);
+      const Vec<A, 4> of_right = Load<A, 4>(right + k * kOuterRight + b);
       CBAM_UNROLL
-      for (int i = 0; i < 2; ++i) {
+      for (int i = 0; i < 4; ++i) {
         CBAM_UNROLL
-        for (int j = 0; j < 4; ++j) sums[i][j] += lefts.value[i] * four.value[j];
+        for (int j = 0; j < 4; ++j) sums[i][j] += of_left.value[i] * of_right.value[j];
       }
-      if (first_a == 0 && ThreadIndex() < kOuterRight)
-        bias_sum += right[k * kOuterRight + ThreadIndex()];
+    }
+    if (sums_bias) {
+      CBAM_NO_UNROLL
+      for (int k = 0; k < size; ++k) bias_sum += right[k * kOuterRight + ThreadIndex()];
     }
     Barrier();
   }
-  for (int i = 0; i < 2; ++i) {
+  CBAM_UNROLL
+  for (int i = 0; i < 4; ++i) {
+    CBAM_UNROLL
     for (int j = 0; j < 4; ++j) {
       if (first_a + a + i < left_size && first_b + b + j < right_size)
         out[(first_a + a + i) * right_size + first_b + b + j] = sums[i][j];
     }
   }
-  if (first_a == 0 && ThreadIndex() < kOuterRight && first_b + ThreadIndex() < right_size &&
-      bias != nullptr) {
-    bias[first_b + ThreadIndex()] = bias_sum;
-  }
+  if (sums_bias && first_b + ThreadIndex() < right_size) bias[first_b + ThreadIndex()] = bias_sum;
 }
 
 }  // namespace cuda

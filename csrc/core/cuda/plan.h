@@ -16,9 +16,9 @@ namespace cbam_ops {
 namespace cuda {
 
 constexpr int kSamples = 8;        // of a group at most: they share each read of the MLP's weights
-constexpr int kUnits = 16;         // hidden units of an item
+constexpr int kUnits = 32;         // hidden units of an item
 constexpr int kGateChannels = 64;  // channels of an item of the MLP
-constexpr int kOuterLeft = 16;     // of a weight's gradient
+constexpr int kOuterLeft = 32;     // of a weight's gradient
 constexpr int kOuterRight = 64;
 constexpr int kTapsAtOnce = kThreads / kWarp;
 constexpr int kChunk = 1024;  // small values of an item
@@ -34,14 +34,18 @@ inline int64_t Positions(const Problem& problem) {
 }
 inline bool ChannelsLast(const Problem& problem) { return problem.layout == Layout::kNHWC; }
 
-// Tiles for a pass along the rows, `at_once` rows at a time per thread. Rows longer than a vector for
-// each thread come in pieces: what goes with the columns stays in the first-level cache from row to
-// row. A row has as few lanes as leave the wanted number of elements to the block, from 8 to a warp.
-inline Tiles RowTiles(int64_t rows, int64_t columns, int vector, int at_once, int64_t elements) {
+// Tiles for a pass along the rows, `at_once` rows at a time per thread. Long rows come in pieces of
+// about `widest` columns: what goes with the columns of a tile is read once for all of its rows, and
+// stays in the first-level cache from row to row. A row has as few lanes as leave the wanted number
+// of elements to the block, from 8 to a warp; a piece is of whole vectors for 8.
+inline Tiles RowTiles(int64_t rows, int64_t columns, int vector, int at_once, int64_t elements,
+                      int64_t widest) {
   Tiles tiles = {};
-  tiles.across = AtLeast(1, CeilDiv(columns, int64_t{kThreads} * vector));
-  tiles.columns = AtLeast(1, CeilDiv(CeilDiv(columns, tiles.across), vector)) * vector;
   tiles.lanes = 8;
+  const int64_t unit = int64_t{tiles.lanes} * vector, most = AtLeast(1, widest / unit);
+  const int64_t units = AtLeast(1, CeilDiv(columns, unit));
+  tiles.columns = CeilDiv(units, AtLeast(1, (units + most / 2) / most)) * unit;
+  tiles.across = AtLeast(1, CeilDiv(columns, tiles.columns));
   const auto batch = [&] { return int64_t{kThreads} / tiles.lanes * at_once; };
   while (tiles.lanes < kWarp && int64_t{2} * tiles.lanes * vector < tiles.columns &&
          batch() * tiles.columns > elements) {
@@ -73,10 +77,11 @@ inline Tiles ColumnTiles(int64_t rows, int64_t columns, int vector, int element_
   return tiles;
 }
 
-// Values of a patch's window.
+// Values of a patch's window: of pairs of columns.
 CBAM_HOST_DEVICE inline int PatchValues(const Patches& patches, int kernel_depth, int kernel_height,
                                         int kernel_width) {
-  return kernel_depth * (patches.rows + kernel_height - 1) * (patches.columns + kernel_width - 1);
+  return kernel_depth * (patches.rows + kernel_height - 1) *
+         ((patches.columns + 1) / 2 * 2 + kernel_width - 1);
 }
 
 // Patches of about two positions per thread: whole rows where these are short, else pieces of 64. A
@@ -144,8 +149,9 @@ class Plan {
       const double weights =
           2.0 * static_cast<double>(problem.channels * problem.hidden) * sizeof(A);
       const double map = static_cast<double>(call.positions * problem.channels) * sizeof(T);
-      group_samples_ =
-          static_cast<int64_t>(std::fmin(kSamples, std::ceil(4 * weights / (map + 1))));
+      while (group_samples_ < kSamples && static_cast<double>(group_samples_) * map < 4 * weights) {
+        group_samples_ *= 2;
+      }
     }
     group_samples_ = AtLeast(1, AtMost(group_samples_, problem.batch));
     const int64_t groups = CeilDiv(problem.batch, group_samples_);
@@ -187,21 +193,21 @@ class Plan {
   void Order(const ForwardArgs&, ScheduleBuilder* builder) const {
     uint32_t channel = 0, spatial = 0;
     if (HasChannelGate(problem_)) {
-      channel = AddBySample(builder, Task::kChannelPool, call.channel_tiles.count(), 0);
+      channel = builder->AddBySample(Task::kChannelPool, call.channel_tiles.count(), 0);
       channel = builder->Add(Task::kHidden, CeilDiv(call.hidden, kUnits), channel);
       channel = builder->Add(Task::kGate, CeilDiv(call.channels, kGateChannels), channel);
     }
     if (HasSpatialGate(problem_)) {
-      spatial = AddBySample(builder, Task::kSpatialPool, call.spatial_tiles.count(),
-                            call.serial ? channel : 0);
-      spatial = AddBySample(builder, Task::kConvolution, call.patches.count, spatial);
+      spatial = builder->AddBySample(Task::kSpatialPool, call.spatial_tiles.count(),
+                                     call.serial ? channel : 0);
+      spatial = builder->AddBySample(Task::kConvolution, call.patches.count, spatial);
       if (problem_.batch_norm) {
         spatial = builder->AddOnce(Task::kStatistics, 1, spatial);
         spatial =
-            AddBySample(builder, Task::kNormalise, CeilDiv(call.positions, kChunk), 0, spatial);
+            builder->AddBySample(Task::kNormalise, CeilDiv(call.positions, kChunk), 0, spatial);
       }
     }
-    AddBySample(builder, Task::kApply, call.map_tiles.count(), channel | spatial);
+    builder->AddBySample(Task::kApply, call.map_tiles.count(), channel | spatial);
   }
 
   void Fill(const BackwardArgs& args) {
@@ -273,21 +279,21 @@ class Plan {
       if (call.mlp_relu) hidden |= builder->Add(Task::kLogits, channels, hidden);
     }
     if (HasSpatialGate(problem_)) {
-      spatial = AddBySample(builder, Task::kSpatialGrad, call.spatial_tiles.count(), 0);
+      spatial = builder->AddBySample(Task::kSpatialGrad, call.spatial_tiles.count(), 0);
       uint32_t totals = 0;
       if (problem_.batch_norm) {
-        totals = AddBySample(builder, Task::kNormGrad, call.patches.count, spatial);
+        totals = builder->AddBySample(Task::kNormGrad, call.patches.count, spatial);
         totals = builder->AddOnce(Task::kTotals, 1, totals);
       }
-      spatial = AddBySample(builder, Task::kPositionSides, call.patches.count, spatial, totals);
+      spatial = builder->AddBySample(Task::kPositionSides, call.patches.count, spatial, totals);
     }
     if (HasChannelGate(problem_)) {
-      channel = AddBySample(builder, Task::kChannelGrad, call.channel_tiles.count(),
-                            call.serial ? spatial : 0);
+      channel = builder->AddBySample(Task::kChannelGrad, call.channel_tiles.count(),
+                                     call.serial ? spatial : 0);
       hidden_grad = builder->Add(Task::kHiddenGrad, units, channel | hidden);
       channel = builder->Add(Task::kChannelSides, channels, hidden_grad);
     }
-    AddBySample(builder, Task::kMapGrad, call.map_tiles.count(), spatial | channel);
+    builder->AddBySample(Task::kMapGrad, call.map_tiles.count(), spatial | channel);
     if (HasSpatialGate(problem_)) {
       const int64_t taps =
           2 * problem_.kernel_depth * problem_.kernel_height * problem_.kernel_width;
@@ -359,22 +365,21 @@ class Plan {
     return Second(const_cast<void*>(values), offset);
   }
 
-  uint32_t AddBySample(ScheduleBuilder* builder, Task task, int64_t items, uint32_t after,
-                       uint32_t after_all = 0) const {
-    return builder->Add(task, items * group_samples_, after, after_all);
-  }
-
   // By how many maps the reductions read, and how many the pass that writes one reads.
   void PlanPasses(int maps, int result_maps) {
     const int64_t elements = kTileBytes / maps / static_cast<int64_t>(sizeof(T));
-    const auto rows = [&](int read) {
+    const auto rows = [&](int read, int64_t widest) {
       return RowTiles(call.rows, call.columns, call.vector, RowsAtOnce<T>(call.vector, read),
-                      elements);
+                      elements, widest);
     };
     const Tiles columns = ColumnTiles(call.rows, call.columns, call.vector, sizeof(T), elements);
-    call.channel_tiles = ChannelsLast(problem_) ? columns : rows(maps);
-    call.spatial_tiles = ChannelsLast(problem_) ? rows(maps) : columns;
-    call.map_tiles = rows(result_maps);
+    // The more goes with a column, the fewer columns; the end of a row costs a sum more than a map.
+    const int64_t widest = int64_t{kThreads} * call.vector;
+    const int64_t with_sides = AtMost(widest, 2 * kThreads);
+    call.channel_tiles =
+        ChannelsLast(problem_) ? columns : rows(maps, maps > 1 ? with_sides : widest);
+    call.spatial_tiles = ChannelsLast(problem_) ? rows(maps, widest) : columns;
+    call.map_tiles = rows(result_maps, kThreads);
   }
 
   Reduced<A> TakeReduced(int64_t results, int64_t slices, A divisor) {
@@ -427,13 +432,13 @@ class Plan {
   }
   uint32_t AddPass(ScheduleBuilder* builder, Task over_channels, Task over_positions,
                    uint32_t after) const {
-    return AddBySample(
-        builder, call.pool_over_channels ? over_channels : over_positions,
+    return builder->AddBySample(
+        call.pool_over_channels ? over_channels : over_positions,
         call.pool_over_channels ? call.spatial_tiles.count() : call.channel_tiles.count(), after);
   }
   void OrderPool(ScheduleBuilder* builder) const {
-    AddBySample(builder, Task::kStorePool, PoolChunks(),
-                AddPass(builder, Task::kSpatialPool, Task::kChannelPool, 0));
+    builder->AddBySample(Task::kStorePool, PoolChunks(),
+                         AddPass(builder, Task::kSpatialPool, Task::kChannelPool, 0));
   }
 
   void FillPoolGrad(bool over_channels, const void* x, const void* maximum, const void* d_first,
@@ -458,10 +463,10 @@ class Plan {
     }
   }
   void OrderPoolGrad(ScheduleBuilder* builder) const {
-    uint32_t bit = AddBySample(builder, Task::kPoolMaxima, PoolChunks(), 0);
+    uint32_t bit = builder->AddBySample(Task::kPoolMaxima, PoolChunks(), 0);
     bit = AddPass(builder, Task::kSpatialGrad, Task::kChannelGrad, bit);
-    bit = AddBySample(builder, Task::kPoolSides, PoolChunks(), bit);
-    AddBySample(builder, Task::kMapGrad, call.map_tiles.count(), bit);
+    bit = builder->AddBySample(Task::kPoolSides, PoolChunks(), bit);
+    builder->AddBySample(Task::kMapGrad, call.map_tiles.count(), bit);
   }
 
   const Problem& problem_;

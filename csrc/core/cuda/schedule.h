@@ -58,7 +58,8 @@ enum class Task : int32_t {
 
 struct Stage {
   Task task;
-  int32_t items;  // per group
+  int32_t items;         // per group
+  int32_t sample_items;  // of these, of each sample; 0: they are of the group
   int64_t groups;
   int64_t first_step;
   uint32_t after;      // stages that come first for the same group, a bit each
@@ -89,9 +90,10 @@ struct Schedule {
   Stage stages[kMaxStages] = {};
   Section sections[2 * kMaxStages] = {};
 
-  CBAM_HOST_DEVICE Item At(uint64_t ticket) const {
+  // `section` is where that of a smaller ticket was found, or 0, and where this one's is afterwards.
+  CBAM_HOST_DEVICE Item At(uint64_t ticket, int* section) const {
     if (ticket >= tickets) return {-1, 0, 0};
-    int s = 0;
+    int& s = *section;
     while (s + 1 < section_count && ticket >= sections[s + 1].first_ticket) ++s;
     const uint64_t items = static_cast<uint64_t>(sections[s].items);
     const uint64_t step = (ticket - sections[s].first_ticket) / items;
@@ -124,12 +126,17 @@ class ScheduleBuilder {
 
   // A stage of `items` per group, after the same group's items of some stages and after all items
   // of others. Returns its bit.
-  uint32_t Add(Task task, int64_t items, uint32_t after, uint32_t after_all = 0) {
-    return AddStage(task, items, schedule_.groups, after, after_all);
+  uint32_t Add(Task task, int64_t items, uint32_t after) {
+    return AddStage(task, items, 0, schedule_.groups, after, 0);
+  }
+  // One of `items` per sample.
+  uint32_t AddBySample(Task task, int64_t items, uint32_t after, uint32_t after_all = 0) {
+    return AddStage(task, items * schedule_.group_samples, items, schedule_.groups, after,
+                    after_all);
   }
   // One that does not go by groups.
   uint32_t AddOnce(Task task, int64_t items, uint32_t after_all) {
-    return AddStage(task, items, 1, 0, after_all);
+    return AddStage(task, items, 0, 1, 0, after_all);
   }
 
   // For `blocks` at a time. False where there are more items than counters can count.
@@ -167,10 +174,13 @@ class ScheduleBuilder {
   }
 
  private:
-  uint32_t AddStage(Task task, int64_t items, int64_t groups, uint32_t after, uint32_t after_all) {
+  uint32_t AddStage(Task task, int64_t items, int64_t sample_items, int64_t groups, uint32_t after,
+                    uint32_t after_all) {
     too_many_ = too_many_ || items > 0x7fffffff;
     const int s = schedule_.stage_count++;
-    schedule_.stages[s] = {task, static_cast<int32_t>(items), groups, 0, after, after_all};
+    schedule_.stages[s] = {
+        task,     static_cast<int32_t>(items), static_cast<int32_t>(sample_items), groups, 0, after,
+        after_all};
     return uint32_t{1} << s;
   }
 

@@ -9,13 +9,13 @@
 namespace cbam_ops {
 namespace cuda {
 
-// What the gradient needs to know of a position or a channel: its gate, what every element gets,
-// what each of the elements that equal the maximum gets besides, and that maximum.
+// What the gradient needs to know of a position or a channel: its gate, what an element gets, what
+// each of those that equal the maximum gets instead, and that maximum.
 template <typename A>
 struct alignas(4 * sizeof(A)) Side {
   A gate;
-  A mean_share;
-  A max_share;
+  A share;
+  A maximum_share;
   A maximum;
 };
 
@@ -26,14 +26,14 @@ CBAM_DEVICE Side<A> NeutralSide() {
 }
 
 // The share of each of `count` equal maxima. Without any (the maximum is NaN) everything becomes
-// NaN, as in TensorFlow: by way of the mean's share, which every element gets.
+// NaN, as in TensorFlow: by way of the share that all get then.
 template <typename A>
 CBAM_DEVICE Side<A> MakeSide(A gate, A d_mean, A size, bool has_max, A d_max, A count, A maximum) {
   Side<A> side = {gate, d_mean / size, A(0), NotANumber<A>()};
   if (has_max) {
     side.maximum = maximum;
-    side.max_share = d_max / count;
-    if (!(count > A(0))) side.mean_share = NotANumber<A>();
+    side.maximum_share = side.share + d_max / count;
+    if (!(count > A(0))) side.share = NotANumber<A>();
   }
   return side;
 }
@@ -46,8 +46,8 @@ CBAM_DEVICE void StoreSide(const Sides<A>& sides, int64_t n, int64_t i, const Si
   } else {
     A* const data = sides.data + n * 4 * sides.size + i;
     data[0] = side.gate;
-    data[sides.size] = side.mean_share;
-    data[2 * sides.size] = side.max_share;
+    data[sides.size] = side.share;
+    data[2 * sides.size] = side.maximum_share;
     data[3 * sides.size] = side.maximum;
   }
 }
