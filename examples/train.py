@@ -243,6 +243,7 @@ def writing(checkpoints: tf.train.CheckpointManager) -> Iterator[None]:
     try:
         yield
     except (tf.errors.OpError, OSError) as error:
+        print(flush=True)  # ends the progress bar's line
         why = str(error).strip().splitlines()[0]
         last = checkpoints.latest_checkpoint or "none"
         sys.exit(f"cannot write into {checkpoints.directory} (last good checkpoint: {last}): {why}")

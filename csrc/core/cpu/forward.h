@@ -19,19 +19,18 @@ namespace cbam_ops {
 namespace cpu {
 
 // Channel descriptors of samples, shared with ChannelPool: partial sums per unit (NHWC) or whole
-// channels at once (NCHW).
+// channels at once (NCHW, and where a sample is one unit).
 template <typename A>
 class ChannelDescriptors {
  public:
   ChannelDescriptors(const Geometry& g, const MapPasses<A>& map, Arena* arena) : g_(g), map_(map) {
-    if (g.sample.layout == Layout::kNHWC)
-      partial_ = arena->Take<A>(g.slots * g.wave, g.units, 2, g.channels);
+    if (InUnits()) partial_ = arena->Take<A>(g.slots * g.wave, g.units, 2, g.channels);
   }
 
   // mean[c] and maximum[c] of a wave's samples of `maps`, whose results are C apart.
   void Run(const void* maps, const Wave& wave, A* mean, A* maximum) const {
     const void* x = g_.At(maps, wave.first);
-    if (g_.sample.layout == Layout::kNHWC) {
+    if (InUnits()) {
       PartialThenCombined(x, wave, mean, maximum);
     } else {
       WholeChannels(x, wave, mean, maximum);
@@ -39,6 +38,8 @@ class ChannelDescriptors {
   }
 
  private:
+  bool InUnits() const { return g_.sample.layout == Layout::kNHWC && g_.units > 1; }
+
   void PartialThenCombined(const void* x, const Wave& wave, A* mean, A* maximum) const {
     const int64_t c = g_.channels;
     A* const partials = partial_ + wave.row * g_.units * 2 * c;
@@ -68,8 +69,9 @@ class ChannelDescriptors {
   void WholeChannels(const void* x, const Wave& wave, A* mean, A* maximum) const {
     const int64_t c = g_.channels;
     const int64_t channel_bytes = std::max<int64_t>(1, g_.sample_bytes / std::max<int64_t>(1, c));
-    const int64_t per_task =
-        std::clamp<int64_t>(Geometry::kStepBytes / channel_bytes, 1, std::max<int64_t>(1, c));
+    int64_t per_task = std::max<int64_t>(1, c);  // all, where rows hold all
+    if (g_.sample.layout == Layout::kNCHW)
+      per_task = std::clamp<int64_t>(Geometry::kStepBytes / channel_bytes, 1, per_task);
     const int64_t tasks = CeilDiv(c, per_task);
     ForEach(wave.parallel, wave.samples * tasks, [&](int64_t task) {
       const int64_t s = task / tasks;
