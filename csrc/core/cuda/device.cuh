@@ -90,7 +90,8 @@ CBAM_DEVICE unsigned char* BlockMemory() {
 }
 // Of the threads that work on an item; of the whole block.
 CBAM_DEVICE void Barrier() { asm volatile("bar.sync 1, %0;" ::"n"(kThreads) : "memory"); }
-CBAM_DEVICE void BlockBarrier() { asm volatile("bar.sync 0, %0;" ::"n"(kBlock) : "memory"); }
+// Not `bar.sync`, which wants whole warps: a thread of the warp that fetches items comes its own way.
+CBAM_DEVICE void BlockBarrier() { asm volatile("barrier.sync 0, %0;" ::"n"(kBlock) : "memory"); }
 CBAM_DEVICE void ConvergeWarp() { __syncwarp(); }
 template <typename A>
 CBAM_DEVICE A ShuffleXor(A value, int mask) {
