@@ -2,8 +2,9 @@
 //
 //   core_test [count [first]]    default 1500 1
 //
-// First what has its own test, then `count` random calls of every op (random_calls.h), at instruction
-// sets and thread counts that are as random: each follows from its number alone, from `first` on.
+// First what has its own test, then `count` random calls of every op (random_calls.h), at
+// instruction sets and thread counts that are as random: each follows from its number alone, from
+// `first` on.
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
@@ -102,8 +103,8 @@ void TestStatuses() {
   Expect(refused(norm), "a batch norm without a spatial gate is refused");
 }
 
-// Sizes whose products do not fit are refused before anything is multiplied; an empty batch takes no
-// workspace, however large its samples would be, and its weights have gradients of 0.
+// Sizes whose products do not fit are refused before anything is multiplied; an empty batch takes
+// no workspace, however large its samples would be, and its weights have gradients of 0.
 void TestSizes() {
   constexpr int64_t k30 = int64_t{1} << 30, k31 = int64_t{1} << 31, k62 = int64_t{1} << 62;
   constexpr int64_t kMost = std::numeric_limits<int64_t>::max();
@@ -117,7 +118,9 @@ void TestSizes() {
     p.batch_norm = true;
     return p;
   };
-  for (const Layout layout : {Layout::kNHWC, Layout::kNCHW}) {
+  for (const auto& [layout, depth] :
+       {std::pair(Layout::kNHWC, int64_t{1}), std::pair(Layout::kNCHW, int64_t{1}),
+        std::pair(Layout::kNHWC, kMost)}) {
     const Problem refused[] = {
         make(1, k31, k31, 2), make(2, k30, k30, 1),     make(k62, 1, 1, 1),
         make(4, k62, 1, 1),   make(1, kMost, kMost, 1), make(k31, 0, 1, k31),
@@ -125,6 +128,7 @@ void TestSizes() {
     };
     for (Problem p : refused) {
       p.layout = layout;
+      p.depth = p.kernel_depth = depth;
       Expect(
           cpu::WorkspaceBytes<ForwardArgs>(p, parallel) == 0 &&
               cpu::WorkspaceBytes<BackwardArgs>(p, parallel) == 0 &&
@@ -135,6 +139,7 @@ void TestSizes() {
     const Problem empty[] = {make(0, k30, k30, 1), make(0, k62, k62, 3), make(0, kMost, 1, 2)};
     for (Problem p : empty) {
       p.layout = layout;
+      p.depth = depth;
       Expect(cpu::WorkspaceBytes<ForwardArgs>(p, parallel) == 0 &&
                  cpu::WorkspaceBytes<BackwardArgs>(p, parallel) == 0 &&
                  cpu::WorkspaceBytes<ChannelPoolArgs>(p, parallel) == 0 &&

@@ -16,13 +16,15 @@
 namespace cbam_ops {
 
 // A value, its derivative along a direction that the inputs' tangents give, and for both how far an
-// evaluation in any order may be from them, in roundings of the type it is done in (to first order).
+// evaluation in any order may be from them, in roundings of the type it is done in (to first
+// order).
 struct Number {
   Number(double exact = 0) : value(exact) {}  // NOLINT: implicit
   double value, tangent = 0, error = 0, tangent_error = 0;
 };
 
-// Of float, the narrower of the types that are computed in; below the first, errors are not relative.
+// Of float, the narrower of the types that are computed in; below the first, errors are not
+// relative.
 constexpr double kSmallestNormal = FLT_MIN, kLargestRounding = FLT_EPSILON / 2;
 
 inline Number operator*(const Number& a, const Number& b) {

@@ -87,12 +87,11 @@ class BackwardPipeline {
       dz_ = arena_.Take<A>(problem.batch_norm ? n : w, p);
       d_position_mean_ = arena_.Take<A>(w, p);
       d_position_max_ = arena_.Take<A>(w, p);
-      taps_size_ = 2 * tap_slices_ * (2 * g_.half_slice_rows + 1) * (2 * g_.half_columns + 1);
       fold_ = g_.is_own ? n
-                        : std::clamp(Geometry::kFoldBytes / (taps_size_ * int64_t{sizeof(A)}),
+                        : std::clamp(Geometry::kFoldBytes / (g_.taps * int64_t{sizeof(A)}),
                                      std::min<int64_t>(w, 2 * g_.threads), w);
-      dtaps_ = arena_.Take<A>(fold_, taps_size_);
-      dtaps_total_ = arena_.Take<double>(std::min<int64_t>(n, 1), taps_size_);
+      dtaps_ = arena_.Take<A>(fold_, g_.taps);
+      dtaps_total_ = arena_.Take<double>(std::min<int64_t>(n, 1), g_.taps);
       dbias_ = arena_.Take<double>(n);
       line_size_ = RoundUp(g_.run_rows * g_.width, dense_.lanes);
       const auto plane_size = [&](int64_t rows) {
@@ -105,7 +104,7 @@ class BackwardPipeline {
                                 line_size_ +  // of the logits, and planes for those of a step
                                 2 * plane_size(g_.step_rows),
                             64);
-      sample_size_ = RoundUp(3 * plane_size(g_.height) + (g_.is_line ? taps_size_ : 0), 64);
+      sample_size_ = RoundUp(3 * plane_size(g_.height) + (g_.is_line ? g_.taps : 0), 64);
       scratch_size_ = std::max(block_slots_ * block_size_, sample_slots_ * sample_size_);
       scratch_ = arena_.Take<A>(g_.slots, scratch_size_);
     }
@@ -128,7 +127,7 @@ class BackwardPipeline {
       ForEachWave(g_, parallel_, [&](const Wave& wave) { PositionsOfWave(args, wave, true); });
       BackwardThroughBatchNorm(args);
     }
-    if (HasSpatialGate(problem_)) std::fill_n(dtaps_total_, taps_size_, 0.0);
+    if (HasSpatialGate(problem_)) std::fill_n(dtaps_total_, g_.taps, 0.0);
     ForEachWave(g_, parallel_, [&](const Wave& wave) {
       PositionsOfWave(args, wave, false);
       Reductions(args, wave);
@@ -178,8 +177,8 @@ class BackwardPipeline {
     return dz_ + (problem_.batch_norm ? n : wave.Row(n)) * g_.positions;
   }
 
-  // [samples, C]: the gradient of the mean (0) or maximum (1) of a wave's channels, where its partial
-  // sums were, which are added up by then.
+  // [samples, C]: the gradient of the mean (0) or maximum (1) of a wave's channels, where its
+  // partial sums were, which are added up by then.
   A* DChannel(const Wave& wave, int q) const {
     return partial_ + (wave.row * PartialsPerSample() * 2 + q * wave.samples) * g_.channels;
   }
@@ -341,7 +340,7 @@ class BackwardPipeline {
       const int64_t kernels = HasSpatialGate(problem_) ? std::min(fold_, wave.samples - begin) : 0;
       const int64_t slices = kernels * tap_slices_, runs = std::min(slices, sample_slots_);
       A* const scratch = scratch_ + wave.slot * scratch_size_;
-      A* const dtaps = dtaps_ + (g_.is_own ? wave.first * taps_size_ : 0);
+      A* const dtaps = dtaps_ + (g_.is_own ? wave.first * g_.taps : 0);
       ForEach(wave.parallel, runs + channel_tasks, [&](int64_t task) {
         if (task >= runs) return CombineChannels(args, wave, wave.first + task - runs);
         KernelGradients(args, wave, wave.first + begin,
@@ -356,8 +355,8 @@ class BackwardPipeline {
   // In the order of samples, in double.
   void AddTaps(int64_t samples) {
     for (int64_t i = 0; i < samples; ++i) {
-      for (int64_t j = 0; j < taps_size_; ++j)
-        dtaps_total_[j] += static_cast<double>(dtaps_[i * taps_size_ + j]);
+      for (int64_t j = 0; j < g_.taps; ++j)
+        dtaps_total_[j] += static_cast<double>(dtaps_[i * g_.taps + j]);
     }
   }
 
@@ -521,7 +520,7 @@ class BackwardPipeline {
         CopyRows(g_, DzOf(wave, n), {0, g_.height}, -g_.half_rows, planes[2]);
         for (Plane<A>& plane : planes) plane.data += g_.PlaneRow(0, -g_.half_rows) * plane.stride;
       }
-      A* dtaps = all_dtaps + i * (taps_size_ / tap_slices_);
+      A* dtaps = all_dtaps + i * (g_.taps / tap_slices_);
       if (g_.is_line) {
         LineKernelGradient(planes, scratch + 3 * size, dtaps);
       } else {
@@ -550,7 +549,7 @@ class BackwardPipeline {
                                        dtaps);
     for (Plane<A>& plane : planes) plane.data += pieces * kPiece;
     dense_.convolution_kernel_gradient(planes, planes[2], {1, 1, 0}, left, 0, g_.half_rows, rest);
-    for (int64_t i = 0; i < taps_size_; ++i) dtaps[i] += rest[i];
+    for (int64_t i = 0; i < g_.taps; ++i) dtaps[i] += rest[i];
   }
 
   // dz_ holds the gradient of the normalised and scaled convolution; turns it into the
@@ -671,7 +670,7 @@ class BackwardPipeline {
   double* dtaps_total_ = nullptr;  // [taps that touch the map, 2]
   double* dbias_ = nullptr;        // [N]
   double gamma_ = 0;               // with batch norm
-  int64_t taps_size_ = 0, fold_ = 0;
+  int64_t fold_ = 0;
   int64_t line_size_ = 0;
   // Of tasks on blocks or on samples.
   int64_t block_slots_ = 0, block_size_ = 0, sample_slots_ = 0, sample_size_ = 0;

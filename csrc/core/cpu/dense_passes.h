@@ -207,8 +207,8 @@ void SigmoidDerivative(const A* in, int64_t count, A* out) {
 // --- Convolution ---
 
 // Outputs are padded to whole vectors, so there are no tails: the last lanes hold what the row's
-// padding and the next row make of them. kVectors vectors of a row at a time: enough independent sums to hide the latency of
-// the additions.
+// padding and the next row make of them. kVectors vectors of a row at a time: enough independent
+// sums to hide the latency of the additions.
 template <int kVectors, typename A>
 CBAM_INLINE void ConvolveVectors(const Plane<A>* planes, int64_t row, int64_t w,
                                  const Taps<A>& taps, A bias, A* out) {

@@ -85,7 +85,8 @@ template <typename A>
 A TypeOf(const Kernels<A>&);
 
 // Whether a forward pass takes no longer than until another thread has begun to help: some 40
-// microseconds where it sleeps. The gradient takes three times as long, but in many parallel loops.
+// microseconds where it sleeps. The gradient takes three times as long, but such a call's threads
+// would share each of its many loops, and meet after each.
 bool IsSmall(const Problem& problem) {
   constexpr double kOperations = 1.2e6;
   const auto product = [](std::initializer_list<int64_t> sizes) {

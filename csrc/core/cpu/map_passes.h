@@ -319,9 +319,9 @@ CBAM_INLINE void Map(const Body& body, int64_t rows, int64_t columns, int64_t st
 
 // --- Narrow maps ---
 
-// Of an NHWC map with 2, 3 or 4 channels a vector along the channels would be mostly empty. Such a map
-// goes through the passes as NCHW, so many positions at a time, transposed into a tile that stays in
-// the first-level cache. With more channels the transposition costs what it saves
+// Of an NHWC map with 2, 3 or 4 channels a vector along the channels would be mostly empty. Such a
+// map goes through the passes as NCHW, so many positions at a time, transposed into a tile that
+// stays in the first-level cache. With more channels the transposition costs what it saves
 // (benchmarks/NOTES.md); maps of one channel are NCHW as they are.
 constexpr int64_t kNarrowPositions = 256, kNarrowChannels = 4;
 
@@ -402,8 +402,8 @@ struct NarrowTotals {
   }
 };
 
-// Calls body(transposed, positions, offset) for the tiles of a range of a narrow map: the sample that
-// a tile is, its positions in the map, and how far from the first of the range they begin.
+// Calls body(transposed, positions, offset) for the tiles of a range of a narrow map: the sample
+// that a tile is, its positions in the map, and how far from the first of the range they begin.
 template <typename Body>
 CBAM_INLINE void ForNarrowTiles(const Sample& sample, Range positions, const Body& body) {
   for (int64_t begin = positions.begin; begin < positions.end; begin += kNarrowPositions) {

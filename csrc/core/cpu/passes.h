@@ -122,9 +122,9 @@ struct Plane {
   int64_t stride;
 };
 
-// A convolution kernel [depth, height, width, 2], and how far from its middle a tap may be and still
-// touch the map: those beyond meet nothing but padding and are left out. The planes of a volume have
-// its slices one below the other, `slice_stride` rows apart.
+// A convolution kernel [depth, height, width, 2], and how far from its middle a tap may be and
+// still touch the map: those beyond meet nothing but padding and are left out. The planes of a
+// volume have its slices one below the other, `slice_stride` rows apart.
 template <typename A>
 struct Taps {
   const A* kernel;

@@ -4,11 +4,12 @@
 // A *wave* is as many samples as stay in the last-level cache between the first pass over them and
 // the last, so that only the first pass reads memory. Where the batch has enough samples for all
 // threads, a wave is one thread's *own*: no thread waits for another between passes, and one reads
-// memory while the other computes. Else the threads share each pass of a wave. A *unit* is a fixed range of positions, a few
-// image rows, for which partial sums over positions are kept; the partial sums are then added in
-// double and in order, so results do not depend on which thread took which unit. A *row block* is a
-// run of rows that one task takes through several passes while they are in its own caches; blocks
-// may depend on the number of threads since they only repeat, never change, what is computed.
+// memory while the other computes. Else the threads share each pass of a wave. A *unit* is a fixed
+// range of positions, a few image rows, for which partial sums over positions are kept; the partial
+// sums are then added in double and in order, so results do not depend on which thread took which
+// unit. A *row block* is a run of rows that one task takes through several passes while they are in
+// its own caches; blocks may depend on the number of threads since they only repeat, never change,
+// what is computed.
 #ifndef CBAM_OPS_CORE_CPU_PIPELINE_H_
 #define CBAM_OPS_CORE_CPU_PIPELINE_H_
 
@@ -108,30 +109,26 @@ class Slots {
  public:
   // As many as tasks may run at once.
   static int64_t Count(const Parallel& parallel, int64_t tasks) {
-    return std::min<int64_t>(tasks, std::clamp(parallel.threads, 1, 64));
+    return std::min<int64_t>(tasks, std::clamp(parallel.threads, 1, kMost));
   }
   explicit Slots(int64_t count) : count_(count) {}
 
   int64_t Take() {
-    uint64_t taken = taken_.load(std::memory_order_relaxed);
     for (;;) {
-      int64_t slot = 0;
-      while (slot < count_ && (taken >> slot & 1)) ++slot;
-      if (slot == count_) {  // each is with a task that runs
-        std::this_thread::yield();
-        taken = taken_.load(std::memory_order_relaxed);
-      } else if (taken_.compare_exchange_weak(taken, taken | uint64_t{1} << slot,
-                                              std::memory_order_acquire,
-                                              std::memory_order_relaxed)) {
-        return slot;
+      for (int64_t slot = 0; slot < count_; ++slot) {
+        if (!taken_[slot].load(std::memory_order_relaxed) &&
+            !taken_[slot].exchange(true, std::memory_order_acquire))
+          return slot;
       }
+      std::this_thread::yield();  // each is with a task that runs
     }
   }
-  void Give(int64_t slot) { taken_.fetch_and(~(uint64_t{1} << slot), std::memory_order_release); }
+  void Give(int64_t slot) { taken_[slot].store(false, std::memory_order_release); }
 
  private:
+  static constexpr int kMost = 256;  // threads; beyond, some wait for others
   const int64_t count_;
-  std::atomic<uint64_t> taken_{0};  // a bit per slot
+  std::atomic<bool> taken_[kMost] = {};
 };
 
 // Calls body(i, slot) for i in [0, tasks): of two that share one of `count` slots one ends before
@@ -146,13 +143,13 @@ void ForEachWithSlot(const Parallel& parallel, int64_t tasks, int64_t count, con
   });
 }
 
-// How a problem is cut into waves and below. `maps` is how many maps of a sample a wave must keep in the cache. An empty
-// batch has no positions, however high and wide it says it is, and takes no workspace; nor does a
-// problem that is refused.
+// How a problem is cut into waves and below. `maps` is how many maps of a sample a wave must keep
+// in the cache. An empty batch has no positions, however high and wide it says it is, and takes no
+// workspace; nor does a problem that is refused.
 struct Geometry {
   Geometry(const Problem& problem, const Parallel& parallel, int maps)
       : batch(CheckProblem(problem).ok() ? problem.batch : 0),
-        depth(problem.depth),
+        depth(batch > 0 ? problem.depth : 0),
         height(batch > 0 ? depth * problem.height : 0),
         width(batch > 0 ? problem.width : 0),
         channels(problem.channels),
@@ -168,13 +165,12 @@ struct Geometry {
     const int64_t bytes = std::max(kLeastSampleBytes, maps * sample_bytes);
     const int64_t samples = std::max<int64_t>(1, batch);
     int64_t most = std::clamp<int64_t>(kWaveBytes / bytes, 1, samples);
-    const int64_t taps =
-        2 * (2 * half_slices + 1) * (2 * half_slice_rows + 1) * (2 * half_columns + 1);
+    taps = 2 * (2 * half_slices + 1) * (2 * half_slice_rows + 1) * (2 * half_columns + 1);
     if (batch > 0 && HasChannelGate(problem) && !problem.batch_norm &&
         bytes <= 2 * kWaveBytes / threads &&
         samples * taps * ElementSize(ComputeType(problem.dtype)) <= kFoldBytes) {
-      // What a thread can take alone is as much as stays in its own caches, and twice what it has to
-      // read of weights.
+      // What a thread can take alone is as much as stays in its own caches, and twice what it has
+      // to read of weights.
       const int64_t weights =
           2 * channels * problem.hidden * ElementSize(ComputeType(problem.dtype));
       const int64_t share = CeilDiv(samples, threads);
@@ -305,6 +301,7 @@ struct Geometry {
   int64_t slice_rows;                    // of an image all
   int64_t half_slices, half_slice_rows;  // that a convolution reaches, and rows within a slice
   int64_t half_rows, half_columns;
+  int64_t taps;  // of both planes, that touch the map
   Sample sample;
   int64_t sample_bytes;
   int64_t wave;  // samples, at most
@@ -336,8 +333,8 @@ struct Geometry {
   static constexpr int64_t kStepBytes = int64_t{128} << 10;
 };
 
-// Samples [first, first + samples) of a batch on their way through all passes, and whose threads take
-// them.
+// Samples [first, first + samples) of a batch on their way through all passes, and whose threads
+// take them.
 struct Wave {
   // Where sample n is kept in an array of slots * wave samples.
   int64_t Row(int64_t n) const { return row + n - first; }
@@ -475,8 +472,8 @@ double PairwiseSum(int64_t begin, int64_t end, const Value& value) {
   return sums[0];
 }
 
-// The convolution of every sample's spatial descriptors, normalised by its own mean and variance. In
-// double: where the mean is large beside the deviation, what is left of a rounded difference is
+// The convolution of every sample's spatial descriptors, normalised by its own mean and variance.
+// In double: where the mean is large beside the deviation, what is left of a rounded difference is
 // nothing.
 template <typename A>
 class BatchNorm {

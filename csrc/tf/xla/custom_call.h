@@ -6,8 +6,8 @@
 // lists are flattened. The scratch memory is longer than the workspace by the alignment less one
 // byte, and the workspace starts at the first multiple: XLA's own buffers are aligned well enough
 // (xla::cpu::Align, gpu::kXlaAllocatedBufferAlignBytes), but its interface does not promise it. Its
-// attributes are those that ReadAttributes reads, T and U as the numbers of tensorflow::DataType, and
-// on the host kThreads.
+// attributes are those that ReadAttributes reads, T and U as the numbers of tensorflow::DataType,
+// and on the host kThreads.
 #ifndef CBAM_OPS_TF_XLA_CUSTOM_CALL_H_
 #define CBAM_OPS_TF_XLA_CUSTOM_CALL_H_
 
