@@ -152,10 +152,12 @@ def run(
         yield direction, math.prod(size)
 
 
-def count(kernels: PtxKernels, stage: str, dtype: str, layout: str, batch: int = 0) -> list[Row]:
+def count(
+    kernels: PtxKernels, stage: str, dtype: str, layout: str, batch: int = 0, **machine: Any
+) -> list[Row]:
     """The rows of one map."""
     table = []
-    for direction, elements in run(kernels, stage, dtype, layout, batch):
+    for direction, elements in run(kernels, stage, dtype, layout, batch, **machine):
         phases: dict[str, Counter[str]] = defaultdict(Counter)
         for phase, _, row in instructions(kernels):
             phases[phase].update(measure(row))

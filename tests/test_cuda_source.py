@@ -246,9 +246,9 @@ def test_items_depend_on_smaller_tickets(kernels: Kernels) -> None:
 
 def test_the_pipeline_is_deep_enough_and_no_deeper(kernels: Kernels) -> None:
     """In the middle of a large call an item's predecessors are 32 tickets back for each block that
-    runs, and not much more: a GPU waits where it is one (NOTES.md)."""
-    blocks, middle = 24, 96
-    stages, items = kernels.cbam_order(shape=(192, 56, 56, 256), hidden=16, blocks=blocks)
+    runs, to two steps: with one, a GPU waits (NOTES.md)."""
+    blocks, middle = 264, 200  # a step in which all stages have items
+    stages, items = kernels.cbam_order(shape=(512, 56, 56, 256), hidden=16, blocks=blocks)
     tickets: dict[tuple[int, int], list[int]] = {}
     for ticket, (stage, group, _) in enumerate(items):
         tickets.setdefault((stage, group), []).append(ticket)
@@ -257,7 +257,7 @@ def test_the_pipeline_is_deep_enough_and_no_deeper(kernels: Kernels) -> None:
         before = [tickets[other, middle][-1] for other in range(s) if after >> other & 1]
         if before:
             distance = tickets[s, middle][0] - max(before)
-            assert 32 * blocks - step <= distance <= 32 * blocks + 2 * step
+            assert abs(distance - 32 * blocks) <= 2 * step < blocks * 3
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -471,8 +471,8 @@ MUTANTS = {
     ),
     "window: used before it is filled": (
         "convolution.cuh",
-        "  Barrier();\n  A* const descriptors",
-        "  A* const descriptors",
+        "FillDescriptors(call, n, patch, windows);\n  Barrier();\n",
+        "FillDescriptors(call, n, patch, windows);\n",
     ),
     "convolution: kernel not flipped": (
         "convolution.cuh",
@@ -599,5 +599,5 @@ def test_committed_table() -> None:
     assert {str(row["architecture"]) for row in table} == set(cuda_resources.ARCHITECTURES)
     for row in table:
         spares = row["source"] == "float64" and "Backward" in str(row["kernel"])
-        limit = 144 if spares else 0
+        limit = 72 if spares else 0
         assert int(row["spills"]) <= limit, row

@@ -15,8 +15,8 @@
 //
 // Under AddressSanitizer and ThreadSanitizer fibers are announced to the sanitizer. Switching
 // fibers does not synchronise them for ThreadSanitizer, only the barriers do, and counters from the
-// thread that adds to the one that waits; so it sees what is missing whatever the schedule, within a
-// block and between blocks. A ticket orders nothing.
+// thread that adds to the one that waits; so it sees what is missing whatever the schedule, within
+// a block and between blocks. A ticket orders nothing.
 //
 // The runtime itself (cuda_on_cpu.cc) must be compiled without -fsanitize=thread.
 #ifndef CBAM_OPS_TESTING_CUDA_ON_CPU_H_

@@ -19,8 +19,8 @@ namespace {
 
 std::string failure;  // NOLINT: what would hang or be undefined on a GPU, in words
 
-// For every op a function that lists the items of a call in their order, as core/cuda/schedule.h has
-// it: its stages, and for each ticket the stage, the group and the index in the group.
+// For every op a function that lists the items of a call in their order, as core/cuda/schedule.h
+// has it: its stages, and for each ticket the stage, the group and the index in the group.
 class Order : public cbam_ops::python::DevicePointers<cbam_ops::python::Question::kWorkspace> {
  public:
   static constexpr const char* kSuffix = "_order";

@@ -11,11 +11,11 @@
 //                  and each patch's part of dK and dbias
 //   Taps           dK and dbias
 //
-// A patch is a rectangle of positions, of a volume in one of its slices. Its window, the patch with a
-// halo of half the kernel on each side (in as many slices as the kernel has) and zeros beyond the
-// border, lies in shared memory beside the kernel: for 4 rows of 56 and 7 x 7 it is 10 x 62 values for
-// each descriptor. With a kernel so large that this does not fit, the
-// descriptors are read where they are.
+// A patch is a rectangle of positions, of a volume in one of its slices. Its window, the patch with
+// a halo of half the kernel on each side (in as many slices as the kernel has) and zeros beyond the
+// border, lies in shared memory beside the kernel: for 4 rows of 56 and 7 x 7 it is 10 x 62 values
+// for each descriptor. With a kernel so large that this does not fit, the descriptors are read
+// where they are.
 #ifndef CBAM_OPS_CORE_CUDA_CONVOLUTION_CUH_
 #define CBAM_OPS_CORE_CUDA_CONVOLUTION_CUH_
 
@@ -193,35 +193,52 @@ CBAM_DEVICE A Bias(const Call<A>& call) {
   return call.bias != nullptr ? call.bias[0] : A(0);
 }
 
-// An item is a patch, as in all that follow.
-template <typename A>
-CBAM_DEVICE void Convolution(const Call<A>& call, int64_t n, int64_t index) {
-  const Patch patch = PatchAt(call, index);
-  const Windows<A> windows(call, patch);
+// Calls body(where in the windows, counted from the patch's first position, index in the map,
+// conv(descriptors)) for every position of a patch.
+template <typename A, typename Body>
+CBAM_DEVICE void OverConvolution(const Call<A>& call, int64_t n, const Patch& patch,
+                                 const Windows<A>& windows, Body body) {
   if (call.patches.staged) FillDescriptors(call, n, patch, windows);
   Barrier();
-  A* const descriptors = call.spatial_descriptors + n * 2 * call.positions;
-  A sum = A(0);
   OverNeighbours(call, patch, [&](int row, int column, int positions, int64_t first) {
     A z[2];
     Convolve(call, n, patch, windows, row, column, z);
     CBAM_UNROLL
     for (int k = 0; k < 2; ++k) {
-      if (k >= positions) continue;
-      const int64_t p = first + k;
-      if (call.patches.staged) {
-        const int centre = windows.Centre(call) + row * windows.stride + column + k;
-        descriptors[p] = windows.mean[centre];
-        descriptors[call.positions + p] = windows.maximum[centre];
-      } else {
-        Fold<true>(call.spatial_source, n, p, descriptors + p, descriptors + call.positions + p);
-      }
-      if (call.batch_norm) {
-        call.z[n * call.positions + p] = z[k];
-        sum += z[k];
-      } else {
-        call.spatial_gate[n * call.positions + p] = Sigmoid(z[k] + Bias(call));
-      }
+      if (k < positions) body(row * windows.stride + column + k, first + k, z[k]);
+    }
+  });
+}
+
+// Two sums of a patch, for all patches.
+template <typename A>
+CBAM_DEVICE void StorePatchSums(const Call<A>& call, int64_t n, int64_t index, A first, A second) {
+  if (ThreadIndex() != 0) return;
+  const int64_t at = n * call.patches.count + index;
+  call.patch_sums[at] = first;
+  call.patch_sums[call.batch * call.patches.count + at] = second;
+}
+
+// An item is a patch, as in all that follow.
+template <typename A>
+CBAM_DEVICE void Convolution(const Call<A>& call, int64_t n, int64_t index) {
+  const Patch patch = PatchAt(call, index);
+  const Windows<A> windows(call, patch);
+  A* const descriptors = call.spatial_descriptors + n * 2 * call.positions;
+  A sum = A(0);
+  OverConvolution(call, n, patch, windows, [&](int offset, int64_t p, A z) {
+    if (call.patches.staged) {
+      const int centre = windows.Centre(call) + offset;
+      descriptors[p] = windows.mean[centre];
+      descriptors[call.positions + p] = windows.maximum[centre];
+    } else {
+      Fold<true>(call.spatial_source, n, p, descriptors + p, descriptors + call.positions + p);
+    }
+    if (call.batch_norm) {
+      call.z[n * call.positions + p] = z;
+      sum += z;
+    } else {
+      call.spatial_gate[n * call.positions + p] = Sigmoid(z + Bias(call));
     }
   });
   if (!call.batch_norm) return;
@@ -234,12 +251,7 @@ CBAM_DEVICE void Convolution(const Call<A>& call, int64_t n, int64_t index) {
       squares += distance * distance;
     }
   });
-  squares = BlockSum(squares, windows.sums);
-  if (ThreadIndex() == 0) {
-    const int64_t at = n * call.patches.count + index;
-    call.patch_sums[at] = sum;
-    call.patch_sums[call.batch * call.patches.count + at] = squares;
-  }
+  StorePatchSums(call, n, index, sum, BlockSum(squares, windows.sums));
 }
 
 // One item. In double: the patches' means differ by little.
@@ -295,32 +307,19 @@ template <typename A>
 CBAM_DEVICE void NormGrad(const Call<A>& call, int64_t n, int64_t index) {
   const Patch patch = PatchAt(call, index);
   const Windows<A> windows(call, patch);
-  if (call.patches.staged) FillDescriptors(call, n, patch, windows);
-  Barrier();
   A sum = A(0), product = A(0);
-  OverNeighbours(call, patch, [&](int row, int column, int positions, int64_t first) {
-    A z[2];
-    Convolve(call, n, patch, windows, row, column, z);
-    CBAM_UNROLL
-    for (int k = 0; k < 2; ++k) {
-      if (k >= positions) continue;
-      const A normalised = (z[k] - call.batch_statistics[0]) / Deviation(call);
-      A t, count;
-      Fold<false>(call.spatial_pass, n, first + k, &t, &count);
-      const A dz = LogitGradient(call, n, first + k, t);
-      call.dz[n * call.positions + first + k] = dz;
-      call.z[n * call.positions + first + k] = normalised;
-      sum += dz;
-      product += dz * normalised;
-    }
+  OverConvolution(call, n, patch, windows, [&](int, int64_t p, A z) {
+    const A normalised = (z - call.batch_statistics[0]) / Deviation(call);
+    A t, count;
+    Fold<false>(call.spatial_pass, n, p, &t, &count);
+    const A dz = LogitGradient(call, n, p, t);
+    call.dz[n * call.positions + p] = dz;
+    call.z[n * call.positions + p] = normalised;
+    sum += dz;
+    product += dz * normalised;
   });
   sum = BlockSum(sum, windows.sums);
-  product = BlockSum(product, windows.sums);
-  if (ThreadIndex() == 0) {
-    const int64_t at = n * call.patches.count + index;
-    call.patch_sums[at] = sum;
-    call.patch_sums[call.batch * call.patches.count + at] = product;
-  }
+  StorePatchSums(call, n, index, sum, BlockSum(product, windows.sums));
 }
 
 // One item.
@@ -397,11 +396,11 @@ CBAM_DEVICE void ConvolveTransposed(const Call<A>& call, int64_t n, const Patch&
 }
 
 // The patch's part of dK, and of dbias as the last tap. A warp sums four columns of a row of the
-// kernel at a time, for both descriptors.
+// kernel at a time, for both descriptors; two of doubles, which take twice the registers.
 template <typename A>
 CBAM_DEVICE void SumTaps(const Call<A>& call, int64_t n, const Patch& patch,
                          const Windows<A>& windows, int64_t block) {
-  constexpr int kColumns = 4;
+  constexpr int kColumns = sizeof(A) == 8 ? 2 : 4;
   const int height = call.kernel_height, width = call.kernel_width, lane = ThreadIndex() % kWarp;
   const int rows = call.kernel_depth * height, pieces = (width + kColumns - 1) / kColumns;
   const int64_t blocks = call.batch * call.patches.count;

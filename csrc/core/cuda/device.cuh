@@ -44,8 +44,8 @@ constexpr int kBlock = kThreads + kWarp;  // and a warp that fetches the next on
 constexpr int kControlBytes = 128;        // of shared memory, for what that warp says
 constexpr int kItemBytes = 20 * 1024;     // of shared memory, for the item
 constexpr int kSharedBytes = kControlBytes + kItemBytes;
-// Blocks that a multiprocessor shall hold: while one waits the others work. Three of five warps leave
-// a thread 128 registers and a multiprocessor of 64 KB enough shared memory.
+// Blocks that a multiprocessor shall hold: while one waits the others work. Three of five warps
+// leave a thread 128 registers and a multiprocessor of 64 KB enough shared memory.
 constexpr int kBlocksAtOnce = 3;
 
 struct Half {
@@ -67,9 +67,9 @@ struct ComputeType<double> {
 template <typename T>
 using Compute = typename ComputeType<T>::Type;
 
-// Elements of a vector of a map: four, where all rows begin at a multiple of that, or one. Of float32
-// that is 16 bytes, of half types 8, which the rows of 14 x 14 in NCHW have too and which leaves
-// their arithmetic as many registers. A float64 is 8 bytes by itself.
+// Elements of a vector of a map: four, where all rows begin at a multiple of that, or one. Of
+// float32 that is 16 bytes, of half types 8, which the rows of 14 x 14 in NCHW have too and which
+// leaves their arithmetic as many registers. A float64 is 8 bytes by itself.
 template <typename T>
 constexpr int kWidest = sizeof(T) == 8 ? 1 : 4;
 // Rows that a thread has in flight of so many maps: about 64 bytes of loads, as registers allow.
@@ -90,7 +90,8 @@ CBAM_DEVICE unsigned char* BlockMemory() {
 }
 // Of the threads that work on an item; of the whole block.
 CBAM_DEVICE void Barrier() { asm volatile("bar.sync 1, %0;" ::"n"(kThreads) : "memory"); }
-// Not `bar.sync`, which wants whole warps: a thread of the warp that fetches items comes its own way.
+// Not `bar.sync`, which wants whole warps: a thread of the warp that fetches items comes its own
+// way.
 CBAM_DEVICE void BlockBarrier() { asm volatile("barrier.sync 0, %0;" ::"n"(kBlock) : "memory"); }
 CBAM_DEVICE void ConvergeWarp() { __syncwarp(); }
 template <typename A>
@@ -279,8 +280,8 @@ CBAM_DEVICE void StoreStreaming(T* pointer, const Vec<T, V>& vec) {
   *reinterpret_cast<Vec<T, V>*>(pointer) = vec;
 }
 
-// A value of a vector, and a vector of values. Two bfloat16 lie in a word: the upper one is the word
-// without its lower half, and two values are rounded by one instruction.
+// A value of a vector, and a vector of values. Two bfloat16 lie in a word: the upper one is the
+// word without its lower half, and two values are rounded by one instruction.
 template <typename T, int V>
 CBAM_DEVICE Compute<T> At(const Vec<T, V>& vec, int i) {
   if constexpr (std::is_same_v<T, BFloat16> && V % 2 == 0) {

@@ -34,8 +34,8 @@ template <typename Args>
 Schedule Order(const Problem& problem, int64_t blocks);
 
 // Loads the kernels for maps of a type onto the current device and says whether this build can run
-// there: ok, or kUnsupported, or kDeviceError. Makes the device's context, which not every moment of
-// a stream's life allows: meant for a first use.
+// there: ok, or kUnsupported, or kDeviceError. Makes the device's context, which not every moment
+// of a stream's life allows: meant for a first use.
 Status LoadKernels(DataType dtype);
 // Makes a stream's device the current one for as long as it lives: for callers that others call
 // with a stream and nothing else.

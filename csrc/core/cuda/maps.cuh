@@ -393,8 +393,8 @@ CBAM_DEVICE void Reduce(const Call<typename M::A>& call, int64_t n, int64_t inde
   }
 }
 
-// A tile of a map that is written. body(offsets of the rows, what load_row(row) gave for each, how many
-// of them are there, column) is called for V columns of kRows rows at a time.
+// A tile of a map that is written. body(offsets of the rows, what load_row(row) gave for each, how
+// many of them are there, column) is called for V columns of kRows rows at a time.
 template <typename M, int kRows, typename RowState, typename LoadRow, typename Body>
 CBAM_DEVICE void OverTile(const Call<typename M::A>& call, int64_t n, int64_t index,
                           LoadRow load_row, Body body) {
@@ -461,7 +461,8 @@ CBAM_DEVICE void Apply(const Call<typename M::A>& call, int64_t n, int64_t index
       });
 }
 
-// Pass C at an element. `serial_gate` is the channel's gate, or 1 where spatial descriptors are of x.
+// Pass C at an element. `serial_gate` is the channel's gate, or 1 where spatial descriptors are of
+// x.
 template <Gradient kGradient, typename A>
 CBAM_DEVICE A MapGradient(A x, A dy, const Side<A>& channel, A serial_gate,
                           const Side<A>& position) {

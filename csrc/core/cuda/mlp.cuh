@@ -12,9 +12,9 @@
 //
 // The maps are not touched here; what costs is reading W0 and W1 (2 C hidden values, at 7 x 7 x
 // 2048 five times a sample's map), the products with them, and the latency of short sums. So the
-// samples of a group, up to kSamples, share each read of a weight. A thread sums for four outputs of
-// two samples, both descriptors, at four inner indices at a time: 64 products for four vectors of
-// weights and four of inputs. The inner dimension is spread over the threads and folded through
+// samples of a group, up to kSamples, share each read of a weight. A thread sums for four outputs
+// of two samples, both descriptors, at four inner indices at a time: 64 products for four vectors
+// of weights and four of inputs. The inner dimension is spread over the threads and folded through
 // shared memory in a fixed order.
 #ifndef CBAM_OPS_CORE_CUDA_MLP_CUH_
 #define CBAM_OPS_CORE_CUDA_MLP_CUH_
@@ -25,8 +25,8 @@
 namespace cbam_ops {
 namespace cuda {
 
-// Of a thread: its outputs, the inner indices that it takes at a time, and the inputs at each, which
-// are both descriptors of two samples.
+// Of a thread: its outputs, the inner indices that it takes at a time, and the inputs at each,
+// which are both descriptors of two samples.
 constexpr int kBlockSide = 4;
 template <typename A>
 constexpr int kSlice = 1024 / static_cast<int>(sizeof(A));  // of the inner dimension at a time
@@ -41,16 +41,16 @@ struct Group {
         present(static_cast<int>(Smaller(call.schedule.group_samples, call.batch - first))) {}
 };
 
-// The inputs of a pair of samples lie in kBlockSide rows of vectors, those of inner index i in row i %
-// kBlockSide at i / kBlockSide: indices that are a block apart are neighbours, as the threads that
-// read them are, and with two vectors between the rows a warp writes to all banks too.
+// The inputs of a pair of samples lie in kBlockSide rows of vectors, those of inner index i in row
+// i % kBlockSide at i / kBlockSide: indices that are a block apart are neighbours, as the threads
+// that read them are, and with two vectors between the rows a warp writes to all banks too.
 template <typename A>
 constexpr int kInputRow = kSlice<A> + 2 * kBlockSide;
 static_assert(kSamples / 2 * kBlockSide * kInputRow<double> * sizeof(double) <= kItemBytes,
               "more shared memory than there is");
 
-// Fills the inputs at `size` inner indices, and with zeros what completes a block; value(s, i, &mean,
-// &max) gives both descriptors of sample s.
+// Fills the inputs at `size` inner indices, and with zeros what completes a block; value(s, i,
+// &mean, &max) gives both descriptors of sample s.
 template <typename A, typename Value>
 CBAM_DEVICE void FillInputs(A* shared, unsigned size, int present, Value value) {
   const unsigned end = (size + kBlockSide - 1) / kBlockSide * kBlockSide;
@@ -304,7 +304,8 @@ CBAM_DEVICE void ChannelSides(const Call<A>& call, int64_t group_index, int64_t 
       });
 }
 
-// shared[i * kWidth + j] = row(i)[column + j] for `terms` rows of `size` values, 0 beyond their end.
+// shared[i * kWidth + j] = row(i)[column + j] for `terms` rows of `size` values, 0 beyond their
+// end.
 template <int kWidth, typename A, typename Row>
 CBAM_DEVICE void FillTerms(A* shared, int terms, int64_t column, int64_t size, Row row) {
   const int64_t c = column + ThreadIndex() % kWidth;

@@ -1,5 +1,5 @@
-// How a problem is cut up: plain host code, for the launchers and the workspace queries. Nothing here
-// depends on the device but the order of the items, which no result depends on.
+// How a problem is cut up: plain host code, for the launchers and the workspace queries. Nothing
+// here depends on the device but the order of the items, which no result depends on.
 #ifndef CBAM_OPS_CORE_CUDA_PLAN_H_
 #define CBAM_OPS_CORE_CUDA_PLAN_H_
 
@@ -35,9 +35,9 @@ inline int64_t Positions(const Problem& problem) {
 inline bool ChannelsLast(const Problem& problem) { return problem.layout == Layout::kNHWC; }
 
 // Tiles for a pass along the rows, `at_once` rows at a time per thread. Long rows come in pieces of
-// about `widest` columns: what goes with the columns of a tile is read once for all of its rows, and
-// stays in the first-level cache from row to row. A row has as few lanes as leave the wanted number
-// of elements to the block, from 8 to a warp; a piece is of whole vectors for 8.
+// about `widest` columns: what goes with the columns of a tile is read once for all of its rows,
+// and stays in the first-level cache from row to row. A row has as few lanes as leave the wanted
+// number of elements to the block, from 8 to a warp; a piece is of whole vectors for 8.
 inline Tiles RowTiles(int64_t rows, int64_t columns, int vector, int at_once, int64_t elements,
                       int64_t widest) {
   Tiles tiles = {};
@@ -57,8 +57,8 @@ inline Tiles RowTiles(int64_t rows, int64_t columns, int vector, int at_once, in
   return tiles;
 }
 
-// Tiles for a pass across the rows: 512 bytes of a row, or down to 128 where that leaves more rows to
-// a tile; then as many rows as the wanted number of elements has.
+// Tiles for a pass across the rows: 512 bytes of a row, or down to 128 where that leaves more rows
+// to a tile; then as many rows as the wanted number of elements has.
 inline Tiles ColumnTiles(int64_t rows, int64_t columns, int vector, int element_bytes,
                          int64_t elements) {
   Tiles tiles = {};
@@ -113,8 +113,8 @@ inline Patches MakePatches(const Problem& problem, int value_bytes) {
   return patches;
 }
 
-// A call of one of the argument structs with maps read in vectors: all but the schedule. With a null
-// workspace it only counts bytes.
+// A call of one of the argument structs with maps read in vectors: all but the schedule. With a
+// null workspace it only counts bytes.
 template <typename T>
 class Plan {
  public:

@@ -1,5 +1,5 @@
-// Small things that the items share: what a gradient gives to a row or a column, folds of reductions,
-// sums over a block.
+// Small things that the items share: what a gradient gives to a row or a column, folds of
+// reductions, sums over a block.
 #ifndef CBAM_OPS_CORE_CUDA_SIDES_CUH_
 #define CBAM_OPS_CORE_CUDA_SIDES_CUH_
 
