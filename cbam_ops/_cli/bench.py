@@ -129,8 +129,7 @@ def _time(chosen: Sequence[Case], rows: list[Row]) -> bool:
         if time.monotonic() > deadline:
             say(f"Not timed: {case.name}: no time was left")
             continue
-        inputs = _bench.draw_inputs(case, _bench.cache_bytes())
-        prepared, outcome = _bench.prepare(case, inputs)
+        inputs, prepared, outcome = _bench.prepare(case, _bench.cache_bytes())
         seconds = seconds_each(deadline, left, overhead=0.5)
         left -= len(case.modes) * len(case.providers)
         common = {"machine": machine, **case.columns, "threads": case.threads or _bench.cpus()}
