@@ -21,7 +21,7 @@ truth has a number (or the reverse).
 That holds near saturated gates and for batch norm too, where the ordinary evaluation loses digits:
 the bound is what it errs, and is no wider for it. But what it errs in a single number, say the
 gradient of a bias, or where rounding decides which value is the maximum, is a matter of luck, and
-says little of what such a call errs. Where one draw of a case fails, several decide: the largest
+says little of what such a call errs. Where one draw of a case fails, four decide: the largest
 error of a result is held against its largest bound, see :meth:`Case.examine`.
 """
 

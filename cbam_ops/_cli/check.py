@@ -81,8 +81,8 @@ def run(quick: bool = False) -> int:
         f"{instructions}: {len(chosen)} cases, fused against the reference in float64"
     )
     say("Per case the value (output or gradient, `d...`) nearest to its limit. Errors are relative")
-    say("to the largest magnitude; allowed is 2 x the error of stock TensorFlow + a floor. Of")
-    say("several draws, each is the largest.")
+    say("to the largest magnitude; allowed is 2 x the error of stock TensorFlow + a floor. Of four")
+    say("draws, each is the largest.")
     say()
     head = "function|N x H x W x C|type|layout|options|worst value|fused|stock|allowed|".split("|")
     say(_ROW.format(*head).rstrip())
