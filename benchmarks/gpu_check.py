@@ -1,4 +1,4 @@
-"""Everything there is to check and time on a GPU, in one command, within eight minutes.
+"""Everything there is to check and time on a GPU, in one command, within nine minutes.
 
     python benchmarks/gpu_check.py [STEP ...] [--output DIR] [--quick] [--device cpu] [--plan]
 
@@ -12,8 +12,9 @@ too. JAX is timed where it is. Correctness, streams, timing and sanitizers have 
 2. streams       a long operation ahead of ours on a stream of its own, 50 repeats, bitwise equal
 3. tensorflow    `pytest -m gpu`: the ops against the CPU ops and the float64 reference, placement,
                  stream order, repeats
-4. timing        the suite's cases.gpu_cases(): ours, PyTorch, torch.compile, JAX, TensorFlow's
-                 graph and XLA, beside a device copy; batch 256, 32, 1
+4. timing        the suite's cases.gpu_cases(): ours alone, in both layouts; then PyTorch,
+                 torch.compile, JAX, TensorFlow's graph and XLA; each beside a device copy; batch
+                 256, 32, 1
 5. network       CBAM's share of a training step of ResNet-50, in PyTorch
 6. counters      `ncu --set full` of both kernels at ResNet-50's stages: time, instructions, bytes
                  from memory, L2's hits, conflicts, resident blocks; what the model counts beside it
@@ -57,7 +58,7 @@ PLAN = {
     "tensorflow": 70,
     "timing": 100,
     "network": 35,
-    "counters": 60,
+    "counters": 120,  # 32 kernels, each run 38 times
     "sanitizers": 80,
 }
 SANITIZERS = ("memcheck", "initcheck", "synccheck", "racecheck")
@@ -288,6 +289,11 @@ COUNTERS = {
     "blocks_by_registers": "launch__occupancy_limit_registers",
     "blocks_by_shared_memory": "launch__occupancy_limit_shared_mem",
     "active_warps": "sm__warps_active.avg.per_cycle_active",
+    "issued_percent": "smsp__issue_active.avg.pct_of_peak_sustained_active",
+    # Warps that wait, for each that issues.
+    "at_barrier": "smsp__average_warps_issue_stalled_barrier_per_issue_active.ratio",
+    "for_memory": "smsp__average_warps_issue_stalled_long_scoreboard_per_issue_active.ratio",
+    "for_shared": "smsp__average_warps_issue_stalled_short_scoreboard_per_issue_active.ratio",
 }
 UNITS = {"ns": 1e-3, "nsecond": 1e-3, "us": 1, "usecond": 1, "ms": 1e3, "msecond": 1e3}
 UNITS |= {"byte": 1, "Kbyte": 1e3, "Mbyte": 1e6, "Gbyte": 1e9}
@@ -433,7 +439,7 @@ def verdict(rows: Any, launched: int | None = None) -> list[str]:
     """What the kernels are to reach, line by line; one sample alone is judged on its own."""
     import report
 
-    key = ["n", "h", "w", "c", "dtype", "mode"]
+    key = ["n", "h", "w", "c", "dtype", "layout", "mode"]
     times = rows.pivot_table("median_s", key, "provider", sort=False).reset_index()
     large, lines = times[times["n"] > 1], []
     for mode, limit in {"forward": 1.25, "backward": 1.35}.items():
@@ -478,7 +484,8 @@ def network_table(rows: Sequence[dict[str, Any]]) -> str:
 
 # Each in processes of its own: two frameworks in one would fight over the GPU's memory.
 GROUPS = (
-    ("ours", "torch-eager-channels-last", "torch-compile-channels-last"),
+    ("ours",),  # first: nothing of it waits for a baseline
+    ("torch-eager-channels-last", "torch-compile-channels-last"),
     ("jax",),
     ("ours-tf", "tf-graph", "xla"),
 )
@@ -488,9 +495,13 @@ def timed_cases(batches: Sequence[int]) -> list[list[Any]]:
     """The suite's cases, a list for every group of providers whose framework is here."""
     import cases
 
-    frameworks = ("torch", "jax", "tensorflow")
+    frameworks = ("torch", "torch", "jax", "tensorflow")
     return [
-        [dataclasses.replace(case, providers=names) for case in cases.gpu_cases(batches)]
+        [
+            dataclasses.replace(case, providers=names, layout=layout)
+            for case in cases.gpu_cases(batches)
+            for layout in (("NHWC", "NCHW") if names == GROUPS[0] else ("NHWC",))
+        ]
         for names, framework in zip(GROUPS, frameworks, strict=True)
         if importlib.util.find_spec(framework) is not None
     ]
@@ -502,7 +513,9 @@ def work(case: Any, seconds: float, cache_bytes: int) -> Any:
     import device
     import measure
 
-    providers = {**baselines.PROVIDERS, "ours-tf": baselines.PROVIDERS["ours"], **device.PROVIDERS}
+    if case.providers == GROUPS[0]:
+        return device.measure_alone(case, seconds)
+    providers = {**baselines.PROVIDERS, "ours-tf": baselines.PROVIDERS["ours"]}
     return measure.measure(case, seconds, cache_bytes, providers, device.truth_of)
 
 
