@@ -21,8 +21,8 @@ namespace tf {
 namespace {
 
 template <const auto& kSignature>
-absl::Status Run(ffi::ThreadPool* pool, const ffi::RemainingArgs& operands,
-                 const ffi::RemainingRets& results, const ffi::Dictionary& dictionary) {
+absl::Status RunOnHost(ffi::ThreadPool* pool, const ffi::RemainingArgs& operands,
+                       const ffi::RemainingRets& results, const ffi::Dictionary& dictionary) {
   AttributeReader attributes(kSignature.op, dictionary);
   using Args = typename CustomCall<kSignature>::Args;
   CustomCall<kSignature> call;
@@ -56,27 +56,27 @@ absl::Status Run(ffi::ThreadPool* pool, const ffi::RemainingArgs& operands,
 }
 
 template <const auto& kSignature>
-ffi::Error Handle(ffi::ThreadPool pool, ffi::RemainingArgs operands, ffi::RemainingRets results,
-                  ffi::Dictionary attributes) {
-  return ToFfiError(Run<kSignature>(&pool, operands, results, attributes));
+ffi::Error ExecuteOnHost(ffi::ThreadPool pool, ffi::RemainingArgs operands,
+                         ffi::RemainingRets results, ffi::Dictionary attributes) {
+  return ToFfiError(RunOnHost<kSignature>(&pool, operands, results, attributes));
 }
 
 template <const auto& kSignature>
-bool Register() {
+bool RegisterOnHost() {
   XLA_FFI_DEFINE_HANDLER(
-      handler, Handle<kSignature>,
+      handler, ExecuteOnHost<kSignature>,
       ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().RemainingArgs().RemainingRets().Attrs());
   return RegisterHandler(kSignature.op, "Host", {nullptr, nullptr, nullptr, handler});
 }
 
 template <const auto&... kSignatures>
-bool RegisterAll(ops::OpList<kSignatures...>) {
-  return (Register<kSignatures>() && ...);
+bool RegisterAllOnHost(ops::OpList<kSignatures...>) {
+  return (RegisterOnHost<kSignatures>() && ...);
 }
 
 }  // namespace
 
-bool RegisterHostHandlers() { return RegisterAll(ops::AllOps()); }
+bool RegisterHostHandlers() { return RegisterAllOnHost(ops::AllOps()); }
 
 }  // namespace tf
 }  // namespace cbam_ops
