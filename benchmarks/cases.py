@@ -26,10 +26,10 @@ UNFRIENDLY = ((28, 28, 3), (28, 28, 33), (14, 14, 257), (5, 5, 64), (1, 1, 512))
 
 @dataclasses.dataclass(frozen=True)
 class NetworkCase:
-    """A residual network at 224 px: plain, with stock CBAM, and that one fused (`NETWORKS`)."""
+    """A network at 224 px: plain, with stock CBAM, and that one fused (`NETWORKS`)."""
 
     group: str
-    depth: int
+    network: str  # of `network.ARCHITECTURES`
     n: int
     mode: str  # "inference" or "training"
     size: int = 224
@@ -39,7 +39,7 @@ class NetworkCase:
     @property
     def name(self) -> str:
         """Names the case in filters and in the progress bar."""
-        return f"{self.group}/resnet{self.depth}/{self.n}x{self.size}x{self.size}x3/{self.mode}"
+        return f"{self.group}/{self.network}/{self.n}x{self.size}x{self.size}x3/{self.mode}"
 
     @property
     def modes(self) -> tuple[str, ...]:
@@ -49,7 +49,7 @@ class NetworkCase:
     def columns(self) -> Row:
         """The columns of a row that say what the case is."""
         return {
-            "op": f"resnet{self.depth}", "n": self.n, "h": self.size, "w": self.size, "c": 3,
+            "op": self.network, "n": self.n, "h": self.size, "w": self.size, "c": 3,
             "dtype": "float32", "layout": "NHWC", "threads": self.threads, "group": self.group,
         }  # fmt: skip
 
@@ -102,8 +102,9 @@ def all_cases() -> list[AnyCase]:
 
     halves, both, brief = ("bfloat16", "float16"), ("NHWC", "NCHW"), ("forward", "step")
     add("resnet50", 16, RESNET50, baselines=(OURS_XLA, *STOCK, "keras", *TORCH))
-    found.append(NetworkCase("network", 50, 8, "inference"))
-    found.append(NetworkCase("network", 50, 8, "training", providers=NETWORKS))
+    found.append(NetworkCase("network", "resnet50", 8, "training", providers=NETWORKS))
+    for network in ("resnet50", "mobilenet"):
+        found.extend(NetworkCase("network", network, n, "inference") for n in (8, 1))
     # No Keras: on CPUs TensorFlow has no gradient of a convolution in NCHW.
     add("resnet50", 16, RESNET50, layouts=("NCHW",), baselines=(*STOCK, *TORCH))
     add("resnet50", 16, RESNET50, dtypes=halves, baselines=(*STOCK, "keras"))

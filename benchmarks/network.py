@@ -1,4 +1,4 @@
-"""Whole residual networks: plain, with the module in stock Keras layers, and that one fused.
+"""Whole networks: plain, with the module in stock Keras layers, and that one fused.
 
 The fused network is what one call of `cbam_ops.fuse` makes of the stock one, with the same weights.
 All are also compiled by XLA, whole, as Keras compiles a model with `jit_compile=True`.
@@ -27,6 +27,12 @@ _NETWORK = {
     OURS_XLA: "fused",
 }
 _COMPILED = ("plain-xla", "stock-xla", OURS_XLA)
+# What `build_resnet` makes of a network's name.
+ARCHITECTURES: dict[str, tuple[int, str]] = {
+    "resnet18": (18, "released"),
+    "resnet50": (50, "released"),
+    "mobilenet": (28, "mobilenet"),
+}
 # Two correct float32 evaluations of fifty layers, relative to the largest logit.
 _AGREE = 1e-2
 # A network is timed for longer than a module: the module's share is a small difference.
@@ -82,11 +88,13 @@ def measure_network(case: NetworkCase, seconds: float) -> Outcome:
     labels = tf.constant(random.integers(0, 1000, case.n))
 
     built: dict[str, Any] = {}
+    depth, family = ARCHITECTURES[case.network]
     with cbam_ops.use_implementation("native"):
         for name, attention in (("plain", None), ("stock", "stock")):
             keras.utils.set_random_seed(50)
             built[name] = models.build_resnet(
-                case.depth,
+                depth,
+                network=family,
                 attention=attention,
                 input_shape=shape[1:],
                 classifier_activation=None,

@@ -32,6 +32,8 @@ BASELINES: dict[str, list[str]] = {
 }
 _CASE = ["machine", "op", "n", "h", "w", "c", "dtype", "layout", "threads", "mode"]
 _DASH = "–"
+# What a row's op begins with, if it is no network.
+OPS = "cbam"
 # What must move, in copies of the map (a copy: one read, one write).
 IDEAL = {"forward": 1.0, "backward": 1.5, "step": 2.5}
 
@@ -41,7 +43,7 @@ IDEAL = {"forward": 1.0, "backward": 1.5, "step": 2.5}
 
 def ours(rows: pd.DataFrame) -> pd.DataFrame:
     """Our rows, each with its speed against each baseline: how many times faster it is."""
-    modules = rows[~rows["op"].str.startswith("resnet")]
+    modules = rows[rows["op"].str.startswith(OPS)]
     times = modules.pivot_table("median_s", _CASE, "provider", sort=False)
     found = modules[modules["provider"] == OURS].set_index(_CASE)
     for title, providers in BASELINES.items():
@@ -170,7 +172,7 @@ def _summary_table(found: pd.DataFrame) -> str:
 
 
 def _network_table(rows: pd.DataFrame) -> str:
-    networks = rows[rows["op"].str.startswith("resnet")]
+    networks = rows[~rows["op"].str.startswith(OPS)]
     if networks.empty:
         return ""
     index = ["op", "h", "n", "mode"]
@@ -183,7 +185,7 @@ def _network_table(rows: pd.DataFrame) -> str:
     heads += [f"XLA: {head}" for head in heads]
     columns: dict[str, Sequence[str]] = {
         "network": [
-            f"ResNet-{op.removeprefix('resnet')} at {h} px"
+            f"{op.replace('resnet', 'ResNet-').replace('mobile', 'Mobile')} at {h} px"
             for op, h in wide.index.droplevel([2, 3])
         ],
         "pass": list(wide.index.get_level_values("mode")),
@@ -202,7 +204,7 @@ def _xla_table(rows: pd.DataFrame) -> str:
     """Ours inside XLA beside XLA's own compilation of the reference, where both were measured."""
     times = rows.pivot_table("median_s", _CASE, "provider", sort=False)
     times = times.reindex(columns=[OURS, OURS_XLA, "xla"]).reset_index()
-    both = times[~times["op"].str.startswith("resnet")].dropna(subset=[OURS_XLA, "xla"])
+    both = times[times["op"].str.startswith(OPS)].dropna(subset=[OURS_XLA, "xla"])
     if both.empty:
         return ""
     columns: dict[str, Sequence[str]] = {"map": _sizes(both), "pass": list(both["mode"])}
@@ -324,7 +326,7 @@ def console_table(rows: pd.DataFrame) -> str:
             }
         )
         tables.append(_simple(table))
-    networks = rows[rows["op"].str.startswith("resnet")]
+    networks = rows[~rows["op"].str.startswith(OPS)]
     if len(networks):
         names = ["op", "n", "mode", "provider", "median_s", "module_percent_of_time"]
         tables.append(_simple(networks[names]))

@@ -25,6 +25,7 @@ import results
 import run
 import tensorflow as tf
 from cases import NetworkCase
+from network import ARCHITECTURES, measure_network
 
 from cbam_ops import __main__ as command
 from cbam_ops import _bench, _loader, testing
@@ -60,6 +61,7 @@ def test_the_cases_are_what_they_are_said_to_be():
     assert all(name in baselines.PROVIDERS for case in found for name in case.providers)
     networks = [case for case in cases.all_cases() if isinstance(case, NetworkCase)]
     assert {case.mode for case in networks} == {"inference", "training"}
+    assert {case.network for case in networks} <= ARCHITECTURES.keys()
     (training,) = [case for case in networks if case.mode == "training"]
     assert set(training.providers) >= {"ours", "stock-xla", "ours-xla"}
 
@@ -68,9 +70,9 @@ def test_the_cases_are_what_they_are_said_to_be():
 @pytest.mark.parametrize("mode", ["inference", "training"])
 def test_a_network_is_fused_checked_and_timed(mode):
     """Fails when a module of the stock network is not fused, or the two do not agree."""
-    from network import measure_network
-
-    case = NetworkCase("network", 18, 2, mode, size=32, providers=("plain", "stock", "ours"))
+    case = NetworkCase(
+        "network", "resnet18", 2, mode, size=32, providers=("plain", "stock", "ours")
+    )
     outcome = measure_network(case, 0.01)
     assert not outcome.wrong
     rows = {row["provider"]: row for row in outcome.rows}

@@ -93,15 +93,13 @@ class BackwardPipeline {
       dtaps_ = arena_.Take<A>(fold_, g_.taps);
       dtaps_total_ = arena_.Take<double>(std::min<int64_t>(n, 1), g_.taps);
       dbias_ = arena_.Take<double>(n);
-      line_size_ = RoundUp(g_.run_rows * g_.width, dense_.lanes);
       const auto plane_size = [&](int64_t rows) {
         return PaddedPlane<A>::Size(g_, dense_.lanes, rows + 2 * g_.half_rows);
       };
       block_size_ = RoundUp(plane_size(LargestBlock()) +       // dz
                                 2 * g_.step_rows * g_.width +  // dot, count of a step
                                 LargestBlock() * g_.width +    // count of own rows
-                                2 * line_size_ +               // a row of da_s, dm_s
-                                line_size_ +  // of the logits, and planes for those of a step
+                                g_.step_rows * g_.width +      // logits of a step, and their planes
                                 2 * plane_size(g_.step_rows),
                             64);
       sample_size_ = RoundUp(3 * plane_size(g_.height) + (g_.is_line ? g_.taps : 0), 64);
@@ -235,9 +233,7 @@ class BackwardPipeline {
     const Plane<A> plane = PaddedPlane<A>::Make(g_, dense_.lanes, plane_rows, scratch);
     A* step = scratch + PaddedPlane<A>::Size(g_, dense_.lanes, LargestBlock() + 2 * g_.half_rows);
     A* own_count = step + 2 * g_.step_rows * w;
-    A* line_mean = own_count + LargestBlock() * w;
-    A* line_max = line_mean + line_size_;
-    A* logits = line_max + line_size_;
+    A* logits = own_count + LargestBlock() * w;
     const int64_t first_row = rows.begin - g_.half_rows;
     const int64_t halo = gate_only ? 0 : g_.half_rows;
 
@@ -265,17 +261,16 @@ class BackwardPipeline {
         ready = stop;
       }
       if (gate_only) continue;
-      for (int64_t r = row; r < end; r += g_.run_rows) {
-        const int64_t size = std::min(g_.run_rows, end - r) * w;
-        dense_.convolve_row_transposed(plane, g_.PlaneRow(r, first_row), size, TapsOf(args),
-                                       line_mean, line_max);
-        A* d_mean = d_position_mean_ + wave.Row(n) * g_.positions + r * w;
-        A* d_max = d_position_max_ + wave.Row(n) * g_.positions + r * w;
-        const A* ties = own_count + (r - rows.begin) * w;
-        for (int64_t i = 0; i < size; ++i) {
-          d_mean[i] = line_mean[i] / static_cast<A>(g_.channels);
-          ShareAmongMaxima(line_max[i], ties[i], &d_mean[i], &d_max[i]);
-        }
+      A* const d_mean = d_position_mean_ + wave.Row(n) * g_.positions;
+      A* const d_max = d_position_max_ + wave.Row(n) * g_.positions;
+      g_.ForConvolved({row, end}, first_row,
+                      [&](int64_t r, int64_t convolved, int64_t width, int64_t p) {
+                        dense_.convolve_rows_transposed(plane, r, convolved, width, TapsOf(args),
+                                                        d_mean + p, d_max + p);
+                      });
+      for (int64_t i = row * w; i < end * w; ++i) {
+        d_mean[i] /= static_cast<A>(g_.channels);
+        ShareAmongMaxima(d_max[i], own_count[i - rows.begin * w], &d_mean[i], &d_max[i]);
       }
       if (HasChannelGate(problem_)) {
         const int64_t units_end =
@@ -300,24 +295,22 @@ class BackwardPipeline {
       for (int64_t i = 0; i < positions.size(); ++i) dz[i] *= gate[i] * (A{1} - gate[i]);
       return;
     }
-    A* line = scratch;
-    Plane<A> planes[2] = {};
-    if (!problem_.batch_norm) DescriptorPlanes(args, n, rows, scratch + line_size_, planes);
-    for (int64_t r = rows.begin; r < rows.end; r += g_.run_rows) {
-      const int64_t size = std::min(g_.run_rows, rows.end - r) * g_.width;
-      if (problem_.batch_norm) {
-        const int64_t begin = n * g_.positions + r * g_.width;
-        for (int64_t i = 0; i < size; ++i) {
-          line[i] = static_cast<A>(gamma_ * batch_norm_.Normalized(begin + i) + BiasOf(args));
-        }
-      } else {
-        dense_.convolve_row(planes, g_.PlaneRow(r, rows.begin - g_.half_rows), size, TapsOf(args),
-                            BiasOf(args), line);
-      }
-      dense_.sigmoid_derivative(line, size, line);
-      const int64_t p = (r - rows.begin) * g_.width;
-      MultiplyByDerivative(gate + p, line, size, dz + p);
+    A* const logits = scratch;
+    if (problem_.batch_norm) {
+      const int64_t begin = n * g_.positions + positions.begin;
+      for (int64_t i = 0; i < positions.size(); ++i)
+        logits[i] = static_cast<A>(gamma_ * batch_norm_.Normalized(begin + i) + BiasOf(args));
+    } else {
+      Plane<A> planes[2];
+      DescriptorPlanes(args, n, rows, scratch + g_.step_rows * g_.width, planes);
+      g_.ForConvolved(rows, rows.begin - g_.half_rows,
+                      [&](int64_t r, int64_t convolved, int64_t width, int64_t p) {
+                        dense_.convolve_rows(planes, r, convolved, width, TapsOf(args),
+                                             BiasOf(args), logits + p - positions.begin);
+                      });
     }
+    dense_.sigmoid_derivative(logits, positions.size(), logits);
+    MultiplyByDerivative(gate, logits, positions.size(), dz);
   }
 
   void ChannelPartials(const BackwardArgs& args, const Wave& wave, int64_t n, Range units) {
@@ -606,7 +599,7 @@ class BackwardPipeline {
       const double* from = dtaps_total_;
       for (int64_t d = -taps.half_slices; d <= taps.half_slices; ++d) {
         for (int64_t i = -taps.half_rows; i <= taps.half_rows; ++i) {
-          A* to = dkernel + (taps.At(d, i, -taps.half_columns) - taps.kernel);
+          A* to = dkernel + taps.IndexOf(d, i, -taps.half_columns);
           for (int64_t j = 0; j < row_size; ++j) to[j] = static_cast<A>(*from++);
         }
       }
@@ -671,7 +664,6 @@ class BackwardPipeline {
   double* dbias_ = nullptr;        // [N]
   double gamma_ = 0;               // with batch norm
   int64_t fold_ = 0;
-  int64_t line_size_ = 0;
   // Of tasks on blocks or on samples.
   int64_t block_slots_ = 0, block_size_ = 0, sample_slots_ = 0, sample_size_ = 0;
   int64_t scratch_size_ = 0;

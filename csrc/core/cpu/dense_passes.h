@@ -206,84 +206,149 @@ void SigmoidDerivative(const A* in, int64_t count, A* out) {
 
 // --- Convolution ---
 
-// Outputs are padded to whole vectors, so there are no tails: the last lanes hold what the row's
-// padding and the next row make of them. kVectors vectors of a row at a time: enough independent
-// sums to hide the latency of the additions.
-template <int kVectors, typename A>
-CBAM_INLINE void ConvolveVectors(const Plane<A>* planes, int64_t row, int64_t w,
-                                 const Taps<A>& taps, A bias, A* out) {
-  using V = typename Simd<A>::V;
-  constexpr int64_t kLanes = Simd<A>::kLanes;
-  V sum[2][kVectors] = {};
+// A block is kRows rows by kVectors vectors: enough independent sums to hide the latency of the
+// additions, and rows that share what they load, as most vectors of the planes straddle two cache
+// lines. Every sum is taken in the same order whatever the block. The last vector of a row reads on
+// into its padding and the next row; of the outputs only what the row has is written.
+
+// Calls add(begin, end) with constants.
+template <int kBegin, int kEnd, int kRows, typename Add>
+CBAM_INLINE void ForRowsOfBlock(int64_t begin, int64_t end, const Add& add) {
+  if constexpr (kBegin < kRows && kEnd > kBegin) {
+    if (begin == kBegin && end == kEnd) return add(Constant<kBegin>(), Constant<kEnd>());
+    if constexpr (kEnd > kBegin + 1) {
+      ForRowsOfBlock<kBegin, kEnd - 1, kRows>(begin, end, add);
+    } else {
+      ForRowsOfBlock<kBegin + 1, kRows, kRows>(begin, end, add);
+    }
+  }
+}
+// Calls add(d, k, begin, end) for the slices d that a kernel reaches and the rows k of the planes
+// there, counted from the block's first, that reach rows [begin, end) of the block.
+template <int kRows, typename A, typename Add>
+CBAM_INLINE void ForPlaneRows(const Taps<A>& taps, const Add& add) {
+  const int64_t half = taps.half_rows;
   for (int64_t d = -taps.half_slices; d <= taps.half_slices; ++d) {
-    for (int64_t i = -taps.half_rows; i <= taps.half_rows; ++i) {
-      const int64_t at = row + d * taps.slice_stride + i;
-      const A* line[2] = {planes[0].data + at * planes[0].stride + w,
-                          planes[1].data + at * planes[1].stride + w};
-      const A* weights = taps.At(d, i, -taps.half_columns);
-      for (int64_t j = -taps.half_columns; j <= taps.half_columns; ++j, weights += 2) {
-        for (int q = 0; q < 2; ++q) {
-          const V weight = Splat<A>(weights[q]);
-          for (int v = 0; v < kVectors; ++v)
-            sum[q][v] = Fma(weight, Load(line[q] + j + v * kLanes), sum[q][v]);
-        }
+    for (int64_t k = -half; k < kRows + half; ++k) {
+      const int64_t begin = k > half ? k - half : 0;
+      const int64_t end = k + half + 1 < kRows ? k + half + 1 : kRows;
+      ForRowsOfBlock<0, kRows, kRows>(
+          begin, end, [&](auto first, auto last) CBAM_INLINE_LAMBDA { add(d, k, first, last); });
+    }
+  }
+}
+
+// Stores at column w of rows of `width`.
+template <int kRows, int kVectors, typename V, typename A>
+CBAM_INLINE void StoreBlock(const V (&values)[kRows][kVectors], int64_t w, int64_t width, A* out) {
+  constexpr int64_t kLanes = Simd<A>::kLanes;
+  for (int r = 0; r < kRows; ++r) {
+    for (int v = 0; v < kVectors; ++v) {
+      A* to = out + r * width + w + v * kLanes;
+      const int64_t left = width - w - v * kLanes;
+      if (left >= kLanes) {
+        Store(to, values[r][v]);
+      } else {
+        StoreFirst(to, values[r][v], left);
       }
     }
   }
-  // The bias comes last: beside a large one every product would be rounded to its last place.
-  for (int v = 0; v < kVectors; ++v)
-    Store(out + w + v * kLanes, sum[0][v] + sum[1][v] + Splat<A>(bias));
 }
 
-template <typename A>
-void ConvolveRow(const Plane<A>* planes, int64_t row, int64_t width, const Taps<A>& taps, A bias,
-                 A* out) {
-  constexpr int64_t kLanes = Simd<A>::kLanes;
-  int64_t w = 0;
-  for (; w + 3 * kLanes < width; w += 4 * kLanes)
-    ConvolveVectors<4>(planes, row, w, taps, bias, out);
-  for (; w + kLanes < width; w += 2 * kLanes) ConvolveVectors<2>(planes, row, w, taps, bias, out);
-  for (; w < width; w += kLanes) ConvolveVectors<1>(planes, row, w, taps, bias, out);
-}
-
-template <int kVectors, typename A>
-CBAM_INLINE void ConvolveVectorsTransposed(const Plane<A>& plane, int64_t row, int64_t w,
-                                           const Taps<A>& taps, A* out_mean, A* out_max) {
+template <int kRows, int kVectors, typename A>
+CBAM_INLINE void ConvolveBlock(const Plane<A>* planes, int64_t row, int64_t w, int64_t width,
+                               const Taps<A>& taps, A bias, A* out) {
   using V = typename Simd<A>::V;
   constexpr int64_t kLanes = Simd<A>::kLanes;
-  V sum[2][kVectors] = {};
-  for (int64_t d = -taps.half_slices; d <= taps.half_slices; ++d) {
-    for (int64_t i = -taps.half_rows; i <= taps.half_rows; ++i) {
-      const A* line = plane.data + (row - d * taps.slice_stride - i) * plane.stride + w;
-      const A* weights = taps.At(d, i, -taps.half_columns);
-      for (int64_t j = -taps.half_columns; j <= taps.half_columns; ++j, weights += 2) {
-        const V mean_weight = Splat<A>(weights[0]);
-        const V max_weight = Splat<A>(weights[1]);
+  V sum[2][kRows][kVectors] = {};
+  ForPlaneRows<kRows>(taps, [&](int64_t d, int64_t k, auto first, auto last) CBAM_INLINE_LAMBDA {
+    const int64_t at = row + d * taps.slice_stride + k;
+    const A* line[2] = {planes[0].data + at * planes[0].stride + w,
+                        planes[1].data + at * planes[1].stride + w};
+    const int64_t middle = taps.IndexOf(d, k, 0);
+    for (int64_t j = -taps.half_columns; j <= taps.half_columns; ++j) {
+      for (int q = 0; q < 2; ++q) {
+        V values[kVectors];
         for (int v = 0; v < kVectors; ++v) {
-          const V value = Load(line - j + v * kLanes);
-          sum[0][v] = Fma(mean_weight, value, sum[0][v]);
-          sum[1][v] = Fma(max_weight, value, sum[1][v]);
+          values[v] = Load(line[q] + j + v * kLanes);
+          KeepInRegister(values[v]);
+        }
+        for (int r = first; r < last; ++r) {
+          const V weight = Splat<A>(taps.kernel[middle + (j - r * taps.width) * 2 + q]);
+          for (int v = 0; v < kVectors; ++v) sum[q][r][v] = Fma(weight, values[v], sum[q][r][v]);
         }
       }
     }
+  });
+  // The bias comes last: beside a large one every product would be rounded to its last place.
+  for (int r = 0; r < kRows; ++r) {
+    for (int v = 0; v < kVectors; ++v) sum[0][r][v] = sum[0][r][v] + sum[1][r][v] + Splat<A>(bias);
   }
-  for (int v = 0; v < kVectors; ++v) {
-    Store(out_mean + w + v * kLanes, sum[0][v]);
-    Store(out_max + w + v * kLanes, sum[1][v]);
+  StoreBlock(sum[0], w, width, out);
+}
+
+// From the last of the planes' rows to the first, so that the kernel's taps come in their order.
+template <int kRows, int kVectors, typename A>
+CBAM_INLINE void ConvolveBlockTransposed(const Plane<A>& plane, int64_t row, int64_t w,
+                                         int64_t width, const Taps<A>& taps, A* out_mean,
+                                         A* out_max) {
+  using V = typename Simd<A>::V;
+  constexpr int64_t kLanes = Simd<A>::kLanes;
+  V sum[2][kRows][kVectors] = {};
+  ForPlaneRows<kRows>(taps, [&](int64_t d, int64_t k, auto first, auto last) CBAM_INLINE_LAMBDA {
+    const A* line = plane.data + (row - d * taps.slice_stride + kRows - 1 - k) * plane.stride + w;
+    const int64_t middle = taps.IndexOf(d, k, 0);
+    for (int64_t j = -taps.half_columns; j <= taps.half_columns; ++j) {
+      V values[kVectors];
+      for (int v = 0; v < kVectors; ++v) {
+        values[v] = Load(line - j + v * kLanes);
+        KeepInRegister(values[v]);
+      }
+      for (int s = first; s < last; ++s) {
+        for (int q = 0; q < 2; ++q) {
+          const V weight = Splat<A>(taps.kernel[middle + (j - s * taps.width) * 2 + q]);
+          V* const to = sum[q][kRows - 1 - s];
+          for (int v = 0; v < kVectors; ++v) to[v] = Fma(weight, values[v], to[v]);
+        }
+      }
+    }
+  });
+  StoreBlock(sum[0], w, width, out_mean);
+  StoreBlock(sum[1], w, width, out_max);
+}
+
+// Calls block(rows of the block, vectors, row, column) for a range of rows.
+template <typename A, typename Block>
+CBAM_INLINE void ForBlocks(int64_t rows, int64_t width, const Block& block) {
+  constexpr int64_t kLanes = Simd<A>::kLanes;
+  const auto columns = [&](auto count, int64_t row) {
+    int64_t w = 0;
+    for (; w + kLanes < width; w += 2 * kLanes) block(count, Constant<2>(), row, w);
+    if (w < width) block(count, Constant<1>(), row, w);
+  };
+  int64_t row = 0;
+  if constexpr (CBAM_VECTOR_BYTES == 64) {  // the sums of so many fit into its registers
+    for (; row + 4 <= rows; row += 4) columns(Constant<4>(), row);
   }
+  for (; row + 2 <= rows; row += 2) columns(Constant<2>(), row);
+  if (row < rows) columns(Constant<1>(), row);
 }
 
 template <typename A>
-void ConvolveRowTransposed(const Plane<A>& plane, int64_t row, int64_t width, const Taps<A>& taps,
-                           A* out_mean, A* out_max) {
-  constexpr int64_t kLanes = Simd<A>::kLanes;
-  int64_t w = 0;
-  for (; w + 3 * kLanes < width; w += 4 * kLanes)
-    ConvolveVectorsTransposed<4>(plane, row, w, taps, out_mean, out_max);
-  for (; w + kLanes < width; w += 2 * kLanes)
-    ConvolveVectorsTransposed<2>(plane, row, w, taps, out_mean, out_max);
-  for (; w < width; w += kLanes)
-    ConvolveVectorsTransposed<1>(plane, row, w, taps, out_mean, out_max);
+void ConvolveRows(const Plane<A>* planes, int64_t row, int64_t rows, int64_t width,
+                  const Taps<A>& taps, A bias, A* out) {
+  ForBlocks<A>(rows, width, [&](auto count, auto vectors, int64_t r, int64_t w) {
+    ConvolveBlock<count, vectors>(planes, row + r, w, width, taps, bias, out + r * width);
+  });
+}
+
+template <typename A>
+void ConvolveRowsTransposed(const Plane<A>& plane, int64_t row, int64_t rows, int64_t width,
+                            const Taps<A>& taps, A* out_mean, A* out_max) {
+  ForBlocks<A>(rows, width, [&](auto count, auto vectors, int64_t r, int64_t w) {
+    ConvolveBlockTransposed<count, vectors>(plane, row + r, w, width, taps, out_mean + r * width,
+                                            out_max + r * width);
+  });
 }
 
 // kTaps neighbouring taps of one kernel row. Float sums of few rows, then double.

@@ -114,9 +114,8 @@ class ForwardPipeline {
       int64_t rows = 0;
       for (int64_t b = 0; b < blocks_; ++b) rows = std::max(rows, g_.BlockRows(b, blocks_).size());
       plane_size_ = PaddedPlane<A>::Size(g_, dense_.lanes, rows + 2 * g_.half_rows);
-      line_size_ = RoundUp(g_.width, dense_.lanes);
       halo_size_ = 2 * g_.step_rows * g_.width;
-      scratch_size_ = RoundUp(2 * plane_size_ + line_size_ + halo_size_, 64);
+      scratch_size_ = RoundUp(2 * plane_size_ + halo_size_, 64);
       slots_ = g_.is_own ? 1 : Slots::Count(parallel, g_.wave * blocks_);
       scratch_ = arena_.Take<A>(g_.slots * slots_, scratch_size_);
     }
@@ -263,8 +262,7 @@ class ForwardPipeline {
         PaddedPlane<A>::Make(g_, dense_.lanes, plane_rows, scratch),
         PaddedPlane<A>::Make(g_, dense_.lanes, plane_rows, scratch + plane_size_)};
     const Taps<A> taps = g_.TapsOf(static_cast<const A*>(args.kernel));
-    A* line = scratch + 2 * plane_size_;
-    A* halo = line + line_size_;
+    A* halo = scratch + 2 * plane_size_;
     const int64_t first_row = rows.begin - g_.half_rows;  // of the planes; may lie above the map
 
     int64_t described = std::max<int64_t>(0, first_row);
@@ -284,12 +282,13 @@ class ForwardPipeline {
         CopyRows(g_, maximum, {described, stop}, first_row, planes[1]);
         described = stop;
       }
-      for (int64_t r = row; r < end; r += g_.run_rows) {
-        const int64_t size = std::min(g_.run_rows, end - r) * g_.width;
-        dense_.convolve_row(planes, g_.PlaneRow(r, first_row), size, taps, bias, line);
-        dense_.sigmoid(line, size, gate + r * g_.width);
-      }
-      Apply(args, n, channel_gate, gate, g_.RowPositions({row, end}));
+      g_.ForConvolved({row, end}, first_row,
+                      [&](int64_t r, int64_t convolved, int64_t width, int64_t p) {
+                        dense_.convolve_rows(planes, r, convolved, width, taps, bias, gate + p);
+                      });
+      const Range positions = g_.RowPositions({row, end});
+      dense_.sigmoid(gate + positions.begin, positions.size(), gate + positions.begin);
+      Apply(args, n, channel_gate, gate, positions);
     }
   }
 
@@ -346,7 +345,7 @@ class ForwardPipeline {
   A* hidden_sum_ = nullptr;  // [g.slots * wave, hidden], where the branches meet early
   A* logits_[2] = {};        // [g.slots * wave, C]
   int64_t blocks_ = 0, slots_ = 0;
-  int64_t plane_size_ = 0, line_size_ = 0, halo_size_ = 0, scratch_size_ = 0;
+  int64_t plane_size_ = 0, halo_size_ = 0, scratch_size_ = 0;
   A* scratch_ = nullptr;  // [g.slots * slots, scratch_size]
 };
 

@@ -48,10 +48,10 @@ const MapPasses<ComputeType> CBAM_MAP_TABLE = {
 #endif
 extern const DensePasses<ComputeType> CBAM_DENSE_TABLE;
 const DensePasses<ComputeType> CBAM_DENSE_TABLE = {
-    Simd<ComputeType>::kLanes,          Multiply<ComputeType>,
-    DotProductsOf<ComputeType>,         Sigmoid<ComputeType>,
-    SigmoidDerivative<ComputeType>,     ConvolveRow<ComputeType>,
-    ConvolveRowTransposed<ComputeType>, KernelGradient<ComputeType>,
+    Simd<ComputeType>::kLanes,           Multiply<ComputeType>,
+    DotProductsOf<ComputeType>,          Sigmoid<ComputeType>,
+    SigmoidDerivative<ComputeType>,      ConvolveRows<ComputeType>,
+    ConvolveRowsTransposed<ComputeType>, KernelGradient<ComputeType>,
 };
 #endif
 

@@ -134,9 +134,9 @@ struct Taps {
 
   // Of the whole kernel.
   int64_t size() const { return depth * height * width * 2; }
-  // The weights of both planes at slice d, row i and column j from the middle.
-  const A* At(int64_t d, int64_t i, int64_t j) const {
-    return kernel + (((d + depth / 2) * height + i + height / 2) * width + j + width / 2) * 2;
+  // Where the weights of both planes at slice d, row i and column j from the middle are.
+  int64_t IndexOf(int64_t d, int64_t i, int64_t j) const {
+    return (((d + depth / 2) * height + i + height / 2) * width + j + width / 2) * 2;
   }
 };
 
@@ -147,9 +147,8 @@ struct Slices {
 
 template <typename A>
 struct DensePasses {
-  int64_t
-      lanes;  // planes and outputs are padded so that reading or writing a whole vector from any
-              // element of a row stays inside
+  // Planes are padded so that reading a whole vector from any element of a row stays inside.
+  int64_t lanes;
 
   void (*product)(const Product<A>&);
   void (*dot_products)(const DotProducts<A>&);
@@ -157,13 +156,14 @@ struct DensePasses {
   // out[i] = sigmoid'(in[i]), to the last places however near to 1 the sigmoid is.
   void (*sigmoid_derivative)(const A* in, int64_t count, A* out);
 
-  // out[w] = bias + sum over planes q and taps (i, j) of weight_q(i, j) * plane_q[row + i, w + j],
-  // here as below of every slice that the kernel has.
-  void (*convolve_row)(const Plane<A>* planes, int64_t row, int64_t width, const Taps<A>&, A bias,
-                       A* out);
-  // The transposed convolution: out_q[w] = sum over taps of weight_q(i, j) * plane[row - i, w - j].
-  void (*convolve_row_transposed)(const Plane<A>& plane, int64_t row, int64_t width, const Taps<A>&,
-                                  A* out_mean, A* out_max);
+  // out[r, w] = bias + sum over planes q and taps (i, j) of weight_q(i, j) *
+  // plane_q[row + r + i, w + j], here as below of every slice that the kernel has.
+  void (*convolve_rows)(const Plane<A>* planes, int64_t row, int64_t rows, int64_t width,
+                        const Taps<A>&, A bias, A* out);
+  // The transposed convolution: out_q[r, w] = sum over taps of weight_q(i, j) *
+  // plane[row + r - i, w - j].
+  void (*convolve_rows_transposed)(const Plane<A>& plane, int64_t row, int64_t rows, int64_t width,
+                                   const Taps<A>&, A* out_mean, A* out_max);
   // dtaps[i, j, q] = sum over rows and w of dz[row, w] * plane_q[row + i, w + j], for the taps of
   // one slice from -half_rows and -half_columns on.
   void (*convolution_kernel_gradient)(const Plane<A>* planes, const Plane<A>& dz, const Slices&,

@@ -214,13 +214,31 @@ struct Geometry {
     gap = depth > 1 ? half_slice_rows : 0;
     is_line = HasSpatialGate(problem) && width == 1 && problem.kernel_width == 1 &&
               problem.kernel_height > 1 && depth == 1 && problem.kernel_depth == 1;
-    run_rows = is_line ? step_rows : 1;
     kernel_depth = problem.kernel_depth;
     kernel_height = is_line ? 1 : problem.kernel_height;
     kernel_width = is_line ? problem.kernel_height : problem.kernel_width;
   }
 
-  // The taps of a kernel for a run of rows.
+  // Calls body(first, count) for runs of rows that lie within a slice, if planes have gaps between
+  // them.
+  template <typename Body>
+  void ForRuns(Range rows, const Body& body) const {
+    for (int64_t row = rows.begin; row < rows.end;) {
+      int64_t count = rows.end - row;
+      if (gap > 0) count = std::min(count, slice_rows - row % slice_rows);
+      body(row, count);
+      row += count;
+    }
+  }
+  // Calls convolve(row of the plane, rows, width, first position) for what it takes of rows of the
+  // map at a time; row 0 of the plane is that of row `first`.
+  template <typename Convolve>
+  void ForConvolved(Range rows, int64_t first, const Convolve& convolve) const {
+    ForRuns(rows, [&](int64_t row, int64_t count) {
+      convolve(PlaneRow(row, first), is_line ? 1 : count, is_line ? count : width, row * width);
+    });
+  }
+  // The taps of a kernel for these.
   template <typename A>
   Taps<A> TapsOf(const A* kernel) const {
     return {kernel,
@@ -312,11 +330,10 @@ struct Geometry {
   int64_t units_per_row;  // 1 unless a row is cut
   int64_t units;          // per sample
   int64_t step_rows;      // rows that a task takes through a pass at a time
-  // A series: one column, and a kernel of one. Its rows lie next to each other, so a run of them is
-  // convolved as one row.
+  // A series: one column, and a kernel of one. Its rows lie next to each other and are convolved as
+  // one.
   bool is_line;
-  int64_t run_rows;
-  int64_t kernel_depth, kernel_height, kernel_width;  // of a run
+  int64_t kernel_depth, kernel_height, kernel_width;  // of what is convolved
   int64_t gap;  // rows of zeros between the slices of a padded plane
 
   // What two cores still read at cache speed; 4 and 16 MB, and steps of 64 and 256 KB, were within
@@ -386,17 +403,15 @@ struct PaddedPlane {
 template <typename From, typename A>
 void CopyRows(const Geometry& g, const From* from, Range rows, int64_t first,
               const Plane<A>& plane) {
-  for (int64_t row = rows.begin; row < rows.end;) {
-    int64_t count = rows.end - row, width = g.width;
-    if (g.gap > 0) count = std::min(count, g.slice_rows - row % g.slice_rows);
+  g.ForRuns(rows, [&](int64_t row, int64_t count) {
     A* to = plane.data + g.PlaneRow(row, first) * plane.stride;
-    row += count;
+    int64_t width = g.width;
     if (plane.stride == width) {
       width *= count;
       count = 1;
     }
     for (; count > 0; --count, from += width, to += plane.stride) std::copy(from, from + width, to);
-  }
+  });
 }
 
 // The greater, NaN if either is.
@@ -483,9 +498,8 @@ class BatchNorm {
       : problem_(problem), g_(g), dense_(dense), parallel_(parallel) {
     if (!problem.batch_norm) return;
     plane_size_ = PaddedPlane<double>::Size(g, dense.lanes, g.height + 2 * g.half_rows);
-    line_size_ = RoundUp(g.run_rows * g.width, dense.lanes);
     slots_ = Slots::Count(parallel, g.batch);
-    scratch_ = arena->Take<double>(slots_, 2 * plane_size_ + line_size_);
+    scratch_ = arena->Take<double>(slots_, 2 * plane_size_);
     kernel_ = arena->Take<double>(std::min<int64_t>(g.batch, 1), 2, problem.kernel_depth,
                                   problem.kernel_height, problem.kernel_width);
     convolved_ = arena->Take<double>(g.batch, g.positions);
@@ -498,8 +512,7 @@ class BatchNorm {
     const Taps<double> taps = g_.TapsOf(kernel_);
     std::copy(kernel, kernel + taps.size(), kernel_);
     ForEachWithSlot(parallel_, g_.batch, slots_, [&](int64_t n, int64_t slot) {
-      double* memory = scratch_ + slot * (2 * plane_size_ + line_size_);
-      double* line = memory + 2 * plane_size_;
+      double* memory = scratch_ + slot * 2 * plane_size_;
       Plane<double> planes[2];
       for (int q = 0; q < 2; ++q) {
         planes[q] = PaddedPlane<double>::Make(g_, dense_.lanes, g_.height + 2 * g_.half_rows,
@@ -507,11 +520,11 @@ class BatchNorm {
         CopyRows(g_, descriptors + (2 * n + q) * g_.positions, {0, g_.height}, -g_.half_rows,
                  planes[q]);
       }
-      for (int64_t r = 0; r < g_.height; r += g_.run_rows) {
-        const int64_t size = std::min(g_.run_rows, g_.height - r) * g_.width;
-        dense_.convolve_row(planes, g_.PlaneRow(r, -g_.half_rows), size, taps, 0.0, line);
-        std::copy(line, line + size, convolved_ + n * g_.positions + r * g_.width);
-      }
+      double* convolved = convolved_ + n * g_.positions;
+      g_.ForConvolved({0, g_.height}, -g_.half_rows,
+                      [&](int64_t row, int64_t rows, int64_t width, int64_t p) {
+                        dense_.convolve_rows(planes, row, rows, width, taps, 0.0, convolved + p);
+                      });
     });
     mean_ = MeanOf([&](int64_t i) { return convolved_[i]; });
     // Once more about it: of equal logits the mean is that logit, to the last bit.
@@ -546,7 +559,7 @@ class BatchNorm {
   const Geometry& g_;
   const DensePasses<double>& dense_;
   const Parallel& parallel_;
-  int64_t plane_size_ = 0, line_size_ = 0, slots_ = 0;
+  int64_t plane_size_ = 0, slots_ = 0;
   double* scratch_ = nullptr;    // of a task on a sample
   double* kernel_ = nullptr;     // [kernel_depth, kernel_height, kernel_width, 2]
   double* convolved_ = nullptr;  // [N, P]

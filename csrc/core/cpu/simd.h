@@ -44,6 +44,7 @@ namespace CBAM_LEVEL {
 namespace {
 
 #define CBAM_INLINE inline __attribute__((always_inline))
+#define CBAM_INLINE_LAMBDA __attribute__((always_inline))
 
 // A number that is known where it is passed on as an argument.
 template <int64_t kValue>
@@ -261,6 +262,19 @@ CBAM_INLINE void SumLanesOfEach(const VF (&v)[4][4], float* out, int64_t stride)
   _mm_storeu_ps(out + 3 * stride, _mm512_extractf32x4_ps(sums, 3));
 }
 #endif
+
+// Keeps a value that was loaded in its register: GCC would load it again for each use as an operand
+// in memory.
+template <typename V>
+CBAM_INLINE void KeepInRegister(V& value) {
+#if defined(CBAM_LEVEL_AVX512)
+  asm("" : "+v"(value));
+#elif defined(__SSE2__)
+  asm("" : "+x"(value));
+#elif defined(__aarch64__)
+  asm("" : "+w"(value));
+#endif
+}
 
 // --- Loads and stores ---
 
