@@ -18,6 +18,7 @@
 
 #if defined(__CUDACC__)
 #define CBAM_DEVICE __device__ __forceinline__
+#define CBAM_INLINE __attribute__((always_inline))  // of a lambda
 // How many blocks a multiprocessor shall hold at least: without it the compiler would rather spill
 // a register or two than miss one of its own steps of occupancy.
 #define CBAM_KERNEL(blocks) __global__ void __launch_bounds__(::cbam_ops::cuda::kBlock, blocks)
@@ -28,6 +29,7 @@
 #else
 #include "testing/cuda_on_cpu.h"
 #define CBAM_DEVICE inline
+#define CBAM_INLINE
 #define CBAM_KERNEL(blocks) void
 #define CBAM_PARAMETER const
 #define CBAM_UNROLL
@@ -44,9 +46,12 @@ constexpr int kBlock = kThreads + kWarp;  // and a warp that fetches the next on
 constexpr int kControlBytes = 128;        // of shared memory, for what that warp says
 constexpr int kItemBytes = 20 * 1024;     // of shared memory, for the item
 constexpr int kSharedBytes = kControlBytes + kItemBytes;
-// Blocks that a multiprocessor shall hold: while one waits the others work. Three of five warps
-// leave a thread 128 registers and a multiprocessor of 64 KB enough shared memory.
-constexpr int kBlocksAtOnce = 3;
+// Blocks that a multiprocessor shall hold: while some wait the others work. Of five warps each, four
+// leave a thread 96 registers, three 128 and two, which float64's backward needs, 168.
+template <typename A>
+constexpr int kForwardBlocks = sizeof(A) == 8 ? 3 : 4;
+template <typename A>
+constexpr int kBackwardBlocks = sizeof(A) == 8 ? 2 : 3;
 
 struct Half {
   uint16_t bits;
@@ -76,7 +81,7 @@ constexpr int kWidest = sizeof(T) == 8 ? 1 : 4;
 template <typename T>
 CBAM_HOST_DEVICE constexpr int RowsAtOnce(int vector, int maps) {
   if (sizeof(T) == 8 || vector * static_cast<int>(sizeof(T)) >= 16) return 4 / maps;
-  return maps == 1 ? 8 : maps == 2 ? 3 : 2;
+  return maps == 1 ? 6 : maps == 2 ? 3 : 2;
 }
 
 // ---- the machine -------------------------------------------------------------------------------

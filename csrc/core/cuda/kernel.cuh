@@ -1,4 +1,4 @@
-// The kernels: one for forward and one for backward, each over all items of a call.
+// The kernels: one for forward and one for backward of a map type, each over all items of a call.
 //
 // Of a block's threads, kThreads work on an item. One thread of the warp beside them takes the next
 // ticket meanwhile and waits for what its item depends on, and counts the last item as done: what
@@ -103,12 +103,25 @@ CBAM_DEVICE void RunItems(const Call<A>& call, Run run) {
   }
 }
 
-template <typename M>
-CBAM_KERNEL(kBlocksAtOnce)
-ForwardKernel(CBAM_PARAMETER Call<typename M::A> call) {
-  using T = typename M::T;
+// Calls pass(traits) with those of the call's maps. A kernel has the passes for both layouts, with and
+// without vectors: what is not a pass over maps, the most of its code, is compiled once for all four.
+template <typename T, typename RunPass>
+CBAM_DEVICE void WithTraits(const Call<Compute<T>>& call, RunPass pass) {
+  if constexpr (kWidest<T> > 1) {
+    if (call.vector > 1) {
+      return call.channels_last ? pass(MapTraits<T, kWidest<T>, true>())
+                                : pass(MapTraits<T, kWidest<T>, false>());
+    }
+  }
+  return call.channels_last ? pass(MapTraits<T, 1, true>()) : pass(MapTraits<T, 1, false>());
+}
+
+template <typename T>
+CBAM_KERNEL(kForwardBlocks<Compute<T>>)
+ForwardKernel(CBAM_PARAMETER Call<Compute<T>> call) {
   constexpr Gradient kNone = Gradient::kNone;
-  RunItems(call, [&](Task task, int64_t n, int index) {
+  RunItems(call, [&](Task task, int64_t n, int index) CBAM_INLINE {
+    const auto over_maps = [&](auto pass) CBAM_INLINE { WithTraits<T>(call, pass); };
     switch (task) {
       case Task::kHidden:
         return Hidden(call, n, index);
@@ -117,29 +130,36 @@ ForwardKernel(CBAM_PARAMETER Call<typename M::A> call) {
       case Task::kStatistics:
         return Statistics(call);
       case Task::kChannelPool:
-        return Reduce<M, Pass::kChannelPool, kNone, false>(call, n, index);
+        return over_maps([&](auto traits) CBAM_INLINE {
+          Reduce<decltype(traits), Pass::kChannelPool, kNone, false>(call, n, index);
+        });
       case Task::kSpatialPool:
-        return Reduce<M, Pass::kSpatialPool, kNone, false>(call, n, index);
+        return over_maps([&](auto traits) CBAM_INLINE {
+          Reduce<decltype(traits), Pass::kSpatialPool, kNone, false>(call, n, index);
+        });
       case Task::kConvolution:
         return Convolution(call, n, index);
       case Task::kNormalise:
         return Normalise(call, n, index);
       case Task::kApply:
-        return call.residual != nullptr ? Apply<M, true>(call, n, index)
-                                        : Apply<M, false>(call, n, index);
+        return over_maps([&](auto traits) CBAM_INLINE {
+          using M = decltype(traits);
+          call.residual != nullptr ? Apply<M, true>(call, n, index)
+                                   : Apply<M, false>(call, n, index);
+        });
       default:
         return StorePool<T>(call, n, index);
     }
   });
 }
 
-template <typename M>
-CBAM_KERNEL(kBlocksAtOnce)
-BackwardKernel(CBAM_PARAMETER Call<typename M::A> call) {
-  using T = typename M::T;
+template <typename T>
+CBAM_KERNEL(kBackwardBlocks<Compute<T>>)
+BackwardKernel(CBAM_PARAMETER Call<Compute<T>> call) {
   constexpr Gradient kNone = Gradient::kNone, kPlain = Gradient::kPlain,
                      kMasked = Gradient::kMasked;
-  RunItems(call, [&](Task task, int64_t n, int index) {
+  RunItems(call, [&](Task task, int64_t n, int index) CBAM_INLINE {
+    const auto over_maps = [&](auto pass) CBAM_INLINE { WithTraits<T>(call, pass); };
     const bool masked = call.mask != nullptr;
     switch (task) {
       case Task::kHidden:
@@ -158,18 +178,27 @@ BackwardKernel(CBAM_PARAMETER Call<typename M::A> call) {
       case Task::kTaps:
         return Taps(call, index);
       case Task::kSpatialGrad:
-        return masked ? Reduce<M, Pass::kSpatialGrad, kMasked, false>(call, n, index)
-                      : Reduce<M, Pass::kSpatialGrad, kPlain, false>(call, n, index);
+        return over_maps([&](auto traits) CBAM_INLINE {
+          using M = decltype(traits);
+          masked ? Reduce<M, Pass::kSpatialGrad, kMasked, false>(call, n, index)
+                 : Reduce<M, Pass::kSpatialGrad, kPlain, false>(call, n, index);
+        });
       case Task::kChannelGrad:
-        if (call.serial) {
-          return masked ? Reduce<M, Pass::kChannelGrad, kMasked, true>(call, n, index)
-                        : Reduce<M, Pass::kChannelGrad, kPlain, true>(call, n, index);
-        }
-        return masked ? Reduce<M, Pass::kChannelGrad, kMasked, false>(call, n, index)
-                      : Reduce<M, Pass::kChannelGrad, kPlain, false>(call, n, index);
+        return over_maps([&](auto traits) CBAM_INLINE {
+          using M = decltype(traits);
+          if (call.serial) {
+            return masked ? Reduce<M, Pass::kChannelGrad, kMasked, true>(call, n, index)
+                          : Reduce<M, Pass::kChannelGrad, kPlain, true>(call, n, index);
+          }
+          return masked ? Reduce<M, Pass::kChannelGrad, kMasked, false>(call, n, index)
+                        : Reduce<M, Pass::kChannelGrad, kPlain, false>(call, n, index);
+        });
       case Task::kMapGrad:
-        if (call.pool_maxima != nullptr) return MapGrad<M, kNone>(call, n, index);
-        return masked ? MapGrad<M, kMasked>(call, n, index) : MapGrad<M, kPlain>(call, n, index);
+        return over_maps([&](auto traits) CBAM_INLINE {
+          using M = decltype(traits);
+          if (call.pool_maxima != nullptr) return MapGrad<M, kNone>(call, n, index);
+          return masked ? MapGrad<M, kMasked>(call, n, index) : MapGrad<M, kPlain>(call, n, index);
+        });
       case Task::kNormGrad:
         return NormGrad(call, n, index);
       case Task::kPositionSides:

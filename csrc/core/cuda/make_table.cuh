@@ -11,7 +11,7 @@
 namespace cbam_ops {
 namespace cuda {
 
-// The widths of vectors that a type's kernel has, widest first.
+// The widths of vectors that a type's kernels have, widest first.
 template <typename T>
 constexpr int kWidths[] = {kWidest<T>, 1};
 
@@ -19,18 +19,6 @@ template <typename Args>
 constexpr bool kIsForward =
     std::is_same_v<Args, ForwardArgs> || std::is_same_v<Args, ChannelPoolArgs> ||
     std::is_same_v<Args, SpatialPoolArgs>;
-
-template <typename T>
-auto KernelFor(int vector, bool channels_last, bool forward) {
-  const auto pick = [=](auto last, auto first) {
-    using Last = decltype(last);
-    using First = decltype(first);
-    if (forward) return channels_last ? &ForwardKernel<Last> : &ForwardKernel<First>;
-    return channels_last ? &BackwardKernel<Last> : &BackwardKernel<First>;
-  };
-  return vector == 1 ? pick(MapTraits<T, 1, true>(), MapTraits<T, 1, false>())
-                     : pick(MapTraits<T, kWidest<T>, true>(), MapTraits<T, kWidest<T>, false>());
-}
 
 template <typename T, typename Args>
 size_t WorkspaceFor(const Problem& problem) {
@@ -90,9 +78,11 @@ Status RunCall(const Problem& problem, const Args& args, void* workspace,
     Plan<T> plan(problem, vector, workspace);
     plan.Fill(args);
     if (!plan.Fits()) continue;
-    const int64_t blocks = launcher.device().multiprocessors * kBlocksAtOnce;
+    const int64_t blocks =
+        launcher.device().multiprocessors *
+        (kIsForward<Args> ? kForwardBlocks<Compute<T>> : kBackwardBlocks<Compute<T>>);
     if (!MakeOrder(&plan, problem, args, blocks)) break;
-    return launcher.Run(KernelFor<T>(vector, ChannelsLast(problem), kIsForward<Args>), blocks,
+    return launcher.Run(kIsForward<Args> ? &ForwardKernel<T> : &BackwardKernel<T>, blocks,
                         plan.call, plan.counter_bytes);
   }
   return {StatusCode::kUnsupported, "more tiles than the counters of a GPU can count", ""};
@@ -108,13 +98,8 @@ Schedule OrderFor(const Problem& problem, int64_t blocks) {
 
 template <typename T>
 Status LoadKernels() {
-  for (int choice = 0; choice < 8; ++choice) {
-    const int vector = kWidths<T>[choice & 1];
-    const Status status =
-        Launcher::Load(KernelFor<T>(vector, (choice & 2) != 0, (choice & 4) != 0));
-    if (!status.ok()) return status;
-  }
-  return {};
+  const Status status = Launcher::Load(&ForwardKernel<T>);
+  return status.ok() ? Launcher::Load(&BackwardKernel<T>) : status;
 }
 
 template <typename T>
