@@ -70,7 +70,7 @@ _PASSES = ("channel pool", "spatial pool", "spatial gradient", "channel gradient
 # Phases whose work is that of the elements; the others' is partly that of the call.
 OVER_MAPS = (*_PASSES, "apply", "map gradient", "convolution")
 _PHASES = {"Apply": "apply", "MapGrad": "map gradient"}
-_PHASES |= dict.fromkeys(("Hidden", "Gate", "HiddenGrad", "ChannelSides"), "MLP")
+_PHASES |= dict.fromkeys(("Hidden", "FoldHidden", "Gate", "HiddenGrad", "ChannelSides"), "MLP")
 _PHASES |= dict.fromkeys(("Convolution", "PositionSides", "NormGrad", "Normalise"), "convolution")
 _PHASES |= dict.fromkeys(("WeightGradient", "Taps", "Totals", "Statistics"), "weights")
 

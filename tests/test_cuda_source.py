@@ -205,7 +205,8 @@ def orders(kernels: Kernels) -> Iterator[tuple[list[Any], list[tuple[int, int, i
         op = str(draw([op for op in _core.signatures() if "attention" in op or "cbam" in op
                        or "pool" in op]))  # fmt: skip
         n, h, w, c = (int(draw(sizes)) for sizes in (
-            (1, 2, 7, 33), (1, 3, 7, 14, 40), (1, 5, 7, 14, 300), (1, 3, 32, 200)))  # fmt: skip
+            (1, 2, 7, 33), (1, 3, 7, 14, 40), (1, 5, 7, 14, 300), (1, 3, 32, 200, 1300),
+        ))  # fmt: skip
         data_format = str(draw(LAYOUTS))
         size = (n, h, w, c) if data_format == "NHWC" else (n, c, h, w)
         arguments = {"shape": size, "data_format": data_format, "dtype": str(draw(DTYPES))}

@@ -216,7 +216,7 @@ def test_counts_scale_with_the_batch(compiled: PtxKernels, stage: str, batch: in
 
 def test_counts_notice_a_bank_conflict(tmp_path: Path) -> None:
     """Rows of inputs without the vectors between them: as right, and slower."""
-    broken = planted(tmp_path, "mlp.cuh", "kSlice<A> + 2 * kBlockSide", "kSlice<A>")
+    broken = planted(tmp_path, "mlp.cuh", "kInputs<A> + 2 * kBlockSide", "kInputs<A>")
     rows = ptx_counts.count(broken, "14x14x1024", "float32", "NHWC")
     found = ptx_counts.differences(rows, ptx_counts.read_table())
     assert [text for text in found if "MLP: conflicts" in text], found

@@ -222,8 +222,9 @@ inline bool IsGradient(const std::string& name) { return name == "dy" || name.rf
 // Ones, primes, and what lies around the widths of vectors and tiles.
 constexpr int64_t kSides[] = {1, 1, 2, 3, 4, 5, 7, 8, 9, 13, 16, 17, 31, 33};
 constexpr int64_t kChannels[] = {1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 31, 33, 64, 65, 129, 257};
-constexpr int64_t kLong[][4] = {{1, 1, 1009, 2}, {1, 601, 1, 2}, {2, 1, 1, 1031}, {67, 1, 2, 5},
-                                {150, 2, 1, 3},  {1, 2, 143, 9}, {90, 1, 1, 7},   {0, 3, 4, 5}};
+constexpr int64_t kLong[][4] = {{1, 1, 1009, 2}, {1, 601, 1, 2}, {5, 1, 1, 1031},
+                                {9, 1, 2, 600},  {67, 1, 2, 5},  {150, 2, 1, 3},
+                                {1, 2, 143, 9},  {90, 1, 1, 7},  {0, 3, 4, 5}};
 constexpr size_t kMapValues = 4000;
 
 enum class Fill {

@@ -117,15 +117,17 @@ struct Call {
   Sides<A> channel_sides;
   Sides<A> position_sides;
 
-  A* hidden_values;  // [N, 2, hidden]
-  A* logits;         // [N, 2, C]
-  A* d_logits;       // [N, 2, C]
-  A* d_hidden;       // [N, 2, hidden]
-  A* z;              // [N, P]: the convolution; in backward it normalised
-  A* dz;             // [N, P]
-  A* patch_sums;     // [2, N patches]
-  A* totals;         // [2]
-  A* taps;           // [taps of the kernel and one, N patches]
+  int64_t mlp_slice;         // channels of an item that sums over them
+  Reduced<A> hidden_slices;  // what these give, where there are several
+  A* hidden_values;          // [N, 2, hidden]
+  A* logits;                 // [N, 2, C]
+  A* d_logits;               // [N, 2, C]
+  A* d_hidden;               // [N, 2, hidden]
+  A* z;                      // [N, P]: the convolution; in backward it normalised
+  A* dz;                     // [N, P]
+  A* patch_sums;             // [2, N patches]
+  A* totals;                 // [2]
+  A* taps;                   // [taps of the kernel and one, N patches]
 
   // The pools on their own: element i of sample n at n * pool_stride + i * pool_step.
   void* pool_first;

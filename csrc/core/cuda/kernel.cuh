@@ -127,6 +127,8 @@ ForwardKernel(CBAM_PARAMETER Call<Compute<T>> call) {
         return Hidden(call, n, index);
       case Task::kGate:
         return Gate(call, n, index, false);
+      case Task::kHiddenFold:
+        return FoldHidden(call, n, index, false);
       case Task::kStatistics:
         return Statistics(call);
       case Task::kChannelPool:
@@ -168,6 +170,9 @@ BackwardKernel(CBAM_PARAMETER Call<Compute<T>> call) {
         return Gate(call, n, index, true);
       case Task::kHiddenGrad:
         return HiddenGrad(call, n, index);
+      case Task::kHiddenFold:
+      case Task::kHiddenGradFold:
+        return FoldHidden(call, n, index, task == Task::kHiddenGradFold);
       case Task::kChannelSides:
         return ChannelSides(call, n, index);
       case Task::kWeights0:

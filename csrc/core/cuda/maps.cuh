@@ -218,10 +218,8 @@ CBAM_DEVICE A Join(A one, A other) {
 template <Pass kPass, typename A>
 CBAM_DEVICE void StoreReduced(const Call<A>& call, int64_t n, int64_t slice, int64_t i, A first,
                               A second) {
-  const Reduced<A>& to = kOverChannels<kPass> ? call.spatial_pass : call.channel_pass;
-  const int64_t at = n * to.sample_stride + slice * to.results + i;
-  to.first[at] = first;
-  to.second[at] = second;
+  StoreSlice(kOverChannels<kPass> ? call.spatial_pass : call.channel_pass, n, slice, i, first,
+             second);
 }
 
 // A tile of a sample.

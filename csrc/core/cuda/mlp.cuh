@@ -1,11 +1,12 @@
 // The channel gate's shared MLP, forward and backward; t is the mean and the max:
 //
-//   forward   Hidden          hidden_t = relu(t W0 + b0)
+//   forward   Hidden          hidden_t = relu(t W0 + b0), of long sums slices
+//             FoldHidden      those of a sample
 //             Gate            g_c = sigmoid(sum_t f(hidden_t W1 + b1))
 //   backward  Hidden          again
 //             Gate            the logits again, if f is a ReLU
 //             HiddenGrad      dl_t = (dg_c + d_channel_gate) g_c (1 - g_c) f'(...)
-//                             dh_t = (dl_t W1^T) (hidden_t > 0)
+//                             dh_t = (dl_t W1^T) (hidden_t > 0), in slices as Hidden
 //             ChannelSides    dt = dh_t W0^T: what pass C needs of channels
 //             WeightGradient  dW1 = sum hidden_t^T dl_t, db1 = sum dl_t,
 //                             dW0 = sum t^T dh_t, db0 = sum dh_t
@@ -25,11 +26,9 @@
 namespace cbam_ops {
 namespace cuda {
 
-// Of a thread: its outputs, the inner indices that it takes at a time, and the inputs at each,
-// which are both descriptors of two samples.
-constexpr int kBlockSide = 4;
+// Inner indices whose inputs are in shared memory at a time.
 template <typename A>
-constexpr int kSlice = 1024 / static_cast<int>(sizeof(A));  // of the inner dimension at a time
+constexpr int kInputs = 1024 / static_cast<int>(sizeof(A));
 
 // The samples of a group.
 template <typename A>
@@ -45,7 +44,7 @@ struct Group {
 // i % kBlockSide at i / kBlockSide: indices that are a block apart are neighbours, as the threads
 // that read them are, and with two vectors between the rows a warp writes to all banks too.
 template <typename A>
-constexpr int kInputRow = kSlice<A> + 2 * kBlockSide;
+constexpr int kInputRow = kInputs<A> + 2 * kBlockSide;
 static_assert(kSamples / 2 * kBlockSide * kInputRow<double> * sizeof(double) <= kItemBytes,
               "more shared memory than there is");
 
@@ -125,9 +124,7 @@ struct Shares {
   static constexpr int kOutputs = kLanes / kBlockSide;
   int inner;
 
-  CBAM_DEVICE explicit Shares(int64_t group_samples) : inner(kThreads / kOutputs) {
-    for (int pairs = 1; 2 * pairs < group_samples; pairs *= 2) inner /= 2;
-  }
+  CBAM_DEVICE explicit Shares(int64_t group_samples) : inner(InnerThreads(kLanes, group_samples)) {}
   CBAM_DEVICE int Thread(int outputs, int pair, int part) const {
     return kInnerFirst ? (pair * kOutputs + outputs) * inner + part
                        : (pair * inner + part) * kOutputs + outputs;
@@ -135,10 +132,11 @@ struct Shares {
 };
 
 // Calls store(s, output, mean's sum, max's sum) for the outputs of a tile of kLanes and the samples
-// that are there, the sums being those of value(s, i) weight(output, i) over inner indices i.
+// that are there, the sums being those of value(s, i) weight(output, i) over inner indices i from
+// `begin` to before `end`.
 template <int kLanes, bool kInnerFirst, typename A, typename Value, typename Store>
-CBAM_DEVICE void Products(const Call<A>& call, const Weights<A>& weights, int64_t tile, int present,
-                          Value value, Store store) {
+CBAM_DEVICE void Products(const Call<A>& call, const Weights<A>& weights, int64_t tile,
+                          int64_t begin, int64_t end, int present, Value value, Store store) {
   using Share = Shares<kLanes, kInnerFirst>;
   const Share shares(call.schedule.group_samples);
   const int rest = ThreadIndex() % (Share::kOutputs * shares.inner);
@@ -150,16 +148,16 @@ CBAM_DEVICE void Products(const Call<A>& call, const Weights<A>& weights, int64_
   const A* const mine = shared + pair * kBlockSide * kInputRow<A>;
   A sums[kBlockSide][4] = {};
   CBAM_NO_UNROLL
-  for (int64_t slice = 0; slice < weights.inner; slice += kSlice<A>) {
-    const int size = static_cast<int>(Smaller(kSlice<A>, weights.inner - slice));
+  for (int64_t first = begin; first < end; first += kInputs<A>) {
+    const int size = static_cast<int>(Smaller(kInputs<A>, end - first));
     FillInputs(shared, size, present,
-               [&](int s, int i, A* mean, A* maximum) { value(s, slice + i, mean, maximum); });
+               [&](int s, int i, A* mean, A* maximum) { value(s, first + i, mean, maximum); });
     Barrier();
     if (2 * pair < present && first_output < weights.outputs) {
       CBAM_NO_UNROLL
       for (int i = part * kBlockSide; i < size; i += shares.inner * kBlockSide) {
         A block[kBlockSide][kBlockSide];
-        LoadBlock<kInnerFirst>(weights, first_output, slice + i, block);
+        LoadBlock<kInnerFirst>(weights, first_output, first + i, block);
         CBAM_UNROLL
         for (int k = 0; k < kBlockSide; ++k) {
           const Vec<A, 4> inputs = Load<A, 4>(mine + k * kInputRow<A> + i);
@@ -197,27 +195,70 @@ CBAM_DEVICE void Products(const Call<A>& call, const Weights<A>& weights, int64_
   }
 }
 
-// An item is kUnits hidden units.
+// An item that sums over channels is kUnits hidden units at a slice of the channels. Where there are
+// several slices their sums are folded by FoldHidden: items that took them all would be few, and
+// others wait for them.
+struct UnitsAtSlice {
+  int64_t tile;
+  int64_t slice;
+  int64_t begin;
+  int64_t end;
+};
 template <typename A>
-CBAM_DEVICE void Hidden(const Call<A>& call, int64_t group_index, int64_t tile) {
+CBAM_DEVICE UnitsAtSlice UnitsAt(const Call<A>& call, int64_t index) {
+  const int64_t tiles = Quotient(call.hidden + kUnits - 1, kUnits);
+  const int64_t slice = Quotient(index, tiles), begin = slice * call.mlp_slice;
+  return {index - slice * tiles, slice, begin, Smaller(begin + call.mlp_slice, call.channels)};
+}
+
+template <typename A>
+CBAM_DEVICE void StoreHidden(const Call<A>& call, int64_t n, int64_t unit, A mean, A maximum) {
+  const A bias = call.b0 != nullptr ? call.b0[unit] : A(0);
+  A* const hidden = call.hidden_values + n * 2 * call.hidden + unit;
+  hidden[0] = call.use_mean ? Relu(mean + bias) : A(0);
+  hidden[call.hidden] = call.use_max ? Relu(maximum + bias) : A(0);
+}
+template <typename A>
+CBAM_DEVICE void StoreHiddenGrad(const Call<A>& call, int64_t n, int64_t unit, A mean, A maximum) {
+  const int64_t at = n * 2 * call.hidden + unit;
+  call.d_hidden[at] = call.hidden_values[at] > A(0) ? mean : A(0);
+  call.d_hidden[at + call.hidden] = call.hidden_values[at + call.hidden] > A(0) ? maximum : A(0);
+}
+
+// An item is kChunk hidden units of a sample.
+template <typename A>
+CBAM_DEVICE void FoldHidden(const Call<A>& call, int64_t n, int64_t index, bool gradient) {
+  const int64_t end = Smaller((index + 1) * kChunk, call.hidden);
+  CBAM_NO_UNROLL
+  for (int64_t unit = index * kChunk + ThreadIndex(); unit < end; unit += kThreads) {
+    A mean, maximum;
+    Fold<false>(call.hidden_slices, n, unit, &mean, &maximum);
+    gradient ? StoreHiddenGrad(call, n, unit, mean, maximum)
+             : StoreHidden(call, n, unit, mean, maximum);
+  }
+}
+
+template <typename A>
+CBAM_DEVICE void Hidden(const Call<A>& call, int64_t group_index, int64_t index) {
   const Group<A> group(call, group_index);
   const Weights<A> weights(call.w0, call.hidden, call.channels);
+  const UnitsAtSlice part = UnitsAt(call, index);
   Products<kUnits, false>(
-      call, weights, tile, group.present,
+      call, weights, part.tile, part.begin, part.end, group.present,
       [&](int s, int64_t c, A* mean, A* maximum) {
         const int64_t n = group.first + s;
         Fold<true>(call.channel_source, n, c, mean, maximum);
-        if (tile == 0 && call.channel_descriptors != nullptr) {
+        if (part.tile == 0 && call.channel_descriptors != nullptr) {
           A* const descriptor = call.channel_descriptors + n * call.channels + c;
           descriptor[0] = call.use_mean ? *mean : A(0);
           descriptor[call.batch * call.channels] = call.use_max ? *maximum : A(0);
         }
       },
       [&](int s, int64_t unit, A mean, A maximum) {
-        const A bias = call.b0 != nullptr ? call.b0[unit] : A(0);
-        A* const hidden = call.hidden_values + (group.first + s) * 2 * call.hidden + unit;
-        hidden[0] = call.use_mean ? Relu(mean + bias) : A(0);
-        hidden[call.hidden] = call.use_max ? Relu(maximum + bias) : A(0);
+        const int64_t n = group.first + s;
+        call.hidden_slices.slices > 1
+            ? StoreSlice(call.hidden_slices, n, part.slice, unit, mean, maximum)
+            : StoreHidden(call, n, unit, mean, maximum);
       });
 }
 
@@ -227,7 +268,7 @@ CBAM_DEVICE void Gate(const Call<A>& call, int64_t group_index, int64_t tile, bo
   const Group<A> group(call, group_index);
   const Weights<A> weights(call.w1, call.channels, call.hidden);
   Products<kGateChannels, false>(
-      call, weights, tile, group.present,
+      call, weights, tile, 0, call.hidden, group.present,
       [&](int s, int64_t j, A* mean, A* maximum) {
         ReadPair(call.hidden_values, call.hidden, group.first + s, j, mean, maximum);
       },
@@ -250,13 +291,13 @@ CBAM_DEVICE void Gate(const Call<A>& call, int64_t group_index, int64_t tile, bo
       });
 }
 
-// An item is kUnits hidden units.
 template <typename A>
-CBAM_DEVICE void HiddenGrad(const Call<A>& call, int64_t group_index, int64_t tile) {
+CBAM_DEVICE void HiddenGrad(const Call<A>& call, int64_t group_index, int64_t index) {
   const Group<A> group(call, group_index);
   const Weights<A> weights(call.w1, call.hidden, call.channels);
+  const UnitsAtSlice part = UnitsAt(call, index);
   Products<kUnits, true>(
-      call, weights, tile, group.present,
+      call, weights, part.tile, part.begin, part.end, group.present,
       [&](int s, int64_t c, A* mean, A* maximum) {
         const int64_t n = group.first + s, at = n * call.channels + c;
         A d_gate, count;
@@ -270,16 +311,16 @@ CBAM_DEVICE void HiddenGrad(const Call<A>& call, int64_t group_index, int64_t ti
           const bool passes =
               (t == 0 ? call.use_mean : call.use_max) && (!call.mlp_relu || call.logits[to] > A(0));
           d_logits[t] = passes ? d_logit : A(0);
-          if (tile == 0) call.d_logits[to] = d_logits[t];
+          if (part.tile == 0) call.d_logits[to] = d_logits[t];
         }
         *mean = d_logits[0];
         *maximum = d_logits[1];
       },
       [&](int s, int64_t unit, A mean, A maximum) {
-        const int64_t at = (group.first + s) * 2 * call.hidden + unit;
-        call.d_hidden[at] = call.hidden_values[at] > A(0) ? mean : A(0);
-        call.d_hidden[at + call.hidden] =
-            call.hidden_values[at + call.hidden] > A(0) ? maximum : A(0);
+        const int64_t n = group.first + s;
+        call.hidden_slices.slices > 1
+            ? StoreSlice(call.hidden_slices, n, part.slice, unit, mean, maximum)
+            : StoreHiddenGrad(call, n, unit, mean, maximum);
       });
 }
 
@@ -289,7 +330,7 @@ CBAM_DEVICE void ChannelSides(const Call<A>& call, int64_t group_index, int64_t 
   const Group<A> group(call, group_index);
   const Weights<A> weights(call.w0, call.channels, call.hidden);
   Products<kGateChannels, true>(
-      call, weights, tile, group.present,
+      call, weights, tile, 0, call.hidden, group.present,
       [&](int s, int64_t j, A* mean, A* maximum) {
         ReadPair(call.d_hidden, call.hidden, group.first + s, j, mean, maximum);
       },

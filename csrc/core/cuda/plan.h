@@ -18,7 +18,9 @@ namespace cuda {
 constexpr int kSamples = 8;        // of a group at most: they share each read of the MLP's weights
 constexpr int kUnits = 32;         // hidden units of an item
 constexpr int kGateChannels = 64;  // channels of an item of the MLP
-constexpr int kOuterLeft = 32;     // of a weight's gradient
+constexpr int kBlockSide = 4;      // outputs of a thread, and inner indices that it takes at a time
+constexpr int kInnerIndices = 128;  // of a thread of an item that sums over channels
+constexpr int kOuterLeft = 32;      // of a weight's gradient
 constexpr int kOuterRight = 64;
 constexpr int kTapsAtOnce = kThreads / kWarp;
 constexpr int kChunk = 1024;  // small values of an item
@@ -75,6 +77,14 @@ inline Tiles ColumnTiles(int64_t rows, int64_t columns, int vector, int element_
   tiles.down = AtLeast(1, CeilDiv(rows, tiles.rows));
   tiles.across = CeilDiv(columns, tiles.columns);
   return tiles;
+}
+
+// How many threads share the inner dimension of a tile of the MLP's outputs: what is left of a block
+// when each has kBlockSide outputs of two samples.
+CBAM_HOST_DEVICE inline int InnerThreads(int outputs, int64_t group_samples) {
+  int threads = kThreads / (outputs / kBlockSide);
+  for (int64_t pairs = 1; 2 * pairs < group_samples; pairs *= 2) threads /= 2;
+  return threads;
 }
 
 // Values of a patch's window: of pairs of columns.
@@ -154,6 +164,7 @@ class Plan {
       }
     }
     group_samples_ = AtLeast(1, AtMost(group_samples_, problem.batch));
+    call.mlp_slice = int64_t{kInnerIndices} * InnerThreads(kUnits, group_samples_);
     const int64_t groups = CeilDiv(problem.batch, group_samples_);
     counter_bytes = sizeof(uint64_t) + sizeof(uint32_t) * Schedule::Counters(groups);
     call.next_ticket = arena_.template Take<uint64_t>(CeilDiv(counter_bytes, sizeof(uint64_t)));
@@ -174,6 +185,7 @@ class Plan {
       call.channel_descriptors = static_cast<A*>(args.channel_descriptors);
       call.channel_gate = static_cast<A*>(args.channel_gate);
       call.channel_source = TakeChannelPass(static_cast<A>(call.positions));
+      TakeHiddenSlices();
       call.hidden_values = Take(problem_.batch, 2, problem_.hidden);
     }
     if (HasSpatialGate(problem_)) {
@@ -194,7 +206,7 @@ class Plan {
     uint32_t channel = 0, spatial = 0;
     if (HasChannelGate(problem_)) {
       channel = builder->AddBySample(Task::kChannelPool, call.channel_tiles.count(), 0);
-      channel = builder->Add(Task::kHidden, CeilDiv(call.hidden, kUnits), channel);
+      channel = AddHidden(builder, Task::kHidden, Task::kHiddenFold, channel);
       channel = builder->Add(Task::kGate, CeilDiv(call.channels, kGateChannels), channel);
     }
     if (HasSpatialGate(problem_)) {
@@ -235,6 +247,7 @@ class Plan {
       call.channel_maximum = maxima;
       TakeChannelPass(A(1));
       TakeSides(&call.channel_sides, call.channels, !ChannelsLast(problem_));
+      TakeHiddenSlices();
       call.hidden_values = Take(problem_.batch, 2, problem_.hidden);
       call.d_hidden = Take(problem_.batch, 2, problem_.hidden);
       call.d_logits = Take(problem_.batch, 2, problem_.channels);
@@ -271,11 +284,10 @@ class Plan {
     }
   }
   void Order(const BackwardArgs&, ScheduleBuilder* builder) const {
-    const int64_t units = CeilDiv(call.hidden, kUnits);
     const int64_t channels = CeilDiv(call.channels, kGateChannels);
     uint32_t hidden = 0, spatial = 0, hidden_grad = 0, channel = 0;
     if (HasChannelGate(problem_)) {
-      hidden = builder->Add(Task::kHidden, units, 0);
+      hidden = AddHidden(builder, Task::kHidden, Task::kHiddenFold, 0);
       if (call.mlp_relu) hidden |= builder->Add(Task::kLogits, channels, hidden);
     }
     if (HasSpatialGate(problem_)) {
@@ -290,7 +302,7 @@ class Plan {
     if (HasChannelGate(problem_)) {
       channel = builder->AddBySample(Task::kChannelGrad, call.channel_tiles.count(),
                                      call.serial ? spatial : 0);
-      hidden_grad = builder->Add(Task::kHiddenGrad, units, channel | hidden);
+      hidden_grad = AddHidden(builder, Task::kHiddenGrad, Task::kHiddenGradFold, channel | hidden);
       channel = builder->Add(Task::kChannelSides, channels, hidden_grad);
     }
     builder->AddBySample(Task::kMapGrad, call.map_tiles.count(), spatial | channel);
@@ -363,6 +375,19 @@ class Plan {
   }
   static const T* Second(const void* values, int64_t offset) {
     return Second(const_cast<void*>(values), offset);
+  }
+
+  void TakeHiddenSlices() {
+    const int64_t slices = CeilDiv(call.channels, call.mlp_slice);
+    if (slices > 1) call.hidden_slices = TakeReduced(call.hidden, slices, A(1));
+  }
+  // Sums over channels for the hidden units, and the fold of their slices. HiddenGrad's take the
+  // place of Hidden's, which are folded before.
+  uint32_t AddHidden(ScheduleBuilder* builder, Task sums, Task fold, uint32_t after) const {
+    const int64_t slices = CeilDiv(call.channels, call.mlp_slice);
+    after = builder->Add(sums, slices * CeilDiv(call.hidden, kUnits), after);
+    if (slices == 1) return after;
+    return builder->AddBySample(fold, CeilDiv(call.hidden, kChunk), after);
   }
 
   // By how many maps the reductions read, and how many the pass that writes one reads.

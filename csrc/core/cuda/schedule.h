@@ -39,6 +39,8 @@ enum class Task : int32_t {
   kGate,
   kLogits,
   kHiddenGrad,
+  kHiddenFold,
+  kHiddenGradFold,
   kChannelSides,
   kWeights0,
   kWeights1,

@@ -68,6 +68,15 @@ CBAM_DEVICE void Fold(const Reduced<A>& reduced, int64_t n, int64_t i, A* first,
   *second = other;
 }
 
+// Stores what a slice gives for a result.
+template <typename A>
+CBAM_DEVICE void StoreSlice(const Reduced<A>& to, int64_t n, int64_t slice, int64_t i, A first,
+                            A second) {
+  const int64_t at = n * to.sample_stride + slice * to.results + i;
+  to.first[at] = first;
+  to.second[at] = second;
+}
+
 // What the threads of an item sum up; every one gets the result. `shared` holds kThreads / kWarp
 // values.
 template <typename A>
