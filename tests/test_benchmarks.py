@@ -184,6 +184,15 @@ def test_the_truth_is_the_definition(layout):
         testing.assert_close(value, expected[name], testing.MODEL_FORWARD, name)
 
 
+def test_a_large_cache_does_not_take_all_memory():
+    """Two cores with 23 GB of memory saw 480 MB of cache, and the maps of nine providers did not
+    fit."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    assert _bench.rotated_bytes(2**50) * 2 * 10 < memory / 2
+    case = Case("tiny", 16, 56, 56, 256)
+    assert _bench.rotated_bytes(CACHE) == 4 * CACHE < case.map_bytes
+
+
 @pytest.mark.parametrize("wrong_draws", [_bench._DRAWS, 1])
 def test_a_wrong_result_is_not_timed(monkeypatch, wrong_draws):
     """Otherwise a broken provider, ours above all, could win by leaving work out. One draw of four
