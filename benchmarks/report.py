@@ -185,7 +185,7 @@ def _network_table(rows: pd.DataFrame) -> str:
     heads += [f"XLA: {head}" for head in heads]
     columns: dict[str, Sequence[str]] = {
         "network": [
-            f"{op.replace('resnet', 'ResNet-').replace('mobile', 'Mobile')} at {h} px"
+            f"{op.replace('resnet', 'ResNet-').replace('mobilenet', 'MobileNet')} at {h} px"
             for op, h in wide.index.droplevel([2, 3])
         ],
         "pass": list(wide.index.get_level_values("mode")),

@@ -567,8 +567,10 @@ def test_the_committed_tables_are_those_of_the_committed_csv(file):
 
 
 def test_every_loss_is_shown():
-    """Of the committed figures: the details, which a reader is pointed to, leave none out."""
+    """The details, which a reader is pointed to, leave none out: of the committed figures, were XLA
+    five times as fast."""
     own = report.one_machine(results.load(RESULTS / "results.csv"))
+    own.loc[own["provider"] == "xla", "median_s"] /= 5
     text = report.details(own)
     lost = report.losses(report.ours(own))
     assert len(lost) and all(report._size(row) in text for _, row in lost.iterrows())
