@@ -264,8 +264,8 @@ class BackwardPipeline {
       A* const d_mean = d_position_mean_ + wave.Row(n) * g_.positions;
       A* const d_max = d_position_max_ + wave.Row(n) * g_.positions;
       g_.ForConvolved({row, end}, first_row,
-                      [&](int64_t r, int64_t convolved, int64_t width, int64_t p) {
-                        dense_.convolve_rows_transposed(plane, r, convolved, width, TapsOf(args),
+                      [&](int64_t r, int64_t count, int64_t width, int64_t p) {
+                        dense_.convolve_rows_transposed(plane, r, count, width, TapsOf(args),
                                                         d_mean + p, d_max + p);
                       });
       for (int64_t i = row * w; i < end * w; ++i) {
@@ -304,9 +304,9 @@ class BackwardPipeline {
       Plane<A> planes[2];
       DescriptorPlanes(args, n, rows, scratch + g_.step_rows * g_.width, planes);
       g_.ForConvolved(rows, rows.begin - g_.half_rows,
-                      [&](int64_t r, int64_t convolved, int64_t width, int64_t p) {
-                        dense_.convolve_rows(planes, r, convolved, width, TapsOf(args),
-                                             BiasOf(args), logits + p - positions.begin);
+                      [&](int64_t r, int64_t count, int64_t width, int64_t p) {
+                        dense_.convolve_rows(planes, r, count, width, TapsOf(args), BiasOf(args),
+                                             logits + p - positions.begin);
                       });
     }
     dense_.sigmoid_derivative(logits, positions.size(), logits);

@@ -283,8 +283,8 @@ class ForwardPipeline {
         described = stop;
       }
       g_.ForConvolved({row, end}, first_row,
-                      [&](int64_t r, int64_t convolved, int64_t width, int64_t p) {
-                        dense_.convolve_rows(planes, r, convolved, width, taps, bias, gate + p);
+                      [&](int64_t r, int64_t count, int64_t width, int64_t p) {
+                        dense_.convolve_rows(planes, r, count, width, taps, bias, gate + p);
                       });
       const Range positions = g_.RowPositions({row, end});
       dense_.sigmoid(gate + positions.begin, positions.size(), gate + positions.begin);

@@ -18,7 +18,7 @@
 
 #if defined(__CUDACC__)
 #define CBAM_DEVICE __device__ __forceinline__
-#define CBAM_INLINE __attribute__((always_inline))  // of a lambda
+#define CBAM_INLINE_LAMBDA __attribute__((always_inline))
 // How many blocks a multiprocessor shall hold at least: without it the compiler would rather spill
 // a register or two than miss one of its own steps of occupancy.
 #define CBAM_KERNEL(blocks) __global__ void __launch_bounds__(::cbam_ops::cuda::kBlock, blocks)
@@ -29,7 +29,7 @@
 #else
 #include "testing/cuda_on_cpu.h"
 #define CBAM_DEVICE inline
-#define CBAM_INLINE
+#define CBAM_INLINE_LAMBDA
 #define CBAM_KERNEL(blocks) void
 #define CBAM_PARAMETER const
 #define CBAM_UNROLL

@@ -120,8 +120,8 @@ template <typename T>
 CBAM_KERNEL(kForwardBlocks<Compute<T>>)
 ForwardKernel(CBAM_PARAMETER Call<Compute<T>> call) {
   constexpr Gradient kNone = Gradient::kNone;
-  RunItems(call, [&](Task task, int64_t n, int index) CBAM_INLINE {
-    const auto over_maps = [&](auto pass) CBAM_INLINE { WithTraits<T>(call, pass); };
+  RunItems(call, [&](Task task, int64_t n, int index) CBAM_INLINE_LAMBDA {
+    const auto over_maps = [&](auto pass) CBAM_INLINE_LAMBDA { WithTraits<T>(call, pass); };
     switch (task) {
       case Task::kHidden:
         return Hidden(call, n, index);
@@ -132,11 +132,11 @@ ForwardKernel(CBAM_PARAMETER Call<Compute<T>> call) {
       case Task::kStatistics:
         return Statistics(call);
       case Task::kChannelPool:
-        return over_maps([&](auto traits) CBAM_INLINE {
+        return over_maps([&](auto traits) CBAM_INLINE_LAMBDA {
           Reduce<decltype(traits), Pass::kChannelPool, kNone, false>(call, n, index);
         });
       case Task::kSpatialPool:
-        return over_maps([&](auto traits) CBAM_INLINE {
+        return over_maps([&](auto traits) CBAM_INLINE_LAMBDA {
           Reduce<decltype(traits), Pass::kSpatialPool, kNone, false>(call, n, index);
         });
       case Task::kConvolution:
@@ -144,7 +144,7 @@ ForwardKernel(CBAM_PARAMETER Call<Compute<T>> call) {
       case Task::kNormalise:
         return Normalise(call, n, index);
       case Task::kApply:
-        return over_maps([&](auto traits) CBAM_INLINE {
+        return over_maps([&](auto traits) CBAM_INLINE_LAMBDA {
           using M = decltype(traits);
           call.residual != nullptr ? Apply<M, true>(call, n, index)
                                    : Apply<M, false>(call, n, index);
@@ -160,8 +160,8 @@ CBAM_KERNEL(kBackwardBlocks<Compute<T>>)
 BackwardKernel(CBAM_PARAMETER Call<Compute<T>> call) {
   constexpr Gradient kNone = Gradient::kNone, kPlain = Gradient::kPlain,
                      kMasked = Gradient::kMasked;
-  RunItems(call, [&](Task task, int64_t n, int index) CBAM_INLINE {
-    const auto over_maps = [&](auto pass) CBAM_INLINE { WithTraits<T>(call, pass); };
+  RunItems(call, [&](Task task, int64_t n, int index) CBAM_INLINE_LAMBDA {
+    const auto over_maps = [&](auto pass) CBAM_INLINE_LAMBDA { WithTraits<T>(call, pass); };
     const bool masked = call.mask != nullptr;
     switch (task) {
       case Task::kHidden:
@@ -183,13 +183,13 @@ BackwardKernel(CBAM_PARAMETER Call<Compute<T>> call) {
       case Task::kTaps:
         return Taps(call, index);
       case Task::kSpatialGrad:
-        return over_maps([&](auto traits) CBAM_INLINE {
+        return over_maps([&](auto traits) CBAM_INLINE_LAMBDA {
           using M = decltype(traits);
           masked ? Reduce<M, Pass::kSpatialGrad, kMasked, false>(call, n, index)
                  : Reduce<M, Pass::kSpatialGrad, kPlain, false>(call, n, index);
         });
       case Task::kChannelGrad:
-        return over_maps([&](auto traits) CBAM_INLINE {
+        return over_maps([&](auto traits) CBAM_INLINE_LAMBDA {
           using M = decltype(traits);
           if (call.serial) {
             return masked ? Reduce<M, Pass::kChannelGrad, kMasked, true>(call, n, index)
@@ -199,7 +199,7 @@ BackwardKernel(CBAM_PARAMETER Call<Compute<T>> call) {
                         : Reduce<M, Pass::kChannelGrad, kPlain, false>(call, n, index);
         });
       case Task::kMapGrad:
-        return over_maps([&](auto traits) CBAM_INLINE {
+        return over_maps([&](auto traits) CBAM_INLINE_LAMBDA {
           using M = decltype(traits);
           if (call.pool_maxima != nullptr) return MapGrad<M, kNone>(call, n, index);
           return masked ? MapGrad<M, kMasked>(call, n, index) : MapGrad<M, kPlain>(call, n, index);
