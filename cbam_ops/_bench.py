@@ -50,9 +50,6 @@ _MAPS_MOVED_BLOCK = {"forward": 3, "backward": 5, "step": 8}
 _AGREE_OURS = {"float32": 1e-3, "bfloat16": 1e-2, "float16": 2e-3}
 _AGREE_Y = {"float32": 1e-3, "bfloat16": 3e-2, "float16": 1e-2}
 _AGREE_GRADIENTS = {"float32": 1e-3, "bfloat16": 0.5, "float16": 0.2}
-# Where two values are equal but for rounding, it decides for a whole gradient which is the maximum,
-# and of a map of 100,000 positions one may be such: a wrong computation is wrong in every draw.
-_DRAWS = 4
 _BIAS_OF = {"db0": "dw0", "db1": "dw1", "dbias": "dkernel"}
 
 # A call of a TensorFlow function from Python costs 0.1 to 0.5 ms, as long as the module itself on a
@@ -482,9 +479,13 @@ def prepare(
 ) -> tuple[Inputs, dict[str, Prepared], Outcome]:
     """Sets the case up by each of its providers, and leaves out whose results are not the truth.
 
-    The inputs are the first draw, of four, for which all results are the truth, or the last.
+    The inputs are the first draw, of `testing.DRAWS`, for which all results are the truth, or the
+    last. Where two values are equal but for rounding, it decides for a whole gradient which is the
+    maximum, and of a map of 100,000 positions one may be such; a wrong computation is wrong in all.
     """
-    for seed in range(_DRAWS):
+    from cbam_ops import testing
+
+    for seed in range(testing.DRAWS):
         inputs = draw_inputs(case, cache_bytes, seed)
         prepared, outcome = _set_up(case, inputs, providers, truth_of)
         if not outcome.wrong:

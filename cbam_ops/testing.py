@@ -44,6 +44,8 @@ STOCK_FACTOR = 2.0
 # ... plus this many roundings of the compute type, of the size of the value itself or, where large
 # terms cancel, of the sum of their absolute values.
 FLOOR_ROUNDINGS = 8.0
+# How many draws decide where one is not enough: see `Case.examine`.
+DRAWS = 4
 
 # Distance from 1 to the next number, and the smallest positive number.
 EPSILON = {
@@ -609,12 +611,12 @@ class Case:
     def examine(self, module: Any) -> list[Finding]:
         """What :func:`worst_of` says of several draws, each compared as :meth:`compare` does.
 
-        They have the seeds from that of this case on, and are four.
+        They have the seeds from that of this case on, and are `DRAWS`.
 
         Args:
           module: what has the function, say `cbam_ops`.
         """
-        cases = [self.replace(seed=self.seed + index) for index in range(4)]
+        cases = [self.replace(seed=self.seed + index) for index in range(DRAWS)]
         inputs = [(case, case.draw()) for case in cases]
         return worst_of(
             case.compare(case.evaluate(module, tensors), tensors) for case, tensors in inputs

@@ -193,7 +193,7 @@ def test_a_large_cache_does_not_take_all_memory():
     assert _bench.rotated_bytes(CACHE) == 4 * CACHE < case.map_bytes
 
 
-@pytest.mark.parametrize("wrong_draws", [_bench._DRAWS, 1])
+@pytest.mark.parametrize("wrong_draws", [testing.DRAWS, 1])
 def test_a_wrong_result_is_not_timed(monkeypatch, wrong_draws):
     """Otherwise a broken provider, ours above all, could win by leaving work out. One draw of four
     may be wrong: of a volume's 262,144 positions one had two equal maxima but for rounding."""
