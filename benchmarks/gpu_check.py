@@ -5,7 +5,8 @@
 Needs PyTorch with CUDA and cbam_ops with its CUDA kernels. Where no such cbam_ops is installed, the
 part that needs no TensorFlow is built here for this machine's GPU, with nvcc, cmake and pybind11.
 The kernels run on PyTorch's memory and streams; where TensorFlow is, the ops are checked and timed
-too. JAX is timed where it is. Correctness, streams, timing and sanitizers have run on an H200.
+too. JAX is timed where it is. Correctness, streams and sanitizers have run on
+an H200, and timing as it was before ours was timed alone.
 
 1. correctness   options, sizes, types and layouts of `cbam_ops.testing`, misaligned maps,
                  against `_core` on the CPU in float64
@@ -58,7 +59,7 @@ PLAN = {
     "tensorflow": 70,
     "timing": 100,
     "network": 35,
-    "counters": 120,  # 32 kernels, each run 38 times
+    "counters": 120,  # 32 kernels; 6 took 20 s on an H200
     "sanitizers": 80,
 }
 SANITIZERS = ("memcheck", "initcheck", "synccheck", "racecheck")
