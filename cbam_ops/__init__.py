@@ -82,7 +82,8 @@ if not TYPE_CHECKING:  # type checkers would take it for a module that has every
 
     def __getattr__(name: str) -> Any:
         if name in __all__:
-            raise ImportError(f"cbam_ops.{name} cannot be used: {_error}") from _error
+            text = f"cbam_ops.{name} cannot be used: {_error}. {_loader.backend_fix(_error)}"
+            raise ImportError(text.rstrip()) from _error
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

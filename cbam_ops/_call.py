@@ -20,6 +20,7 @@ import numpy as np
 import tensorflow as tf
 
 from cbam_ops import _gpu, _gpu_check, _loader, options
+from cbam_ops._console import first_line
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -252,6 +253,14 @@ def _epsilon(function: str, value: Any) -> float:
     return epsilon
 
 
+# What to do with those that look like tensors.
+_NO_TENSORS = {
+    "KerasTensor": "in a model, call a layer, such as cbam_ops.CBAM",
+    "RaggedTensor": "its method to_tensor makes one, padded",
+    "SparseTensor": "tf.sparse.to_dense makes one",
+}
+
+
 def _tensor(function: str, name: str, value: Any, preferred: tf.DType | None) -> tf.Tensor:
     if value is None:
         _refuse(function, name, "be a tensor, got None")
@@ -261,7 +270,8 @@ def _tensor(function: str, name: str, value: Any, preferred: tf.DType | None) ->
         return tf.convert_to_tensor(value, dtype_hint=preferred)
     except (TypeError, ValueError) as error:
         kind = type(value).__name__
-        _refuse(function, name, f"be a tensor or what converts to one, got {kind}: {error}", error)
+        why = _NO_TENSORS.get(kind) or first_line(error)
+        _refuse(function, name, f"be a tensor or what converts to one, got {kind}: {why}", error)
 
 
 def _check_type(function: str, args: Arguments, name: str, dtype: tf.DType) -> None:

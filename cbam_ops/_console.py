@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from cbam_ops import _gpu_check, options
-from cbam_ops._loader import tensorflow_requirement
+from cbam_ops._loader import backend_fix, tensorflow_requirement
 
 
 class CommandError(Exception):
@@ -182,6 +182,17 @@ def quiet_start_up() -> Iterator[None]:
             os.close(kept)
 
 
+def check_backend(who: str) -> None:
+    """Raises RuntimeError where Keras runs on another backend than TensorFlow's."""
+    import keras
+
+    if keras.backend.backend() != "tensorflow":
+        raise RuntimeError(
+            f"{who} needs the TensorFlow backend of Keras, but Keras runs on "
+            f"{keras.backend.backend()!r}: set KERAS_BACKEND=tensorflow before importing keras."
+        )
+
+
 def import_tensorflow() -> None:
     """Imports TensorFlow and Keras.
 
@@ -189,6 +200,11 @@ def import_tensorflow() -> None:
       CommandError: one of them is not installed or does not load.
     """
     with quiet_start_up():
+        try:
+            importlib.import_module("keras")
+        except Exception as error:  # of any type, where its backend does not load
+            if fix := backend_fix(error):
+                raise CommandError(f"Keras cannot be imported: {error}. {fix}") from error
         require(["tensorflow", "keras"], "cbam_ops")
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import keras
 
-from cbam_ops._console import first_line
+from cbam_ops._console import check_backend, first_line
 
 
 class Graph:
@@ -203,6 +203,7 @@ def checked(model: Any, who: str) -> Any:
     Raises:
       ValueError: its calls cannot be known, or a model with them would not be the same.
     """
+    check_backend(who)
     if not isinstance(model, keras.Model):
         raise ValueError(
             f"{who}: `model` must be a model of Keras 3, got {type(model).__module__}."

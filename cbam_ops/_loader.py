@@ -19,6 +19,7 @@ import hashlib
 import importlib.metadata
 import importlib.util
 import json
+import os
 import re
 import sys
 import threading
@@ -234,15 +235,24 @@ def find_cause(directory: Path | None, tensorflow_version: str) -> Cause | None:
     return None
 
 
+def backend_fix(error: Exception | None) -> str:
+    """What mends an import that failed for the backend that Keras is set to; else empty."""
+    module = getattr(error, "name", None)  # that is missing
+    other = os.environ.get("KERAS_BACKEND", "tensorflow") != "tensorflow"
+    if module in ("jax", "torch", "openvino") or (other and module not in ("tensorflow", "keras")):
+        return "cbam_ops needs Keras's TensorFlow backend: set KERAS_BACKEND=tensorflow."
+    return ""
+
+
 def load_from(directory: Path | None) -> ModuleType | Cause:
     """Loads the ops from `directory`; see `load_ops`. Not cached."""
     try:
         import tensorflow as tf
-    except ImportError as error:
+    except Exception as error:  # of any type, where Keras's backend does not load
         return Cause(
             "no_tensorflow",
             f"TensorFlow cannot be imported ({error}).",
-            f"Install it: pip install '{tensorflow_requirement()}'",
+            backend_fix(error) or f"Install it: pip install '{tensorflow_requirement()}'",
         )
     cause = find_cause(directory, tf.__version__)
     if cause is not None or directory is None:

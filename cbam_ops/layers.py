@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextvars
 import inspect
+import sys
 import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeVar
@@ -20,6 +21,7 @@ import keras
 import tensorflow as tf
 
 from cbam_ops import _call, ops, options
+from cbam_ops._console import check_backend
 from cbam_ops._dialects import options_of_dialect
 
 __all__ = ["CBAM", "ChannelAttention", "SpatialAttention"]
@@ -103,11 +105,7 @@ class _Attention(keras.layers.Layer):
 
     def __init__(self, arguments: dict[str, Any]) -> None:
         """Keeps every argument of a constructor as an attribute."""
-        if keras.backend.backend() != "tensorflow":
-            raise RuntimeError(
-                f"{type(self).__name__} needs the TensorFlow backend of Keras, but Keras runs on "
-                f"{keras.backend.backend()!r}: set KERAS_BACKEND=tensorflow before importing keras."
-            )
+        check_backend(type(self).__name__)
         super().__init__(**arguments["kwargs"])
         self._arguments = tuple(n for n in arguments if n not in ("self", "kwargs", "__class__"))
         for name in self._arguments:
@@ -152,12 +150,10 @@ class _Attention(keras.layers.Layer):
                 return self._kernel_size(value)
             case "use_bias" | "spatial_batch_norm":
                 return bool(value)
-            case "batch_norm_momentum" if not 0.0 <= value <= 1.0:
-                raise self._error(name, "between 0 and 1", value)
-            case "batch_norm_epsilon" if not value >= 0.0:
-                raise self._error(name, "a number of at least 0", value)
-            case "batch_norm_momentum" | "batch_norm_epsilon":
-                return float(value)
+            case "batch_norm_momentum":
+                return self._number(name, value, "a number between 0 and 1", most=1.0)
+            case "batch_norm_epsilon":
+                return self._number(name, value, "a finite number of at least 0")
         return value
 
     def _word(self, name: str, value: Any, allowed: tuple[str | None, ...]) -> str | None:
@@ -173,6 +169,16 @@ class _Attention(keras.layers.Layer):
         except (TypeError, ValueError):
             raise self._error(name, expected, value) from None
         return number
+
+    def _number(
+        self, name: str, value: Any, expected: str, most: float = sys.float_info.max
+    ) -> float:
+        try:
+            if 0.0 <= (number := float(value)) <= most and not isinstance(value, str):
+                return number
+        except (TypeError, ValueError):
+            pass
+        raise self._error(name, expected, value)
 
     def _kernel_size(self, value: Any) -> int | tuple[int, ...]:
         """A number stays one; a list, as from a file, becomes a tuple."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 
+import keras
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -62,6 +63,24 @@ BAD = [
         "`data_format` must be 'NHWC' or 'NCHW' or 'NWC' or 'NCW', got 'NDHWC'",
     ),
     (CBAM, {"x": None}, {}, "cbam: `x` must be a tensor, got None"),
+    (
+        CBAM,
+        {"x": tf.RaggedTensor.from_tensor(zeros(2, 5, 7, 13))},
+        {},
+        "cbam: `x` must be a tensor or what converts to one, got RaggedTensor: its method",
+    ),
+    (
+        CBAM,
+        {"x": tf.sparse.from_dense(zeros(2, 5, 7, 13))},
+        {},
+        "cbam: `x` must be a tensor or what converts to one, got SparseTensor: tf.sparse.to_dense",
+    ),
+    (
+        CBAM,
+        {"x": keras.Input((5, 7, 13))},
+        {},
+        "cbam: `x` must be a tensor or what converts to one, got KerasTensor: in a model",
+    ),
     (
         CBAM,
         {"x": zeros(2, 5, 7, 13, dtype="int32")},

@@ -371,6 +371,22 @@ def test_info_without_tensorflow(tmp_path):
     assert f"pip install '{tensorflow_requirement()}'" in result.stdout
 
 
+@pytest.mark.parametrize(
+    "error",
+    [ModuleNotFoundError("No module named 'jax'", name="jax"), ValueError("no backend foo")],
+)
+def test_another_backend_of_keras_that_does_not_load(monkeypatch, error):
+    """Fails when a user is told to install JAX, or that this is a bug, where TensorFlow is."""
+
+    def load(name):
+        raise error
+
+    monkeypatch.setenv("KERAS_BACKEND", "foo")
+    monkeypatch.setattr(console.importlib, "import_module", load)
+    with pytest.raises(console.CommandError, match=f"{error}. .* set KERAS_BACKEND=tensorflow"):
+        console.import_tensorflow()
+
+
 # --- check ---------------------------------------------------------------------------------------
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -712,8 +713,11 @@ BAD_ARGUMENTS = [
     ({"mlp_activation": "tanh"}, "`mlp_activation` must be None or 'relu', got 'tanh'"),
     ({"data_format": "NHWC"}, "`data_format` must be 'channels_last' or .*, got 'NHWC'"),
     ({"spatial_batch_norm": True, "spatial_use_bias": True}, "`spatial_use_bias` must be None or"),
-    ({"batch_norm_momentum": 1.5}, "`batch_norm_momentum` must be between 0 and 1, got 1.5"),
-    ({"batch_norm_epsilon": -1}, "`batch_norm_epsilon` must be a number of at least 0, got -1"),
+    ({"batch_norm_momentum": 1.5}, "`batch_norm_momentum` must be a number between .*, got 1.5"),
+    ({"batch_norm_momentum": "0.9"}, "`batch_norm_momentum` must be a number .*, got '0.9'"),
+    ({"batch_norm_epsilon": -1}, "`batch_norm_epsilon` must be a finite number .*, got -1"),
+    ({"batch_norm_epsilon": None}, "`batch_norm_epsilon` must be a finite number .*, got None"),
+    ({"batch_norm_epsilon": math.inf}, "`batch_norm_epsilon` must be a finite number .*, got inf"),
 ]
 
 
@@ -786,5 +790,7 @@ def test_bad_inputs_are_named(layer_class):
 @pytest.mark.parametrize("backend", ["jax", "torch"])
 def test_another_backend_of_keras_is_refused(backend, monkeypatch):
     monkeypatch.setattr(keras.backend, "backend", lambda: backend)
-    with pytest.raises(RuntimeError, match=f"needs the TensorFlow backend of Keras.*'{backend}'"):
-        cbam_ops.CBAM()
+    model = keras.Sequential([keras.Input((4, 4, 3))])
+    for use in (cbam_ops.CBAM, lambda: cbam_ops.fuse(model), lambda: cbam_ops.export(model, "x")):
+        with pytest.raises(RuntimeError, match=f"needs the TensorFlow backend.*'{backend}'"):
+            use()

@@ -126,6 +126,7 @@ def test_import_works_without(without, usable, tmp_path):
     loads = usable == "cbam" and importlib.util.find_spec("jax") is not None
     for name, error in zip(() if loads else ("CBAM", "models"), errors, strict=True):
         assert error.startswith(f"cbam_ops.{name} cannot be used: "), error
+        assert ("KERAS_BACKEND=tensorflow" in error) == (usable == "cbam")
 
 
 def test_every_public_name_resolves():
