@@ -122,7 +122,7 @@ def _regions(graph: Graph, last: Any, strict: bool = True) -> Iterator[_Region]:
 
     Not `strict`: with those that something leaves besides the output, or with other weights.
     """
-    if len(last.outputs) != 1 or len(last.outputs[0].shape) != 4:
+    if len(last.outputs) != 1 or len(last.outputs[0].shape) not in _call.SIDES:
         return
     (output,) = last.outputs
     inside = {id(last): last}
@@ -167,7 +167,7 @@ def _may_belong(variable: Any, shape: Sequence[int | None]) -> bool:
     """Whether a weight may be attention's: a vector, a layer of an MLP, or a spatial kernel."""
     size = _core(variable.shape)
     in_mlp = len(size) == 2 and bool({*size} & {*shape})
-    return len(size) < 2 or in_mlp or _is_spatial(variable.shape)
+    return len(size) < 2 or in_mlp or _is_spatial(variable.shape, len(shape))
 
 
 def _core(shape: Sequence[int]) -> tuple[int, ...]:
@@ -178,8 +178,10 @@ def _core(shape: Sequence[int]) -> tuple[int, ...]:
     return size
 
 
-def _is_spatial(shape: Sequence[int]) -> bool:
-    return len(shape) == 4 and tuple(shape[2:]) == (2, 1) and all(k % 2 for k in shape[:2])
+def _is_spatial(shape: Sequence[int], rank: int) -> bool:
+    """Whether it is that of a spatial kernel for maps of a rank."""
+    *sides, inputs, outputs = shape if len(shape) == rank else (0, 0)
+    return (inputs, outputs) == (2, 1) and all(k % 2 for k in sides)
 
 
 # --- candidates -----------------------------------------------------------------------------------
@@ -209,7 +211,7 @@ class _Candidate(NamedTuple):
         """What a weight of the layer is, from values of the region's."""
         value = tf.reshape(values[attribute], getattr(layer, attribute).shape)
         if attribute == "spatial_kernel" and self.maximum_first:
-            value = tf.reverse(value, [2])
+            value = tf.reverse(value, [len(value.shape) - 2])
         if attribute == "moving_mean" and _FOLDED in values:
             value -= values[_FOLDED]
         return value
@@ -243,15 +245,15 @@ def _candidates(region: _Region) -> Iterator[_Candidate]:
             "it draws random numbers" if random else f"{others[0]} is of no float type"
         )
     _policy(region)
-    if region.output.shape[1] is None and region.output.shape[3] is None:
+    shape = region.output.shape
+    if shape[1] is None and shape[-1] is None:
         raise _LeftError("its number of channels is open")
     norm = _batch_norm(region)
     found = False
-    for data_format, axis in (("channels_last", 3), ("channels_first", 1)):
-        channels = region.output.shape[axis]
+    for data_format, channels in (("channels_last", shape[-1]), ("channels_first", shape[1])):
         if channels is None:
             continue  # no layer can be built
-        for weights in _assignments(variables, channels, norm):
+        for weights in _assignments(variables, channels, len(shape), norm):
             common = {"data_format": data_format, **_described(weights)}
             if norm is not None:
                 common.update(
@@ -286,7 +288,9 @@ def _batch_norm(region: _Region) -> Any:
 _Shapes = dict[str, tuple[Any, ...]]
 
 
-def _assignments(variables: list[Any], channels: int, norm: Any) -> Iterator[dict[str, Any]]:
+def _assignments(
+    variables: list[Any], channels: int, rank: int, norm: Any
+) -> Iterator[dict[str, Any]]:
     """Every way to take the variables for all weights of an MLP, a spatial convolution or both."""
     fixed = {} if norm is None else {ours: getattr(norm, its) for ours, its in _BATCH_NORM.items()}
     taken = {id(variable) for variable in fixed.values()}
@@ -300,7 +304,7 @@ def _assignments(variables: list[Any], channels: int, norm: Any) -> Iterator[dic
         if units == channels:  # one layer
             mlps += [{"w0": mlp["w0"]}, {"w0": mlp["w0"], "b0": (units,)}]
     convolutions: list[_Shapes] = [] if fixed else [{}]
-    for kernel in dict.fromkeys(filter(_is_spatial, shapes)):
+    for kernel in dict.fromkeys(shape for shape in shapes if _is_spatial(shape, rank)):
         bias = _FOLDED if fixed else "spatial_bias"
         convolutions += [{"spatial_kernel": kernel}, {"spatial_kernel": kernel, bias: (1,)}]
     for mlp, convolution in itertools.product(mlps, convolutions):
@@ -362,8 +366,8 @@ def _with_options(weights: dict[str, Any], common: dict[str, Any]) -> Iterator[_
         common = {"hidden": hidden, "use_bias": "b0" in weights, **common}
         words += ["pooling", "mlp_activation", *["hidden_activation"] * bool(hidden)]
     if "spatial_kernel" in weights:
-        height, width = weights["spatial_kernel"].shape[:2]
-        size = height if height == width else (height, width)
+        sides = tuple(weights["spatial_kernel"].shape[:-2])
+        size = sides if len(set(sides)) > 1 else sides[0]
         common = {"kernel_size": size, "spatial_use_bias": "spatial_bias" in weights, **common}
         if "w0" in weights:
             layer = layers.CBAM
@@ -390,8 +394,8 @@ def _misfit(variables: list[Any]) -> str:
 
 # --- proof ----------------------------------------------------------------------------------------
 
-# Heights and widths of probes where the model leaves them open.
-_SIZES = ((5, 7), (8, 3))
+# Sides of probes where the model leaves them open, as many as their maps have.
+_SIZES = ((5, 7, 4), (8, 3, 6))
 # Maps of so many values are compared at their own size once, in their outputs.
 _LARGE = 2**16
 
@@ -558,10 +562,9 @@ def _differences(
 
 def _sizes(shape: Sequence[int | None]) -> list[tuple[int, ...]]:
     """Sizes of probes for a map of this shape, whose axes may be open."""
-    sizes = (
-        (2, h, w, 0) if shape[3] is not None else (2, 0, h, w)  # where the channels are last
-        for h, w in _SIZES
-    )
+    open_sides = (sides[: len(shape) - 2] for sides in _SIZES)
+    last = shape[-1] is not None  # the channels
+    sizes = ((2, *sides, 0) if last else (2, 0, *sides) for sides in open_sides)
     both = (zip(shape, open_, strict=True) for open_ in sizes)
     return list(dict.fromkeys(tuple(known or size for known, size in pairs) for pairs in both))
 
@@ -572,9 +575,10 @@ def _shapes(region: _Region, candidate: _Candidate) -> list[tuple[int | None, ..
     n, *rest = shape
     if None in rest or math.prod(rest) < _LARGE:
         return [shape]
+    sides = [None] * (len(rest) - 1)
     if candidate.options["data_format"] == "channels_last":
-        return [(n, None, None, rest[2]), shape]
-    return [(n, rest[0], None, None), shape]
+        return [(n, *sides, rest[-1]), shape]
+    return [(n, rest[0], *sides), shape]
 
 
 def _near(region: _Region, candidates: Iterable[_Candidate]) -> Iterator[_Candidate]:
@@ -930,9 +934,6 @@ class _Search:
 
 def _why_no_region(graph: Graph, node: Any) -> str:
     """Why there is no region that ends with this call."""
-    rank = len(node.outputs[0].shape)
-    if rank != 4:
-        return f"its map has rank {rank}"
     for region in _regions(graph, node, strict=False):
         if all(tensor is not region.map for tensor in node.input_tensors):
             break  # another map lies between
@@ -952,7 +953,7 @@ def _alone(layer: Any) -> _Region:
       _LeftError: it is not one of somebody's own that takes a map.
     """
     shapes = [*(layer._build_shapes_dict or {}).values()]
-    if not is_own(type(layer)) or len(shapes) != 1 or len(shapes[0]) != 4:
+    if not is_own(type(layer)) or len(shapes) != 1 or len(shapes[0]) not in _call.SIDES:
         raise _LeftError("it takes no map")
     x, y = (keras.KerasTensor(tuple(shapes[0]), dtype=layer.compute_dtype) for _ in "xy")
     arguments = types.SimpleNamespace(fill_in=lambda values: ((values[id(x)],), {}))
@@ -983,12 +984,12 @@ def _may_end(node: Any) -> bool:
 def _looks_like_attention(node: Any) -> bool:
     """Whether a call that is not replaced is worth a line of the report."""
     own = is_own(type(node.operation))
-    if len(node.outputs) != 1 or not 3 <= len(node.outputs[0].shape) <= 5:
+    if len(node.outputs) != 1 or len(node.outputs[0].shape) not in _call.SIDES:
         return False
     shape = node.outputs[0].shape
     shapes = [tensor.shape for tensor in node.input_tensors]
     if len(shapes) == 1:
-        return own and shapes[0] == shape and len(shape) == 4 and bool(variables_of(node.operation))
+        return own and shapes[0] == shape and bool(variables_of(node.operation))
     gates = [other for other in shapes if other != shape and (len(other) == 2 or 1 in other)]
     multiplies = own or type(node.operation).__name__ == "Multiply"
     return multiplies and shape in shapes and bool(gates)
@@ -1095,9 +1096,10 @@ def fuse(model: Any, verbose: int = 0, return_report: bool = False) -> Any:
     Every CBAM, channel gate, spatial gate and squeeze and excitation is replaced that has the same
     outputs and the same gradients as one of :class:`cbam_ops.CBAM`,
     :class:`cbam_ops.ChannelAttention` and :class:`cbam_ops.SpatialAttention`, whether it is made of
-    Keras's layers, `keras.ops`, `Lambda` layers, layers of your own or several of these; in models
-    inside the model too. An addition of a residual and a ReLU after it become part of the layer.
-    Each is proved on random maps and weights (see :mod:`cbam_ops.fusing`). The rest stays.
+    Keras's layers, `keras.ops`, `Lambda` layers, layers of your own or several of these, of images,
+    series and volumes; in models inside the model too. An addition of a residual and a ReLU after
+    it become part of the layer. Each is proved on random maps and weights (see
+    :mod:`cbam_ops.fusing`). The rest stays.
 
     A replaced region's layer has the name of its last layer or op, so that
     `model.get_layer(name).output` stays what it was. A bias of the spatial convolution before a
