@@ -48,13 +48,18 @@ def is_graph(operation: Any) -> bool:
     return isinstance(operation, (keras.Function, keras.Sequential)) and operation.built
 
 
+def unwrapped(operation: Any) -> Any:
+    """What a call runs: what a TimeDistributed calls at each step of time, or the layer itself."""
+    return operation.layer if isinstance(operation, keras.layers.TimeDistributed) else operation
+
+
 def graphs_of(model: Any) -> dict[int, Graph]:
     """The graphs of a model and of those inside it, by the models' ids."""
     graphs = {id(model): Graph(model)}
     waiting = [*graphs.values()]
     for graph in waiting:
-        for inside in [node.operation for node in graph.nodes if is_graph(node.operation)]:
-            if id(inside) not in graphs:
+        for inside in (unwrapped(node.operation) for node in graph.nodes):
+            if is_graph(inside) and id(inside) not in graphs:
                 graphs[id(inside)] = Graph(inside, f"{graph.path}{inside.name}/")
                 waiting.append(graphs[id(inside)])
     return graphs
@@ -131,8 +136,14 @@ class Rebuild:
         if is_graph(operation):
             return self.model(operation)
         if id(operation) not in self._made:
-            self._made[id(operation)] = self._again(operation)
-            self._copies.append((operation, self._made[id(operation)]))
+            if (inside := unwrapped(operation)) is not operation:
+                self._made[id(operation)] = keras.layers.TimeDistributed(
+                    self.clone(inside), name=operation.name, dtype=operation.dtype_policy,
+                    trainable=self.trainable(operation),
+                )  # fmt: skip
+            else:
+                self._made[id(operation)] = self._again(operation)
+                self._copies.append((operation, self._made[id(operation)]))
         return self._made[id(operation)]
 
     def _again(self, operation: Any) -> Any:
@@ -153,9 +164,9 @@ class Rebuild:
                 f"{first_line(error)}"
             ) from error
 
-    def trainable(self, model: Any) -> bool:
-        """Whether the model like this one is, as a whole."""
-        return bool(model.trainable)
+    def trainable(self, layer: Any) -> bool:
+        """Whether the one like this model, or what a TimeDistributed wraps, is as a whole."""
+        return bool(layer.trainable)
 
     def copy_weights(self) -> None:
         """Gives the new layers the values, and the trainability, of the old ones."""

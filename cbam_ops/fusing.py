@@ -37,6 +37,7 @@ from cbam_ops._graphs import (
     is_graph,
     is_own,
     sublayers_of,
+    unwrapped,
     variables_of,
 )
 
@@ -803,8 +804,9 @@ class _Search:
         self._users: dict[int, set[int]] = collections.defaultdict(set)
         for graph in self.graphs.values():
             for node in graph.nodes:
-                for variable in () if is_graph(node.operation) else variables_of(node.operation):
-                    self._users[id(variable)].add(id(node))
+                if not is_graph(unwrapped(node.operation)):
+                    for variable in variables_of(node.operation):
+                        self._users[id(variable)].add(id(node))
         for graph in self._remaining():
             self._look(graph)
         self._keep_shared_together()
@@ -816,7 +818,7 @@ class _Search:
             yield graph
             gone = self.inner | self.found.keys()
             for node in graph.nodes:
-                inside = self.graphs.get(id(node.operation))
+                inside = self.graphs.get(id(unwrapped(node.operation)))
                 if inside and id(node) not in gone and inside not in remaining:
                     remaining.append(inside)
 
@@ -849,12 +851,12 @@ class _Search:
     def _inside(self, graph: Graph, operation: Any) -> str:
         """What a layer of one's own has inside, in words; empty if there is no attention."""
         texts = []
-        for part in sublayers_of(operation)[1:] if is_own(type(operation)) else ():
+        for part in sublayers_of(operation)[1:] if is_own(type(unwrapped(operation))) else ():
             with contextlib.suppress(_LeftError):
                 found = self._identify(graph, _alone(part))
                 kind, words = found.candidate.layer.__name__, _words(found.row(""))
                 texts.append(f"{part.path} in it is what cbam_ops.{kind}({words}) computes")
-        return ", ".join(texts) + "; put it into the class by hand" if texts else ""
+        return ", ".join(texts) + "; put it there by hand" if texts else ""
 
     def _identify(self, graph: Graph, region: _Region) -> _Found:
         reasons: list[_LeftError] = []
@@ -886,8 +888,8 @@ class _Search:
         calls = set()
         for node in nodes:
             calls.add(id(node))
-            if is_graph(node.operation):
-                calls |= self._calls(self.graphs[id(node.operation)].nodes)
+            if is_graph(inside := unwrapped(node.operation)):
+                calls |= self._calls(self.graphs[id(inside)].nodes)
         return calls
 
     def _keep_shared_together(self) -> None:
@@ -975,10 +977,10 @@ def _forms(region: _Region) -> Iterator[tuple[_Region, dict[str, Any]]]:
 
 def _may_end(node: Any) -> bool:
     """Whether a region may end with this call: it combines tensors, or is somebody's own."""
-    name = type(node.operation).__name__
-    if is_graph(node.operation) or name in _TAILS:
+    inside = unwrapped(node.operation)
+    if is_graph(inside) or type(inside).__name__ in _TAILS:
         return False
-    return len(node.input_tensors) > 1 or is_own(type(node.operation))
+    return len(node.input_tensors) > 1 or is_own(type(inside))
 
 
 def _looks_like_attention(node: Any) -> bool:
@@ -1014,7 +1016,8 @@ def _with_tails(
             return
         (node,) = consumers
         others = [tensor for tensor in node.input_tensors if tensor is not region.output]
-        if variables_of(node.operation) or is_graph(node.operation) or len(node.outputs) != 1:
+        inside = unwrapped(node.operation)
+        if variables_of(inside) or is_graph(inside) or len(node.outputs) != 1:
             return
         if not all(_alike(tensor, region.output) for tensor in (*node.outputs, *others)):
             return

@@ -22,7 +22,7 @@ import keras
 
 from cbam_ops import _call, layers
 from cbam_ops._console import first_line
-from cbam_ops._graphs import Graph, Rebuild, checked, graphs_of, is_graph, variables_of
+from cbam_ops._graphs import Graph, Rebuild, checked, graphs_of, is_graph, unwrapped, variables_of
 
 __all__ = ["Place", "add_attention"]
 
@@ -178,7 +178,7 @@ def _after_normalisations(structure: _Structure) -> Iterator[Any]:
 def _stages(structure: _Structure) -> Iterator[Any]:
     ends: dict[int, tuple[Any, int]] = {}  # with the number of their convolutions
     for output in structure.graph.model.outputs:
-        trunk = {id(n) for n in structure.trunk(output) if not is_graph(n.operation)}
+        trunk = {id(n) for n in structure.trunk(output) if not is_graph(unwrapped(n.operation))}
         last, kernels = None, 0
         for node in [*structure.graph.nodes, None]:
             inside = node is None or id(node) in trunk
@@ -225,7 +225,7 @@ def _given_places(graphs: dict[int, Graph], where: Any) -> dict[int, str]:
     if callable(where):
         chosen = [
             v for v in named.values()
-            if isinstance(v, keras.layers.Layer) and not is_graph(v) and where(v)
+            if isinstance(v, keras.layers.Layer) and not is_graph(unwrapped(v)) and where(v)
         ]  # fmt: skip
         if not chosen:
             raise ValueError("add_attention: `where` must be true of a layer, it is of none")
@@ -316,18 +316,20 @@ class _Insert(Rebuild):
             self.inserted[id(operation)] = made
         return self.inserted[id(operation)]
 
-    def trainable(self, model: Any) -> bool:
+    def trainable(self, layer: Any) -> bool:
         """A frozen model's own layers are; what is inserted is trained."""
-        path = self.graphs[id(model)].path
-        inside = any(place.layer.startswith(path) for place in self._places.values())
-        return inside or super().trainable(model)
+        graph = self.graphs.get(id(unwrapped(layer)))
+        if graph and any(place.layer.startswith(graph.path) for place in self._places.values()):
+            return True
+        return super().trainable(layer)
 
     def copy_weights(self) -> None:
         super().copy_weights()
         for graph in self.graphs.values():
             for node in graph.nodes if not graph.model.trainable else ():
-                if isinstance(node.operation, keras.layers.Layer) and not is_graph(node.operation):
-                    self.clone(node.operation).trainable = False
+                layer = node.operation
+                if isinstance(layer, keras.layers.Layer) and not is_graph(unwrapped(layer)):
+                    self.clone(layer).trainable = False
 
 
 def _identity_weights(layer: Any) -> list[Any]:

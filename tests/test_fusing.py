@@ -510,6 +510,33 @@ def test_nested_models_and_sequentials():
     assert_same_model(fused, model)
 
 
+class OfEachFrame(Traced):
+    def compute_output_shape(self, shape):
+        return shape
+
+
+def test_attention_of_each_step_of_time():
+    """Fails when attention in a TimeDistributed is missed, or left without a word."""
+    keras.utils.set_random_seed(0)
+    frame, video = keras.Input((9, 6, 3)), keras.Input((None, 9, 6, 3))
+    x = kobiso(kl.Conv2D(C, 3, padding="same")(frame))
+    of_frames = kl.TimeDistributed(keras.Model(frame, x, name="network"))
+    x = of_frames(video)
+    inner = [kl.TimeDistributed(kl.Conv2D(C, 3)), kl.TimeDistributed(OfEachFrame(name="gate"))]
+    x = kl.GlobalAveragePooling3D()(inner[1](inner[0](x)))
+    model = keras.Model(video, kl.Dense(2)(x))
+    randomize(model)
+    fused, (gate, network) = fusing.fuse(model, return_report=True)
+    assert (network.found, network.layer.split("/")[0]) == ("CBAM", "network")
+    assert not gate.found and "gate in it is what cbam_ops.ChannelAttention(hidden=" in gate.reason
+    assert [layer.name for layer in fused.layers] == [layer.name for layer in model.layers]
+    x = np.random.default_rng(2).standard_normal((2, 3, 9, 6, 3)).astype("float32")
+    assert_same_model(fused, model, x)
+    of_frames.trainable = False
+    frozen = fusing.fuse(model).get_layer(of_frames.name)
+    assert not frozen.trainable_weights
+
+
 def test_sequential_with_two_layers_for_one_module():
     """Fails when two layers in a row that are one CBAM stay two, or a name goes."""
     keras.utils.set_random_seed(0)

@@ -276,6 +276,18 @@ def test_the_model_keeps_its_weights_and_what_is_frozen(tmp_path):
     assert np.array_equal(again(_images()), new(_images()))
 
 
+def test_a_frozen_network_of_each_step_of_time():
+    """Fails when a TimeDistributed's network gets no attention, or some that is not trained."""
+    video = keras.Input((None, *SHAPE))
+    x = layers.TimeDistributed(_residual_network("frames"), name="steps")(video)
+    model = keras.Model(video, layers.Dense(3)(layers.GlobalAveragePooling1D()(x)))
+    model.get_layer("steps").trainable = False
+    new = cbam_ops.add_attention(model, _cbam())
+    assert len(new.trainable_weights) == 2 + 6 * len(PLACES)
+    videos = np.stack([_images()] * 2, axis=1)
+    assert np.array_equal(new(videos), model(videos))
+
+
 def test_what_preprocessing_layers_were_adapted_to_stays():
     """Fails when a copy of such a layer has the vocabulary, or the mean, of a new one."""
     images, numbers, words = _images(), np.array([[0.1], [0.8]]), tf.constant([["a"], ["b"]])
