@@ -281,6 +281,30 @@ def test_nan_and_infinity(kernels: Kernels, module: str, layout: str) -> None:
         assert (touched == ours).all()
 
 
+@pytest.mark.parametrize("infinity", [np.inf, -np.inf, np.nan])
+@pytest.mark.parametrize("pooling", ["avg+max", "avg", "max"])
+@pytest.mark.parametrize("mlp_activation", ["none", "relu"])
+def test_infinity_in_the_mlp(
+    kernels: Kernels, mlp_activation: str, pooling: str, infinity: float
+) -> None:
+    """Fails where a hidden unit that one branch switches off hides 0 times infinity, a NaN."""
+    options = testing.options(pooling=pooling, mlp_activation=mlp_activation)
+    case = Case("channel_attention", size=(9, 3, 3, 40), hidden=4, options=options)
+    for unit in range(case.hidden):
+        w1 = case.arrays()["w1"]
+        w1[unit, 5::7] = infinity
+        problem = Problem(case, w1=w1)
+        problem.check_forward(problem.forward(kernels))
+    problem = Problem(case)
+    problem.gradients["d_channel_gate"][::2, 3::11] = infinity
+    outputs = problem.forward(kernels)
+    truth, ours = problem.define_backward(outputs, "float64"), problem.backward(kernels, outputs)
+    for name in ("dw0", "db0", "dw1", "db1"):
+        assert (np.isnan(truth[name]) == np.isnan(ours[name])).all(), name
+        infinite = np.isinf(truth[name])
+        assert (truth[name][infinite] == ours[name][infinite]).all(), name
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("fill", ["zeros", "relu", "offset"])
 def test_values(kernels: Kernels, fill: str, layout: str) -> None:

@@ -121,7 +121,7 @@ struct Call {
   Reduced<A> hidden_slices;  // what these give, where there are several
   A* hidden_values;          // [N, 2, hidden]
   A* logits;                 // [N, 2, C]
-  A* d_logits;               // [N, 2, C]
+  A* d_logits;               // [N, 2, C], or without the MLP's second ReLU [N, C]
   A* d_hidden;               // [N, 2, hidden]
   A* z;                      // [N, P]: the convolution; in backward it normalised
   A* dz;                     // [N, P]

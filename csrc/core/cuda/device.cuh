@@ -353,6 +353,11 @@ CBAM_DEVICE A Relu(A v) {
   return v <= A(0) ? A(0) : v;
 }
 
+template <typename A>
+CBAM_DEVICE bool IsFinite(A v) {
+  return v - v == A(0);
+}
+
 // The sum over a warp, in every lane.
 template <typename A>
 CBAM_DEVICE A SumOverWarp(A value) {

@@ -17,6 +17,9 @@
 // of two samples, both descriptors, at four inner indices at a time: 64 products for four vectors
 // of weights and four of inputs. The inner dimension is spread over the threads and folded through
 // shared memory in a fixed order.
+//
+// Without f the second layer is the same for both descriptors: it has one branch, the sum of both,
+// and a thread four samples. The gradient dl is then one too.
 #ifndef CBAM_OPS_CORE_CUDA_MLP_CUH_
 #define CBAM_OPS_CORE_CUDA_MLP_CUH_
 
@@ -40,32 +43,50 @@ struct Group {
         present(static_cast<int>(Smaller(call.schedule.group_samples, call.batch - first))) {}
 };
 
-// The inputs of a pair of samples lie in kBlockSide rows of vectors, those of inner index i in row
-// i % kBlockSide at i / kBlockSide: indices that are a block apart are neighbours, as the threads
-// that read them are, and with two vectors between the rows a warp writes to all banks too.
+// What the second layer takes of a sample: both descriptors' values, or without a ReLU their sum.
+template <typename A>
+CBAM_DEVICE int OuterBranches(const Call<A>& call) {
+  return call.mlp_relu ? 2 : 1;
+}
+
+// Four inputs at an inner index are a vector: of two samples both branches, or of four the only one.
+// Vectors lie in kBlockSide rows, those of inner index i in row i % kBlockSide at i / kBlockSide:
+// indices that are a block apart are neighbours, as the threads that read them are, and with two
+// vectors between the rows a warp writes to all banks too.
 template <typename A>
 constexpr int kInputRow = kInputs<A> + 2 * kBlockSide;
 static_assert(kSamples / 2 * kBlockSide * kInputRow<double> * sizeof(double) <= kItemBytes,
               "more shared memory than there is");
 
-// Fills the inputs at `size` inner indices, and with zeros what completes a block; value(s, i,
-// &mean, &max) gives both descriptors of sample s.
+// Fills the inputs at `size` inner indices, and with zeros what completes a block or a vector;
+// value(s, i, &first, &second) gives the branches of sample s.
 template <typename A, typename Value>
-CBAM_DEVICE void FillInputs(A* shared, unsigned size, int present, Value value) {
+CBAM_DEVICE void FillInputs(A* shared, unsigned size, int present, int branches, Value value) {
   const unsigned end = (size + kBlockSide - 1) / kBlockSide * kBlockSide;
+  // Of a vector: neighbouring threads have them.
+  const int samples = present > 1 ? 4 / branches : 1;
+  const int slot = ThreadIndex() % samples, step = kThreads / samples;
+  const unsigned begin = ThreadIndex() / samples;  // from there on all in one of the rows
+  A* rows = shared + begin % kBlockSide * kInputRow<A> + begin / kBlockSide * kBlockSide +
+            slot * (4 / samples);
   CBAM_NO_UNROLL
-  for (int pair = 0; 2 * pair < present; ++pair) {
+  for (int first = 0; first < present; first += samples) {
+    A* to = rows;
     CBAM_NO_UNROLL
-    for (unsigned i = ThreadIndex(); i < end; i += kThreads) {
+    for (unsigned i = begin; i < end; i += step) {
       Vec<A, 4> four = {};
-      if (i < size) {
-        value(2 * pair, i, &four.value[0], &four.value[1]);
-        if (2 * pair + 1 < present) value(2 * pair + 1, i, &four.value[2], &four.value[3]);
+      if (i < size && first + slot < present)
+        value(first + slot, i, &four.value[0], &four.value[1]);
+      if (samples == 4) {
+        *to = four.value[0];
+      } else if (samples == 2) {
+        *reinterpret_cast<Vec<A, 2>*>(to) = {{four.value[0], four.value[1]}};
+      } else {
+        *reinterpret_cast<Vec<A, 4>*>(to) = four;
       }
-      const unsigned row = pair * kBlockSide + i % kBlockSide;
-      *reinterpret_cast<Vec<A, 4>*>(shared + row * kInputRow<A> + i / kBlockSide * kBlockSide) =
-          four;
+      to += step;
     }
+    rows += kBlockSide * kInputRow<A>;
   }
 }
 
@@ -117,43 +138,46 @@ CBAM_DEVICE void LoadBlock(const Weights<A>& weights, int64_t output, int64_t i,
   }
 }
 
-// How the threads share the outputs of a tile of kLanes: by four outputs, by pairs of samples, and
+// How the threads share the outputs of a tile of kLanes: by four outputs, by vectors of inputs, and
 // the rest by inner indices. Neighbours read neighbouring weights.
 template <int kLanes, bool kInnerFirst>
 struct Shares {
   static constexpr int kOutputs = kLanes / kBlockSide;
   int inner;
 
-  CBAM_DEVICE explicit Shares(int64_t group_samples) : inner(InnerThreads(kLanes, group_samples)) {}
-  CBAM_DEVICE int Thread(int outputs, int pair, int part) const {
-    return kInnerFirst ? (pair * kOutputs + outputs) * inner + part
-                       : (pair * inner + part) * kOutputs + outputs;
+  CBAM_DEVICE Shares(int64_t group_samples, int branches)
+      : inner(InnerThreads(kLanes, group_samples, branches)) {}
+  CBAM_DEVICE int Thread(int outputs, int vector, int part) const {
+    return kInnerFirst ? (vector * kOutputs + outputs) * inner + part
+                       : (vector * inner + part) * kOutputs + outputs;
   }
 };
 
-// Calls store(s, output, mean's sum, max's sum) for the outputs of a tile of kLanes and the samples
-// that are there, the sums being those of value(s, i) weight(output, i) over inner indices i from
-// `begin` to before `end`.
+// Calls store(s, output, first's sum, second's sum) for the outputs of a tile of kLanes and the
+// samples that are there, the sums being those of the branches' value(s, i) weight(output, i) over
+// inner indices i from `begin` to before `end`.
 template <int kLanes, bool kInnerFirst, typename A, typename Value, typename Store>
 CBAM_DEVICE void Products(const Call<A>& call, const Weights<A>& weights, int64_t tile,
-                          int64_t begin, int64_t end, int present, Value value, Store store) {
+                          int64_t begin, int64_t end, int present, int branches, Value value,
+                          Store store) {
   using Share = Shares<kLanes, kInnerFirst>;
-  const Share shares(call.schedule.group_samples);
+  const Share shares(call.schedule.group_samples, branches);
+  const int samples = 4 / branches;  // of a vector
   const int rest = ThreadIndex() % (Share::kOutputs * shares.inner);
-  const int pair = ThreadIndex() / (Share::kOutputs * shares.inner);
+  const int vector = ThreadIndex() / (Share::kOutputs * shares.inner);
   const int part = kInnerFirst ? rest % shares.inner : rest / Share::kOutputs;
   const int outputs = kInnerFirst ? rest / shares.inner : rest % Share::kOutputs;
   const int64_t first_output = tile * kLanes + outputs * kBlockSide;
   A* const shared = Shared<A>();
-  const A* const mine = shared + pair * kBlockSide * kInputRow<A>;
+  const A* const mine = shared + vector * kBlockSide * kInputRow<A>;
   A sums[kBlockSide][4] = {};
   CBAM_NO_UNROLL
   for (int64_t first = begin; first < end; first += kInputs<A>) {
     const int size = static_cast<int>(Smaller(kInputs<A>, end - first));
-    FillInputs(shared, size, present,
-               [&](int s, int i, A* mean, A* maximum) { value(s, first + i, mean, maximum); });
+    FillInputs(shared, size, present, branches,
+               [&](int s, int i, A* one, A* other) { value(s, first + i, one, other); });
     Barrier();
-    if (2 * pair < present && first_output < weights.outputs) {
+    if (samples * vector < present && first_output < weights.outputs) {
       CBAM_NO_UNROLL
       for (int i = part * kBlockSide; i < size; i += shares.inner * kBlockSide) {
         A block[kBlockSide][kBlockSide];
@@ -184,12 +208,12 @@ CBAM_DEVICE void Products(const Call<A>& call, const Weights<A>& weights, int64_
     const int s = at / kLanes, lane = at % kLanes;
     if (tile * kLanes + lane >= weights.outputs) continue;
     A result[2] = {A(0), A(0)};
-    const A* const parts = shared + (lane % kBlockSide * 4 + s % 2 * 2) * kRow;
+    const A* const parts = shared + (lane % kBlockSide * 4 + s % samples * branches) * kRow;
     CBAM_NO_UNROLL
     for (int r = 0; r < shares.inner; ++r) {
-      const int thread = shares.Thread(lane / kBlockSide, s / 2, r);
-      result[0] += parts[thread];
-      result[1] += parts[kRow + thread];
+      const A* const of_thread = parts + shares.Thread(lane / kBlockSide, s / samples, r);
+      result[0] += of_thread[0];
+      if (branches == 2) result[1] += of_thread[kRow];
     }
     store(s, tile * kLanes + lane, result[0], result[1]);
   }
@@ -218,11 +242,19 @@ CBAM_DEVICE void StoreHidden(const Call<A>& call, int64_t n, int64_t unit, A mea
   hidden[0] = call.use_mean ? Relu(mean + bias) : A(0);
   hidden[call.hidden] = call.use_max ? Relu(maximum + bias) : A(0);
 }
+// The gradient before a ReLU. Multiplied, as in TensorFlow: what is NaN or infinite stays NaN.
+template <typename A>
+CBAM_DEVICE A Masked(A gradient, A value) {
+  return gradient * (value > A(0) ? A(1) : A(0));
+}
 template <typename A>
 CBAM_DEVICE void StoreHiddenGrad(const Call<A>& call, int64_t n, int64_t unit, A mean, A maximum) {
   const int64_t at = n * 2 * call.hidden + unit;
-  call.d_hidden[at] = call.hidden_values[at] > A(0) ? mean : A(0);
-  call.d_hidden[at + call.hidden] = call.hidden_values[at + call.hidden] > A(0) ? maximum : A(0);
+  const A* const hidden = call.hidden_values + at;
+  A* const d_hidden = call.d_hidden + at;
+  d_hidden[0] = call.use_mean ? Masked(mean, hidden[0]) : A(0);
+  d_hidden[call.hidden] =
+      call.use_max ? Masked(call.mlp_relu ? maximum : mean, hidden[call.hidden]) : A(0);
 }
 
 // An item is kChunk hidden units of a sample.
@@ -244,7 +276,7 @@ CBAM_DEVICE void Hidden(const Call<A>& call, int64_t group_index, int64_t index)
   const Weights<A> weights(call.w0, call.hidden, call.channels);
   const UnitsAtSlice part = UnitsAt(call, index);
   Products<kUnits, false>(
-      call, weights, part.tile, part.begin, part.end, group.present,
+      call, weights, part.tile, part.begin, part.end, group.present, 2,
       [&](int s, int64_t c, A* mean, A* maximum) {
         const int64_t n = group.first + s;
         Fold<true>(call.channel_source, n, c, mean, maximum);
@@ -262,32 +294,53 @@ CBAM_DEVICE void Hidden(const Call<A>& call, int64_t group_index, int64_t index)
       });
 }
 
+// A channel's logit, branch by branch.
+template <typename A>
+CBAM_DEVICE A LogitByBranches(const Call<A>& call, int64_t n, int64_t c, A bias) {
+  A logit = A(0);
+  CBAM_NO_UNROLL
+  for (int t = 0; t < 2; ++t) {
+    if (!(t == 0 ? call.use_mean : call.use_max)) continue;
+    const A* const hidden = call.hidden_values + (n * 2 + t) * call.hidden;
+    A sum = bias;
+    CBAM_NO_UNROLL
+    for (int64_t j = 0; j < call.hidden; ++j) sum += hidden[j] * call.w1[j * call.channels + c];
+    logit += sum;
+  }
+  return logit;
+}
+
 // An item is kGateChannels channels: the gate, or in backward the logits alone.
 template <typename A>
 CBAM_DEVICE void Gate(const Call<A>& call, int64_t group_index, int64_t tile, bool logits_only) {
   const Group<A> group(call, group_index);
   const Weights<A> weights(call.w1, call.channels, call.hidden);
   Products<kGateChannels, false>(
-      call, weights, tile, 0, call.hidden, group.present,
+      call, weights, tile, 0, call.hidden, group.present, OuterBranches(call),
       [&](int s, int64_t j, A* mean, A* maximum) {
         ReadPair(call.hidden_values, call.hidden, group.first + s, j, mean, maximum);
+        if (!call.mlp_relu) *mean += *maximum;  // what is not used is 0
       },
       [&](int s, int64_t c, A mean, A maximum) {
         const int64_t n = group.first + s;
         const A bias = call.b1 != nullptr ? call.b1[c] : A(0);
-        mean += bias;
-        maximum += bias;
         if (logits_only) {
-          call.logits[n * 2 * call.channels + c] = mean;
-          call.logits[(n * 2 + 1) * call.channels + c] = maximum;
+          A* const logits = call.logits + n * 2 * call.channels + c;
+          logits[0] = mean + bias;
+          logits[call.channels] = maximum + bias;
           return;
         }
+        A logit = mean;
         if (call.mlp_relu) {
-          mean = Relu(mean);
-          maximum = Relu(maximum);
+          logit = (call.use_mean ? Relu(mean + bias) : A(0)) +
+                  (call.use_max ? Relu(maximum + bias) : A(0));
+        } else {
+          if (call.use_mean) logit += bias;
+          if (call.use_max) logit += bias;
+          // An infinite weight times 0 is NaN, and with the branches' sum need not be.
+          if (!IsFinite(logit)) logit = LogitByBranches(call, n, c, bias);
         }
-        const A sum = (call.use_mean ? mean : A(0)) + (call.use_max ? maximum : A(0));
-        call.channel_gate[n * call.channels + c] = Sigmoid(sum);
+        call.channel_gate[n * call.channels + c] = Sigmoid(logit);
       });
 }
 
@@ -296,8 +349,9 @@ CBAM_DEVICE void HiddenGrad(const Call<A>& call, int64_t group_index, int64_t in
   const Group<A> group(call, group_index);
   const Weights<A> weights(call.w1, call.hidden, call.channels);
   const UnitsAtSlice part = UnitsAt(call, index);
+  const int branches = OuterBranches(call);
   Products<kUnits, true>(
-      call, weights, part.tile, part.begin, part.end, group.present,
+      call, weights, part.tile, part.begin, part.end, group.present, branches,
       [&](int s, int64_t c, A* mean, A* maximum) {
         const int64_t n = group.first + s, at = n * call.channels + c;
         A d_gate, count;
@@ -305,16 +359,16 @@ CBAM_DEVICE void HiddenGrad(const Call<A>& call, int64_t group_index, int64_t in
         if (call.d_channel_gate != nullptr) d_gate += call.d_channel_gate[at];
         const A gate = call.channel_gate[at];
         const A d_logit = d_gate * gate * (A(1) - gate);
-        A d_logits[2];
-        for (int t = 0; t < 2; ++t) {
-          const int64_t to = (n * 2 + t) * call.channels + c;
-          const bool passes =
-              (t == 0 ? call.use_mean : call.use_max) && (!call.mlp_relu || call.logits[to] > A(0));
-          d_logits[t] = passes ? d_logit : A(0);
-          if (part.tile == 0) call.d_logits[to] = d_logits[t];
+        const int64_t to = n * branches * call.channels + c;
+        *mean = d_logit;
+        if (call.mlp_relu) {
+          const A* const logits = call.logits + to;
+          *mean = call.use_mean ? Masked(d_logit, logits[0]) : A(0);
+          *maximum = call.use_max ? Masked(d_logit, logits[call.channels]) : A(0);
         }
-        *mean = d_logits[0];
-        *maximum = d_logits[1];
+        if (part.tile != 0) return;
+        call.d_logits[to] = *mean;
+        if (call.mlp_relu) call.d_logits[to + call.channels] = *maximum;
       },
       [&](int s, int64_t unit, A mean, A maximum) {
         const int64_t n = group.first + s;
@@ -330,7 +384,7 @@ CBAM_DEVICE void ChannelSides(const Call<A>& call, int64_t group_index, int64_t 
   const Group<A> group(call, group_index);
   const Weights<A> weights(call.w0, call.channels, call.hidden);
   Products<kGateChannels, true>(
-      call, weights, tile, 0, call.hidden, group.present,
+      call, weights, tile, 0, call.hidden, group.present, 2,
       [&](int s, int64_t j, A* mean, A* maximum) {
         ReadPair(call.d_hidden, call.hidden, group.first + s, j, mean, maximum);
       },
@@ -345,14 +399,14 @@ CBAM_DEVICE void ChannelSides(const Call<A>& call, int64_t group_index, int64_t 
       });
 }
 
-// shared[i * kWidth + j] = row(i)[column + j] for `terms` rows of `size` values, 0 beyond their
+// shared[i * kWidth + j] = value(i, column + j) for `terms` rows of `size` values, 0 beyond their
 // end.
-template <int kWidth, typename A, typename Row>
-CBAM_DEVICE void FillTerms(A* shared, int terms, int64_t column, int64_t size, Row row) {
+template <int kWidth, typename A, typename Value>
+CBAM_DEVICE void FillTerms(A* shared, int terms, int64_t column, int64_t size, Value value) {
   const int64_t c = column + ThreadIndex() % kWidth;
   CBAM_NO_UNROLL
   for (int i = ThreadIndex() / kWidth; i < terms; i += kThreads / kWidth)
-    shared[i * kWidth + ThreadIndex() % kWidth] = c < size ? row(i)[c] : A(0);
+    shared[i * kWidth + ThreadIndex() % kWidth] = c < size ? value(i, c) : A(0);
 }
 
 // out[a, b] = sum over k of left[k, a] right[k, b], and bias[b] = sum over k of right[k, b], k over
@@ -362,8 +416,6 @@ CBAM_DEVICE void WeightGradient(const Call<A>& call, int64_t tile, bool of_w0) {
   constexpr int kTerms = 128 / static_cast<int>(sizeof(A));
   const int64_t left_size = of_w0 ? call.channels : call.hidden;
   const int64_t right_size = of_w0 ? call.hidden : call.channels;
-  const A* const lefts = of_w0 ? call.channel_source.first : call.hidden_values;
-  const A* const rights = of_w0 ? call.d_hidden : call.d_logits;
   A* const out = of_w0 ? call.dw0 : call.dw1;
   A* const bias = of_w0 ? call.db0 : call.db1;
   const int64_t tiles = (right_size + kOuterRight - 1) / kOuterRight;
@@ -373,43 +425,70 @@ CBAM_DEVICE void WeightGradient(const Call<A>& call, int64_t tile, bool of_w0) {
   A* const left = Shared<A>();
   A* const right = left + kTerms * kOuterLeft;
   const bool sums_bias = first_a == 0 && ThreadIndex() < kOuterRight && bias != nullptr;
-  A sums[4][4] = {}, bias_sum = A(0);
+  // Where both descriptors have dl in common their hidden units are added, unless that gives what is
+  // not finite: an infinite dl times 0 is NaN.
   CBAM_NO_UNROLL
-  for (int64_t first = 0; first < 2 * call.batch; first += kTerms) {
-    const int size = static_cast<int>(Smaller(kTerms, 2 * call.batch - first));
-    // Descriptors lie [2, N, C], all else [N, 2, ...].
-    FillTerms<kOuterLeft>(left, size, first_a, left_size, [&](int i) {
-      const int64_t k = first + i;
-      return lefts + (of_w0 ? k % 2 * call.batch + k / 2 : k) * left_size;
-    });
-    FillTerms<kOuterRight>(right, size, first_b, right_size,
-                           [&](int i) { return rights + (first + i) * right_size; });
-    Barrier();
-    CBAM_UNROLL_4
-    for (int k = 0; k < size; ++k) {
-      const Vec<A, 4> of_left = Load<A, 4>(left + k * kOuterLeft + a);
-      const Vec<A, 4> of_right = Load<A, 4>(right + k * kOuterRight + b);
+  for (int branches = of_w0 ? 2 : OuterBranches(call);; branches = 2) {
+    const int64_t terms = branches * call.batch;
+    A sums[4][4] = {}, bias_sum = A(0);
+    CBAM_NO_UNROLL
+    for (int64_t first = 0; first < terms; first += kTerms) {
+      const int size = static_cast<int>(Smaller(kTerms, terms - first));
+      // Descriptors lie [2, N, C], all else [N, branches, ...].
+      FillTerms<kOuterLeft>(left, size, first_a, left_size, [&](int i, int64_t column) {
+        const int64_t k = first + i;
+        if (of_w0) {
+          return call.channel_source.first[(k % 2 * call.batch + k / 2) * left_size + column];
+        }
+        if (branches == 2) return call.hidden_values[k * left_size + column];
+        A mean, maximum;
+        ReadPair(call.hidden_values, left_size, k, column, &mean, &maximum);
+        return mean + maximum;
+      });
+      FillTerms<kOuterRight>(right, size, first_b, right_size, [&](int i, int64_t column) {
+        const int64_t k = first + i;
+        if (of_w0) return call.d_hidden[k * right_size + column];
+        return call.d_logits[(call.mlp_relu ? k : k / branches) * right_size + column];
+      });
+      Barrier();
+      CBAM_UNROLL_4
+      for (int k = 0; k < size; ++k) {
+        const Vec<A, 4> of_left = Load<A, 4>(left + k * kOuterLeft + a);
+        const Vec<A, 4> of_right = Load<A, 4>(right + k * kOuterRight + b);
+        CBAM_UNROLL
+        for (int i = 0; i < 4; ++i) {
+          CBAM_UNROLL
+          for (int j = 0; j < 4; ++j) sums[i][j] += of_left.value[i] * of_right.value[j];
+        }
+      }
+      if (sums_bias) {
+        CBAM_NO_UNROLL
+        for (int k = 0; k < size; ++k) bias_sum += right[k * kOuterRight + ThreadIndex()];
+      }
+      Barrier();
+    }
+    const bool added = branches == 1 && call.use_mean && call.use_max;
+    if (added) {
+      A differences = A(0);  // 0, or NaN
       CBAM_UNROLL
       for (int i = 0; i < 4; ++i) {
         CBAM_UNROLL
-        for (int j = 0; j < 4; ++j) sums[i][j] += of_left.value[i] * of_right.value[j];
+        for (int j = 0; j < 4; ++j) differences += sums[i][j] - sums[i][j];
+      }
+      if (BlockSum(differences, right + kTerms * kOuterRight) != A(0)) continue;
+    }
+    CBAM_UNROLL
+    for (int i = 0; i < 4; ++i) {
+      CBAM_UNROLL
+      for (int j = 0; j < 4; ++j) {
+        if (first_a + a + i < left_size && first_b + b + j < right_size)
+          out[(first_a + a + i) * right_size + first_b + b + j] = sums[i][j];
       }
     }
-    if (sums_bias) {
-      CBAM_NO_UNROLL
-      for (int k = 0; k < size; ++k) bias_sum += right[k * kOuterRight + ThreadIndex()];
-    }
-    Barrier();
+    if (sums_bias && first_b + ThreadIndex() < right_size)
+      bias[first_b + ThreadIndex()] = added ? 2 * bias_sum : bias_sum;
+    return;
   }
-  CBAM_UNROLL
-  for (int i = 0; i < 4; ++i) {
-    CBAM_UNROLL
-    for (int j = 0; j < 4; ++j) {
-      if (first_a + a + i < left_size && first_b + b + j < right_size)
-        out[(first_a + a + i) * right_size + first_b + b + j] = sums[i][j];
-    }
-  }
-  if (sums_bias && first_b + ThreadIndex() < right_size) bias[first_b + ThreadIndex()] = bias_sum;
 }
 
 }  // namespace cuda

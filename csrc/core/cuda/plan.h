@@ -80,10 +80,10 @@ inline Tiles ColumnTiles(int64_t rows, int64_t columns, int vector, int element_
 }
 
 // How many threads share the inner dimension of a tile of the MLP's outputs: what is left of a block
-// when each has kBlockSide outputs of two samples.
-CBAM_HOST_DEVICE inline int InnerThreads(int outputs, int64_t group_samples) {
+// when each has kBlockSide outputs of four values, a sample having so many branches.
+CBAM_HOST_DEVICE inline int InnerThreads(int outputs, int64_t group_samples, int branches) {
   int threads = kThreads / (outputs / kBlockSide);
-  for (int64_t pairs = 1; 2 * pairs < group_samples; pairs *= 2) threads /= 2;
+  for (int64_t values = 4; values < group_samples * branches; values *= 2) threads /= 2;
   return threads;
 }
 
@@ -164,7 +164,7 @@ class Plan {
       }
     }
     group_samples_ = AtLeast(1, AtMost(group_samples_, problem.batch));
-    call.mlp_slice = int64_t{kInnerIndices} * InnerThreads(kUnits, group_samples_);
+    call.mlp_slice = int64_t{kInnerIndices} * InnerThreads(kUnits, group_samples_, 2);
     const int64_t groups = CeilDiv(problem.batch, group_samples_);
     counter_bytes = sizeof(uint64_t) + sizeof(uint32_t) * Schedule::Counters(groups);
     call.next_ticket = arena_.template Take<uint64_t>(CeilDiv(counter_bytes, sizeof(uint64_t)));
@@ -250,7 +250,7 @@ class Plan {
       TakeHiddenSlices();
       call.hidden_values = Take(problem_.batch, 2, problem_.hidden);
       call.d_hidden = Take(problem_.batch, 2, problem_.hidden);
-      call.d_logits = Take(problem_.batch, 2, problem_.channels);
+      call.d_logits = Take(problem_.batch, call.mlp_relu ? 2 : 1, problem_.channels);
       if (call.mlp_relu) call.logits = Take(problem_.batch, 2, problem_.channels);
     }
     if (HasSpatialGate(problem_)) {
