@@ -34,7 +34,7 @@ class _Layout(NamedTuple):
 
     dialect: str  # of its modules
     mlp: tuple[str, str]  # first and second layer
-    spatial: tuple[str, str]  # convolution and batch norm, as are the pairs below
+    spatial: tuple[str, str]  # convolution and batch norm (if any), as are the pairs below
     stem: tuple[str, str] = ("conv1", "bn1")
     classifier: str = "fc"
     block: str = "layer{stage}.{block}"
@@ -66,6 +66,12 @@ _LAYOUTS = {
         conv=("body.conv{conv}.conv", "body.conv{conv}.bn"),
         shortcut=("identity_conv.conv", "identity_conv.bn"),
         first_block=1,
+    ),
+    "luuuyi": _Layout(
+        dialect="luuuyi",
+        mlp=("ca.fc.0", "ca.fc.2"),
+        spatial=("sa.conv1", ""),
+        mlp_convolves=True,
     ),
 }
 
@@ -132,9 +138,10 @@ def from_torch(
     """Builds the network of a PyTorch checkpoint, with its weights.
 
     Layouts: "official" (Jongchan/attention-module), "timm" (a ResNet or ResNeXt with
-    ``attn_layer="cbam"``) and "pytorchcv" (its ``cbam_resnet``). Which one it is, depth, blocks per
-    stage, widths, groups, hidden units, kernel sizes and the number of classes follow from names
-    and shapes. Every array finds its place, or nothing is built.
+    ``attn_layer="cbam"``), "pytorchcv" (its ``cbam_resnet``) and "luuuyi" (luuuyi/CBAM.PyTorch).
+    Which one it is, depth, blocks per stage, widths, groups, hidden units, kernel sizes and the
+    number of classes follow from names and shapes. Every array finds its place, or nothing is
+    built.
 
     Args:
         source: path of a ``.safetensors`` file (read without PyTorch; needs the package
@@ -199,9 +206,9 @@ def to_torch(
         model: a network of :func:`from_torch`, or a `CBAMResNet` of `cbam_ops.models` with its top.
         path: of the file to write: ``.safetensors`` (without PyTorch; needs the package
             ``safetensors``), ``.pth`` or ``.pt``; None for none.
-        layout: "official", "timm" or "pytorchcv". None is that of the checkpoint which
-            :func:`from_torch` built this very object from, with its prefix, its types and its
-            counts of batches; and "official" for all other networks.
+        layout: one of those of :func:`from_torch`. None is that of the checkpoint which it built
+            this very object from, with its prefix, its types and its counts of batches; and
+            "official" for all other networks.
 
     Returns:
         Without a path the state dict, of PyTorch tensors; else None.
@@ -288,8 +295,8 @@ def _read(source: Any) -> Any:
     except Exception as error:  # of many kinds: of pickle, of zip files, of the tensors
         cause = " ".join(str(error).split()).split(". ")[0]
         _refuse(
-            f"{str(path)!r} is no checkpoint, or holds more than weights, whose code is not run: "
-            f"{type(error).__name__}: {cause}",
+            f"{str(path)!r} is no checkpoint, or holds more than weights, whose code is not run "
+            f"(of a model, save its state_dict()): {type(error).__name__}: {cause}",
             cause=error,
         )
 

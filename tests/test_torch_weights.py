@@ -24,7 +24,7 @@ import cbam_ops
 from cbam_ops import models, testing
 
 TINY = models.Architecture((2, 1), bottleneck=False, filters=(16, 32), stem=8)
-LAYOUTS = ("official", "timm", "pytorchcv")  # each has the dialect of its name
+LAYOUTS = ("official", "timm", "pytorchcv", "luuuyi")  # each has the dialect of its name
 
 
 @pytest.fixture(autouse=True)
