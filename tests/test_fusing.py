@@ -1110,6 +1110,7 @@ def test_command_imports_and_trusts(tmp_path, capsys, monkeypatch):
     half = importlib.import_module("own_layers").Half
     model_of(squeeze_excite, half()).save("own.keras")
     model_of(squeeze_excite, kl.Lambda(lambda t: t + 1)).save("code.keras")
+    model_of(kobiso).save("names.keras")
     code, _, err = fuse_file(capsys, "own.keras", "out.keras")
     assert code == 2 and "Half" in err and "--import" in err and err.count("\n") == 1
     path = list(sys.path)
@@ -1118,6 +1119,8 @@ def test_command_imports_and_trusts(tmp_path, capsys, monkeypatch):
     code, _, err = fuse_file(capsys, "code.keras", "out.keras")
     assert code == 2 and "--trust" in err and err.count("\n") == 1
     assert fuse_file(capsys, "code.keras", "out.keras", "--trust")[0] == 0
+    code, _, err = fuse_file(capsys, "names.keras", "out.keras", "--trust")
+    assert code == 2 and "'tf' is not defined" in err and "make the model in Python" in err
 
 
 @pytest.mark.parametrize(

@@ -91,4 +91,12 @@ def load_model(path: Path, modules: Sequence[str], trust: bool, compiled: bool =
             raise CommandError(
                 f"{path} needs {what}; --import MODULE imports the module that has it"
             ) from error
+        cause: BaseException | None = error
+        while cause is not None and not isinstance(cause, NameError):
+            cause = cause.__cause__ or cause.__context__
+        if cause is not None:
+            raise CommandError(
+                f"cannot load {path}: {cause} in its Python code, of which Keras keeps no imports; "
+                "make the model in Python, load its weights, and call cbam_ops there"
+            ) from error
         raise CommandError(f"cannot load {path}: {first_line(error)}") from error
