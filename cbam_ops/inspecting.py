@@ -113,8 +113,8 @@ def gates(
         once has an entry per call: `cbam`, `cbam#2`, and so on.
 
     Raises:
-        ValueError: `model` is no model of Keras or has no layer of this package, `images` has
-            another shape than its input, or `batch_size` is less than 1.
+        ValueError: `model` is no model of Keras or has no layer of this package, `images` are no
+            arrays or have another shape than its input, or `batch_size` is less than 1.
 
     Example:
     >>> model = cbam_ops.models.CBAMResNet18(input_shape=(64, 64, 3), classes=10)
@@ -126,7 +126,11 @@ def gates(
     size = operator.index(batch_size)
     if size < 1:
         raise ValueError(f"gates: `batch_size` must be at least 1, got {batch_size}")
-    images = keras.tree.map_structure(keras.ops.convert_to_tensor, images)
+    try:
+        images = keras.tree.map_structure(keras.ops.convert_to_tensor, images)
+    except (TypeError, ValueError) as error:
+        kind = type(images).__name__
+        raise ValueError(f"gates: `images` must be an array, or several, got {kind}") from error
     shapes = [tuple(image.shape) for image in keras.tree.flatten(images)]
     for expected, shape in zip(_input_shapes(model), shapes, strict=False):
         if len(shape) != len(expected) or any(

@@ -95,7 +95,7 @@ class Images:
             self._samples = digits.images[..., None].astype(np.float32) / 16
             self._labels, self.classes = digits.target, 10
         else:
-            names = sorted(path.name for path in folder.iterdir() if path.is_dir())
+            names = sorted(path.name for path in folder.glob("*") if path.is_dir())
             suffixes = (".jpg", ".jpeg", ".png")
             files = [
                 (str(path), label)
@@ -267,6 +267,9 @@ def main() -> None:
     if args.jit and replicas > 1:
         sys.exit("--jit needs one replica: TensorFlow sends no gradients from inside XLA")
     images = Images(args.data, args.size)
+    most = len(images.training)
+    if not 0 < args.batch <= most:
+        sys.exit(f"--batch must be 1 to {most}, the number of training images, got {args.batch}")
     trainer = Trainer(args, images, strategy)
     resolver = strategy.cluster_resolver
     servers = isinstance(strategy, tf.distribute.ParameterServerStrategy)

@@ -1,13 +1,19 @@
-"""The notebook: it runs, and what is committed is a whole run of it."""
+"""The notebook: it runs, and what is committed is a whole run of it; what train.py refuses.
+
+Runs of train.py are in test_distribution.py.
+"""
 
 from __future__ import annotations
 
 import json
+import runpy
+import sys
 from pathlib import Path
 
 import pytest
 
-NOTEBOOK = Path(__file__).parents[1] / "examples" / "tour.ipynb"
+EXAMPLES = Path(__file__).parents[1] / "examples"
+NOTEBOOK = EXAMPLES / "tour.ipynb"
 
 
 def _assert_whole(cells: list) -> None:
@@ -41,3 +47,20 @@ def test_the_notebook_runs(tmp_path, monkeypatch):
     resources = {"metadata": {"path": str(tmp_path)}}
     nbclient.NotebookClient(notebook, timeout=600, resources=resources).execute()
     _assert_whole(notebook.cells)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ("--batch 2000", "--batch must be 1 to 1347, .*, got 2000"),
+        ("--batch 0", "--batch must be 1 to 1347, .*, got 0"),
+        ("--data nowhere", "nowhere has no folders with .jpg"),
+    ],
+)
+def test_train_refuses_in_a_sentence(tmp_path, monkeypatch, arguments, words):
+    """Fails when a folder of few images, or none, ends in a traceback."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["train.py", *arguments.split()])
+    with pytest.raises(SystemExit, match=words):
+        runpy.run_path(str(EXAMPLES / "train.py"), run_name="__main__")
+    assert not list(tmp_path.iterdir())

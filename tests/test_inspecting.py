@@ -129,6 +129,9 @@ def test_gates_refuse_what_they_cannot_take():
         cbam_ops.gates(plain, np.zeros((1, 4, 4, 1)))
     with pytest.raises(ValueError, match=r"`images` must have shape \(None, 12, 16, 3\), got"):
         cbam_ops.gates(_network(attention=_cbam), images[0])
+    batches = tf.data.Dataset.from_tensors(images)
+    with pytest.raises(ValueError, match=r"`images` must be an array, or several, got _Tensor"):
+        cbam_ops.gates(_network(attention=_cbam), batches)
     with pytest.raises(ValueError, match=r"`batch_size` must be at least 1, got 0"):
         cbam_ops.gates(_network(attention=_cbam), images, batch_size=0)
     assert not tf.config.functions_run_eagerly()
