@@ -84,7 +84,7 @@ class _Structure:
         for place, sources in enumerate(before):
             for source in sources:
                 after[source].append(place)
-        self._before, self._after = before, after
+        self._before = before
         # As sets of bits: the calls on every way from the inputs to a call, and to the outputs.
         self._dominators = _meet(range(count + 2), before)
         self._followers = _meet(range(count + 1, -1, -1), after)

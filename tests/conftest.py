@@ -12,6 +12,7 @@ import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 from unittest import mock
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
@@ -82,6 +83,33 @@ def implementation(request: pytest.FixtureRequest) -> Iterator[str]:
 
     with cbam_ops.use_implementation(request.param):
         yield request.param
+
+
+@pytest.fixture
+def native() -> Iterator[None]:
+    """The compiled kernels, or an error."""
+    import cbam_ops
+
+    with cbam_ops.use_implementation("native"):
+        yield
+
+
+@pytest.fixture
+def native_ops() -> ModuleType:
+    """The module of the compiled ops themselves."""
+    from cbam_ops import options
+
+    return options.loaded_ops()
+
+
+@pytest.fixture
+def shapes_only() -> Iterator[None]:
+    """Networks without values: drawing them takes most of the time of building a network."""
+    import keras
+
+    with keras.StatelessScope(initialize_variables=False):
+        yield
+    keras.backend.clear_session()  # forgets the variables that wait for a value
 
 
 @pytest.fixture(params=[1, 2, 5])

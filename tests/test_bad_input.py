@@ -10,7 +10,7 @@ import pytest
 import tensorflow as tf
 
 import cbam_ops
-from cbam_ops import _loader, ops, reference
+from cbam_ops import ops, reference
 from cbam_ops.testing import OPTIONS, Case, options
 
 
@@ -298,17 +298,10 @@ def test_a_wrong_rank_is_refused_at_run_time():
             function(tf.zeros((2, 3)))
 
 
-@pytest.fixture(scope="module")
-def native():
-    loaded = _loader.load_ops()
-    assert not isinstance(loaded, _loader.Cause), str(loaded)
-    return loaded
-
-
-def test_the_eager_op_checks_itself(native):
+def test_the_eager_op_checks_itself(native_ops):
     """Shape functions do not run in eager mode: fails where a kernel would read past a buffer."""
     tensors = SPATIAL.draw()
-    good = native.cbam_ops_spatial_attention(**tensors, gamma=[], residual=[])
+    good = native_ops.cbam_ops_spatial_attention(**tensors, gamma=[], residual=[])
     gradient = {
         **tensors,
         "dy": tensors["x"],
@@ -319,29 +312,29 @@ def test_the_eager_op_checks_itself(native):
         "batch_statistics": good.batch_statistics,
         "d_spatial_gate": good.spatial_gate,
     }
-    native.cbam_ops_spatial_attention_grad(**gradient)
+    native_ops.cbam_ops_spatial_attention_grad(**gradient)
     for name, value in gradient.items():
         if name in ("x", "y", "gamma"):
             continue
         wrong = tf.zeros([3, *value.shape])
         with pytest.raises(tf.errors.InvalidArgumentError, match=f"`{name}` must have shape"):
-            native.cbam_ops_spatial_attention_grad(**{**gradient, name: wrong})
+            native_ops.cbam_ops_spatial_attention_grad(**{**gradient, name: wrong})
     message = "`y` must hold 1 tensors with activation='relu', got 0"
     with pytest.raises(tf.errors.InvalidArgumentError, match=message):
-        native.cbam_ops_spatial_attention_grad(**gradient, activation="relu")
+        native_ops.cbam_ops_spatial_attention_grad(**gradient, activation="relu")
     with pytest.raises(tf.errors.InvalidArgumentError, match="`d_residual` is `dy` itself"):
-        native.cbam_ops_spatial_attention_grad(**gradient, num_d_residual=1)
+        native_ops.cbam_ops_spatial_attention_grad(**gradient, num_d_residual=1)
     two = [tensors["bias"]] * 2
     with pytest.raises(tf.errors.InvalidArgumentError, match="`gamma` must hold at most 1 tensor"):
-        native.cbam_ops_spatial_attention(**tensors, gamma=two, residual=[])
+        native_ops.cbam_ops_spatial_attention(**tensors, gamma=two, residual=[])
 
 
-def test_the_op_refuses_weights_of_another_type(native):
+def test_the_op_refuses_weights_of_another_type(native_ops):
     tensors = SPATIAL.draw()
     tensors["x"] = tf.cast(tensors["x"], tf.float64)
     message = "the weights must have type float64 beside `x` of type float64, got float32"
     with pytest.raises(tf.errors.InvalidArgumentError, match=message):
-        native.cbam_ops_spatial_attention(**tensors, gamma=[], residual=[])
+        native_ops.cbam_ops_spatial_attention(**tensors, gamma=[], residual=[])
 
 
 # --- what is odd but good -------------------------------------------------------------------------

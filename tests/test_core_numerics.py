@@ -6,25 +6,19 @@ tolerances are those of every other test.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import numpy as np
 import pytest
 import tensorflow as tf
 from numpy_oracle import evaluate, gradient_magnitudes
-from test_ops import run_python
+from programs import run_python
 
-import cbam_ops
 from cbam_ops import ops
 from cbam_ops.testing import Case, assert_accurate, options, truth_and_stock, worst_of
 
 Tensors = dict[str, tf.Tensor]
 
 
-@pytest.fixture(autouse=True)
-def native() -> Iterator[None]:
-    with cbam_ops.use_implementation("native"):
-        yield
+pytestmark = pytest.mark.usefixtures("native")
 
 
 # --- infinities -----------------------------------------------------------------------------------
@@ -218,7 +212,7 @@ EMPTY_BATCHES = """
 
 def test_empty_batches_of_huge_maps():
     """Fails (by the process's death) where a workspace is sized for a sample that is not there."""
-    assert run_python(EMPTY_BATCHES) == "fine"
+    assert run_python(EMPTY_BATCHES) == ["fine"]
 
 
 @pytest.mark.parametrize("data_type", ["float32", "float64"])

@@ -26,6 +26,7 @@ from cbam_ops import _stock_graph, exporting, testing
 from cbam_ops.testing import Case, assert_close
 
 pytestmark = [
+    pytest.mark.usefixtures("native"),
     pytest.mark.filterwarnings("ignore:In the future `np.object`:FutureWarning"),
 ]
 
@@ -49,12 +50,6 @@ IN_MIXED_PRECISION = [
     pytest.param("onnx", "mixed_float16", marks=needs(*ONNX)),
 ]
 SUFFIX = {"litert": ".tflite", "onnx": ".onnx"}
-
-
-@pytest.fixture(autouse=True)
-def native():
-    with cbam_ops.use_implementation("native"):
-        yield
 
 
 def ops_of(folder: Path) -> set[str]:

@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-import cbam_ops
 from cbam_ops import ops, reference
 from cbam_ops.testing import (
     DOT_PRODUCT_TOLERANCE,
@@ -25,11 +24,7 @@ from cbam_ops.testing import (
     truth_and_stock,
 )
 
-
-@pytest.fixture(autouse=True)
-def native():
-    with cbam_ops.use_implementation("native"):
-        yield
+pytestmark = pytest.mark.usefixtures("native")
 
 
 def loss(case: Case, module, tensors) -> tf.Tensor:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import keras
 import numpy as np
 import pytest
@@ -15,14 +13,6 @@ from cbam_ops import inserting
 from cbam_ops.testing import FLOAT32, assert_close
 
 SHAPE = (12, 10, 3)
-
-
-@pytest.fixture
-def shapes_only() -> Iterator[None]:
-    """Networks without values: drawing them takes most of the time of building a network."""
-    with keras.StatelessScope(initialize_variables=False):
-        yield
-    keras.backend.clear_session()  # forgets the variables that wait for a value
 
 
 def _images(count: int = 2, shape=SHAPE) -> np.ndarray:

@@ -7,13 +7,12 @@ import importlib.util
 import inspect
 import json
 import shutil
-import subprocess
 import sys
-import textwrap
 import threading
 from pathlib import Path
 
 import pytest
+from programs import run_python
 
 import cbam_ops
 from cbam_ops import _loader
@@ -31,21 +30,6 @@ OPS = [
     "SpatialPool",
     "SpatialPoolGrad",
 ]
-
-
-def run_python(code: str, *arguments: str, cwd: Path, **environment: str) -> str:
-    """Runs `code` in a new process with warnings as errors; its output."""
-    import os
-
-    done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", textwrap.dedent(code), *arguments],
-        cwd=cwd,
-        env={**os.environ, **environment},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
-    return done.stdout
 
 
 def elf_with(library: Path, old: bytes, new: bytes) -> bytes:
@@ -88,7 +72,7 @@ def test_import_leaves_tensorflow_to_be_set_up(tmp_path):
         """,
         cwd=tmp_path,
     )
-    assert out == "2\n"
+    assert out == ["2"]
 
 
 @pytest.mark.parametrize(
@@ -116,7 +100,7 @@ def test_import_works_without(without, usable, tmp_path):
         """,
         cwd=tmp_path,
     )
-    report, *errors = out.splitlines()
+    report, *errors = out
     if usable == "build_info":
         assert "TensorFlow cannot be imported" in report and "pip install 'tensorflow" in report
     else:
@@ -174,7 +158,7 @@ def test_a_saved_model_loads_in_a_fresh_process(imports, saved_model, tmp_path):
         str(saved_model),
         cwd=tmp_path,
     )
-    assert out.splitlines()[-1] == "CBAM"
+    assert out[-1] == "CBAM"
 
 
 # --- loading --------------------------------------------------------------------------------------
@@ -366,7 +350,7 @@ def test_a_program_without_the_core_library_runs_the_reference_and_says_why(tmp_
         cwd=tmp_path,
         PYTHONPATH=str(tmp_path),
     )
-    warning, report = out.splitlines()[-2:]
+    warning, report = out[-2:]
     assert str(package / _loader.CORE_LIBRARY) in warning and "pip install" in warning
     assert str(package / _loader.CORE_LIBRARY) in report
     assert report.count(f"{_loader.CORE_LIBRARY}: cannot open shared object file") == 2
@@ -404,7 +388,7 @@ def test_running_from_the_source_tree_is_explained(tmp_path):
         cwd=tmp_path,
         PYTHONPATH=str(tree),
     )
-    warning, error = out.splitlines()[-2:]
+    warning, error = out[-2:]
     for text in (warning, error):
         assert str(tree / "cbam_ops") in text
         assert f"pip install -e {tree}" in text

@@ -55,14 +55,6 @@ def float64() -> Iterator[None]:
     keras.backend.clear_session()
 
 
-@pytest.fixture
-def shapes_only() -> Iterator[None]:
-    """Networks without values: drawing them takes most of the time of building a network."""
-    with keras.StatelessScope(initialize_variables=False):
-        yield
-    keras.backend.clear_session()  # forgets the variables that wait for a value
-
-
 @pytest.fixture(scope="module")
 def small() -> keras.Model:
     """A network with weights that matter, which tests must leave as they are."""

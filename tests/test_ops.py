@@ -6,13 +6,13 @@ import inspect
 import os
 import subprocess
 import sys
-import textwrap
 from pathlib import Path
 
 import numpy as np
 import pytest
 import tensorflow as tf
 from numpy_oracle import gradient_magnitudes
+from programs import run_python
 from tensorflow.python.framework import op_def_registry
 
 import cbam_ops
@@ -32,36 +32,10 @@ from cbam_ops.testing import (
 pytestmark = pytest.mark.usefixtures("native")
 
 
-@pytest.fixture
-def native():
-    with cbam_ops.use_implementation("native"):
-        yield
-
-
 def op_types(function: tf.types.experimental.GenericFunction, *arguments) -> set[str]:
     """The types of the ops that a function is traced to."""
     graph = function.get_concrete_function(*arguments).graph
     return {operation.type for operation in graph.get_operations()}
-
-
-def run_python(code: str, *arguments: str, **environment: str) -> str:
-    """Runs `code` in a new process with warnings as errors; returns what it printed last."""
-    done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", textwrap.dedent(code), *arguments],
-        cwd=Path(__file__).parent,
-        env={**os.environ, "PYTHONPATH": pythonpath(), **environment},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
-    return done.stdout.splitlines()[-1]
-
-
-def pythonpath() -> str:
-    """The tests' folder first, for their helper modules."""
-    return os.pathsep.join(
-        filter(None, [str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
-    )
 
 
 # --- numbers --------------------------------------------------------------------------------------
@@ -227,7 +201,7 @@ DIGEST = """
 
 def test_results_have_the_same_bits_for_any_number_of_threads():
     """Fails where a sum depends on how the work was shared out, or on who came first."""
-    digests = {run_python(DIGEST, threads) for threads in ("1", "2", "5")}
+    digests = {run_python(DIGEST, threads)[-1] for threads in ("1", "2", "5")}
     assert len(digests) == 1
 
 

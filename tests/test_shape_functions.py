@@ -11,18 +11,10 @@ import tensorflow as tf
 from tensorflow.core.framework import types_pb2
 from tensorflow.python.framework import op_def_registry
 
-from cbam_ops import _loader
 from cbam_ops.testing import ARGUMENTS
 
 N, H, W, C, HIDDEN, KH, KW = 2, 5, 7, 13, 3, 3, 9
 D, KD = 4, 5
-
-
-@pytest.fixture(scope="module")
-def native():
-    loaded = _loader.load_ops()
-    assert not isinstance(loaded, _loader.Cause), str(loaded)
-    return loaded
 
 
 def shapes(data_format: str, volume: bool = False) -> dict[str, list[int]]:
@@ -102,7 +94,7 @@ OPS = {
 }
 
 
-def build(native, op: str, given: dict, data_format: str, optional: bool = False) -> dict:
+def build(native_ops, op: str, given: dict, data_format: str, optional: bool = False) -> dict:
     """Builds the op in a graph from placeholders of the given shapes; the outputs by name."""
     inputs, outputs, lists = OPS[op]
     with tf.Graph().as_default():
@@ -119,7 +111,7 @@ def build(native, op: str, given: dict, data_format: str, optional: bool = False
         if op.endswith("_grad") and lists and optional:
             arguments["activation"] = "relu"
             arguments["num_d_residual"] = 1
-        result = getattr(native, f"cbam_ops_{op}")(data_format=data_format, **arguments)
+        result = getattr(native_ops, f"cbam_ops_{op}")(data_format=data_format, **arguments)
     if isinstance(result, tf.Tensor):
         return {outputs[0]: result.shape}
     return {
@@ -135,10 +127,10 @@ def build(native, op: str, given: dict, data_format: str, optional: bool = False
 @pytest.mark.parametrize("optional", [False, True])
 @pytest.mark.parametrize("volume", [False, True])
 @pytest.mark.parametrize("op", OPS)
-def test_known_shapes_give_known_shapes(native, op, data_format, optional, volume):
+def test_known_shapes_give_known_shapes(native_ops, op, data_format, optional, volume):
     """Fails where Keras would build a layer on a wrong or an unknown shape."""
     known = shapes(data_format, volume)
-    result = build(native, op, known, data_format, optional)
+    result = build(native_ops, op, known, data_format, optional)
     for name in OPS[op][1]:
         assert result[name].as_list() == known[name], name
     if "batch_statistics" in result:
@@ -149,28 +141,28 @@ def test_known_shapes_give_known_shapes(native, op, data_format, optional, volum
 
 
 @pytest.mark.parametrize("op", OPS)
-def test_unknown_ranks_give_the_rank(native, op, data_format):
+def test_unknown_ranks_give_the_rank(native_ops, op, data_format):
     """Fails where the shape function demands what a graph need not know."""
     known = shapes(data_format)
-    result = build(native, op, dict.fromkeys(known), data_format)
+    result = build(native_ops, op, dict.fromkeys(known), data_format)
     for name in OPS[op][1]:
         assert result[name].rank == len(known[name]), name
     if "y" in result:
         assert result["y"].as_list() == [None] * 4
 
 
-def test_sizes_are_learnt_from_any_argument(native):
+def test_sizes_are_learnt_from_any_argument(native_ops):
     """Fails where a size that one argument knows is not used for another."""
     unknown = {name: [None] * len(shape) for name, shape in shapes("NHWC").items()}
-    result = build(native, "cbam", {**unknown, "w0": [C, None]}, "NHWC")
+    result = build(native_ops, "cbam", {**unknown, "w0": [C, None]}, "NHWC")
     assert result["y"].as_list() == [None, None, None, C]
     assert result["channel_gate"].as_list() == [None, C]
-    result = build(native, "cbam", {**unknown, "x": [None, H, W, None]}, "NHWC")
+    result = build(native_ops, "cbam", {**unknown, "x": [None, H, W, None]}, "NHWC")
     assert result["spatial_gate"].as_list() == [None, H, W]
-    result = build(native, "cbam", {**unknown, "residual": [N, H, None, C]}, "NHWC", True)
+    result = build(native_ops, "cbam", {**unknown, "residual": [N, H, None, C]}, "NHWC", True)
     assert result["y"].as_list() == [N, H, None, C]
     nothing = dict.fromkeys(unknown)
-    result = build(native, "cbam", {**nothing, "kernel": [3, 3, 3, 2, 1]}, "NHWC")
+    result = build(native_ops, "cbam", {**nothing, "kernel": [3, 3, 3, 2, 1]}, "NHWC")
     assert result["y"].rank == 5  # that it is a volume too
 
 
@@ -206,11 +198,11 @@ WRONG = {
         )
     ],
 )
-def test_shapes_that_do_not_fit_are_named(native, op, name, shape):
+def test_shapes_that_do_not_fit_are_named(native_ops, op, name, shape):
     """Fails where a mistake shows only when the graph runs, or does not say what is wrong."""
     given = {**shapes("NHWC"), name: shape}
     with pytest.raises(ValueError, match=f"`{name}` must have") as caught:
-        build(native, op, given, "NHWC", optional=True)
+        build(native_ops, op, given, "NHWC", optional=True)
     assert f"got {'shape ' if 0 in shape or (name == 'kernel' and 4 in shape) else ''}[" in str(
         caught.value
     )
@@ -307,7 +299,7 @@ def attribute_of(attribute) -> str:
     )
 
 
-@pytest.mark.usefixtures("native")
+@pytest.mark.usefixtures("native_ops")
 @pytest.mark.parametrize("op", DEFINITIONS)
 def test_definitions_are_those_that_saved_graphs_rely_on(op):
     """Fails where a graph that was saved before does not load, or computes something else."""

@@ -16,10 +16,7 @@ from cbam_ops.testing import assert_close, assert_same_bits
 LOSS = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
 
 
-@pytest.fixture(autouse=True)
-def native():
-    with cbam_ops.use_implementation("native"):
-        yield
+pytestmark = pytest.mark.usefixtures("native")
 
 
 def network(**arguments) -> keras.Model:

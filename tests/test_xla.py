@@ -7,11 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
-import subprocess
-import sys
-import textwrap
 import warnings
 from pathlib import Path
 
@@ -19,6 +15,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from programs import run_python
 
 import cbam_ops
 from cbam_ops import _loader, ops
@@ -56,19 +53,6 @@ def native(request):
 @pytest.fixture
 def fresh_warnings(monkeypatch):
     monkeypatch.setattr(choices, "_warned", set())
-
-
-def run_python(code: str, *arguments: str, **environment: str) -> list[str]:
-    """Runs `code` in a new process with warnings as errors; returns the lines that it printed."""
-    done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", textwrap.dedent(code), *arguments],
-        cwd=Path(__file__).parent,
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parent), **environment},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
-    return done.stdout.splitlines()
 
 
 def step(case: Case):
