@@ -464,7 +464,7 @@ def test_the_command_on_files(tmp_path, capsys):
         assert command.main(arguments) == 0, capsys.readouterr().err
     check(path, format, model, tmp_path, testing.EXPORTED["float32"])
     assert command.main(["export", native, str(path), "--format", "onnx"]) == 2
-    assert "exists; overwrite=True replaces it" in capsys.readouterr().err
+    assert "exists; --overwrite replaces it" in capsys.readouterr().err
 
 
 def test_the_command_says_in_one_sentence_what_is_wrong(tmp_path, capsys, small):
@@ -475,6 +475,7 @@ def test_the_command_says_in_one_sentence_what_is_wrong(tmp_path, capsys, small)
         ([model, out, "--format", "nnx"], "`format` must be one of"),
         ([model, out, "--data", str(tmp_path / "bad.npy")], "cannot read"),
         ([str(tmp_path / "gone"), out], "there is no file"),
+        ([model, str(tmp_path)], "exists; --overwrite replaces it"),
     ):
         assert command.main(["export", *arguments]) == 2
         (line,) = capsys.readouterr().err.strip().splitlines()

@@ -9,6 +9,9 @@ from typing import Any
 from cbam_ops._cli.fuse import load_model
 from cbam_ops._console import CommandError, first_line, import_tensorflow, say
 
+# What messages call arguments of `cbam_ops.export`, and the command's words for them.
+_OPTIONS = {"`data`": "--data", "overwrite=True": "--overwrite", "verify=False": "--no-verify"}
+
 
 def run(
     *,
@@ -36,7 +39,10 @@ def run(
         say(str(error))
         return 1
     except (ValueError, FileExistsError, ImportError, cbam_ops.NativeUnavailableError) as error:
-        raise CommandError(first_line(error).removeprefix("export: ")) from error
+        text = first_line(error).removeprefix("export: ")
+        for argument, option in _OPTIONS.items():
+            text = text.replace(argument, option)
+        raise CommandError(text) from error
     return 0
 
 
