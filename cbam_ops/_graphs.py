@@ -261,9 +261,12 @@ def _traced(model: Any, who: str) -> Any:
             for keywords in choices
         ]
     except Exception as error:
+        why = first_line(error)
+        if "input to a TensorFlow function" in why:
+            why = "it calls functions of TensorFlow, where those of keras.ops can be traced"
         raise ValueError(
             f"{who}: {type(model).__name__}.call cannot be traced, since it does more than call "
-            f"Keras's layers and ops: {first_line(error)}"
+            f"Keras's layers and ops: {why}"
         ) from error
     calls = [
         [(type(node.operation), id(node.operation) * bool(variables_of(node.operation)))

@@ -1022,7 +1022,10 @@ def called(model: keras.Model) -> keras.Model:
         (lambda: keras.Sequential([kl.Dense(3)]), "no input shape yet"),
         (lambda: Subclassed(), "no input shape yet"),
         (lambda: called(Subclassed(branch=True)), "other layers in training"),
-        (lambda: called(Tensors()), "Tensors.call cannot be traced"),
+        (
+            lambda: called(Tensors()),
+            "functions of TensorFlow, where those of keras.ops can be traced",
+        ),
         (lambda: OwnStep(3), "methods of its own (train_step)"),
     ],
     ids=["layer", "no_shape", "not_called", "branch", "tensors", "own_step"],
