@@ -98,6 +98,11 @@ def test_options(kernels: Kernels, options: dict[str, Any], layout: str, batch_n
         (1, 1, 1, 1),
         (3, 1, 9, 5),
         (2, 7, 7, 33),
+        (2, 7, 7, 32),
+        (3, 5, 5, 20),
+        (2, 3, 6, 12),
+        (1, 1, 3, 8),
+        (2, 14, 14, 6),
         (1, 13, 11, 64),
         (9, 2, 3, 17),
         (1, 20, 9, 130),
@@ -107,7 +112,8 @@ def test_options(kernels: Kernels, options: dict[str, Any], layout: str, batch_n
     ids=str,
 )
 def test_sizes(kernels: Kernels, size: tuple[int, int, int, int], dtype: str, layout: str) -> None:
-    """Odd sizes: tails of vectors, of tiles, of slices, and rows shorter than a warp."""
+    """Odd sizes: tails of vectors, of tiles, of slices, rows shorter than a warp, and channels that
+    are not of whole vectors or begin within sectors."""
     kernels.set_schedule(3)
     check(Case(size=size, dtype=dtype, data_format=layout), kernels)
 
@@ -138,7 +144,9 @@ def test_volumes(
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("size", [(1, 3, 600, 4), (1, 2, 1030, 8), (1, 4, 143, 4)], ids=str)
+@pytest.mark.parametrize(
+    "size", [(1, 3, 600, 4), (1, 2, 1030, 8), (1, 4, 143, 4), (1, 3, 345, 8)], ids=str
+)
 def test_rows_longer_than_a_tile(
     kernels: Kernels, size: tuple[int, int, int, int], layout: str
 ) -> None:
@@ -466,8 +474,8 @@ def test_sanitizer(sanitizer: str) -> None:
 MUTANTS = {
     "columns: barrier before the fold removed": (
         "maps.cuh",
-        "  Barrier();\n  CBAM_NO_UNROLL\n  for (int c = ThreadIndex(); c < width;",
-        "  for (int c = ThreadIndex(); c < width;",
+        "  Barrier();\n  if constexpr (M::kFolded) {\n    // What a tile has",
+        "  if constexpr (M::kFolded) {\n    // What a tile has",
     ),
     "columns: one warp too few": (
         "maps.cuh",
@@ -478,6 +486,16 @@ MUTANTS = {
         "maps.cuh",
         "if (row + k * row_threads >= tile.end_row) continue;",
         "",
+    ),
+    "columns: the next channel's share is the last one's": (
+        "maps.cuh",
+        "return Select(i < left, state[0], state[1]);",
+        "return Select(i < left + M::V, state[0], state[1]);",
+    ),
+    "rows: elements of another channel": (
+        "maps.cuh",
+        "static_cast<unsigned>(column - begin_column) + i >= size",
+        "static_cast<unsigned>(column - begin_column) + i >= size + V",
     ),
     "rows: a lane too few": (
         "maps.cuh",

@@ -74,7 +74,12 @@ def test_every_module(kernels: PtxKernels, module: str, dtype: str, layout: str)
 
 @pytest.mark.parametrize(
     ("layout", "size", "vector"),
-    [("NHWC", (2, 3, 3, 16), 4), ("NCHW", (2, 2, 6, 5), 4), ("NCHW", (2, 3, 3, 16), 1)],
+    [
+        ("NHWC", (2, 3, 3, 16), 4),
+        ("NCHW", (2, 2, 6, 5), 4),
+        ("NCHW", (2, 3, 3, 16), 4),
+        ("NCHW", (2, 3, 3, 6), 1),
+    ],
 )
 def test_vectors_where_rows_allow(
     compiled: PtxKernels, layout: str, size: tuple[int, ...], vector: int
@@ -131,8 +136,8 @@ def test_options(
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize(
     "size",
-    [(1, 1, 1, 1), (3, 1, 9, 5), (2, 7, 7, 33), (9, 2, 3, 17), (1, 20, 9, 130), (1, 2, 2, 1500),
-     (1, 40, 40, 8), (1, 3, 600, 4), (5, 14, 14, 64)],
+    [(1, 1, 1, 1), (3, 1, 9, 5), (2, 7, 7, 33), (2, 7, 7, 32), (9, 2, 3, 17), (1, 20, 9, 130),
+     (1, 2, 2, 1500), (1, 40, 40, 8), (1, 3, 600, 4), (5, 14, 14, 64)],
     ids=str,
 )  # fmt: skip
 def test_sizes(

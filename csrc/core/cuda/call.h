@@ -47,7 +47,8 @@ template <typename A>
 struct Sides {
   A* data;  // null: neutral
   int64_t size;
-  bool together;  // rows: the four values of one side lie together; columns: each in an array
+  bool together;   // rows: the four values of one side lie together; columns: each in an array
+  int64_t stride;  // of those: of one or more copies, where vectors lie differently in channels
 };
 
 template <typename A>
@@ -64,6 +65,7 @@ struct Call {
   int64_t channels;
   int64_t rows;     // NHWC: positions; NCHW: channels
   int64_t columns;  // the other
+  int fold;         // channels of a row of NCHW: several where one is not of whole vectors
   bool channels_last;
   int vector;  // elements that are read at once
   int64_t hidden;

@@ -77,6 +77,7 @@ using Compute = typename ComputeType<T>::Type;
 // leaves their arithmetic as many registers. A float64 is 8 bytes by itself.
 template <typename T>
 constexpr int kWidest = sizeof(T) == 8 ? 1 : 4;
+constexpr int kSector = 32;  // bytes that memory and caches move at least
 // Rows that a thread has in flight of so many maps: about 64 bytes of loads, as registers allow.
 template <typename T>
 CBAM_HOST_DEVICE constexpr int RowsAtOnce(int vector, int maps) {

@@ -30,6 +30,9 @@
 // (threads / lanes)-th row of the tile; lanes are 128 to 512 bytes, and the fold is the same. What
 // several tiles give for one result is folded by who reads it (Fold), in the order of the tiles: no
 // sum depends on who came first.
+//
+// Where channels of NCHW are not of whole vectors, as with 7 x 7 positions, some make a row (`folded`):
+// what goes with a row is then that of one channel or of two for each vector.
 #ifndef CBAM_OPS_CORE_CUDA_MAPS_CUH_
 #define CBAM_OPS_CORE_CUDA_MAPS_CUH_
 
@@ -45,12 +48,13 @@ template <Pass kPass>
 constexpr bool kIsPool = kPass == Pass::kChannelPool || kPass == Pass::kSpatialPool;
 
 // How a kernel reads maps.
-template <typename T_, int V_, bool kChannelsLast_>
+template <typename T_, int V_, bool kChannelsLast_, bool kFolded_ = false>
 struct MapTraits {
   using T = T_;
   using A = Compute<T>;
   static constexpr int V = V_;
   static constexpr bool kChannelsLast = kChannelsLast_;
+  static constexpr bool kFolded = kFolded_;  // a row is several channels
 };
 
 // What reaches a map's gradient: nothing, dy, or dy masked by y > 0.
@@ -69,6 +73,61 @@ CBAM_DEVICE void LoadOr(const A* values, int64_t at, A otherwise, A (&result)[V]
   } else {
     CBAM_UNROLL
     for (int i = 0; i < V; ++i) result[i] = otherwise;
+  }
+}
+
+// Where V columns lie: in a row that is several channels, in which of these, at which position;
+// elements from `left` on are the next channel's.
+struct Segment {
+  int64_t channel = 0;  // of the row's
+  int64_t next = 0;
+  int64_t position = 0;
+  int64_t left = 0;
+};
+template <typename M>
+CBAM_DEVICE Segment SegmentAt(const Call<typename M::A>& call, int64_t column) {
+  if constexpr (!M::kFolded) return {0, 0, column, M::V};
+  const int64_t channel = Quotient(column, call.positions);
+  const int64_t position = column - channel * call.positions, left = call.positions - position;
+  return {channel, channel + (left < M::V ? 1 : 0), position, left};
+}
+
+// What goes with V elements of a row: with its channel, or with two.
+template <typename M, typename State>
+struct OfRow {
+  State state[M::kFolded ? 2 : 1];
+
+  CBAM_DEVICE State At(int i, int64_t left) const {
+    if constexpr (M::kFolded) return Select(i < left, state[0], state[1]);
+    return state[0];
+  }
+};
+// load(row), or of a row that is several channels load(channel).
+template <typename M, typename State, typename Load>
+CBAM_DEVICE OfRow<M, State> LoadOfRow(const Call<typename M::A>& call, int64_t row,
+                                      const Segment& segment, Load load) {
+  if constexpr (M::kFolded) {
+    const int64_t first = row * call.fold;
+    return {{load(first + segment.channel), load(first + segment.next)}};
+  } else {
+    return {{load(row)}};
+  }
+}
+
+// What goes with V columns: an array's values of sample n, at `stride` from sample to sample.
+template <typename M, typename A>
+CBAM_DEVICE void LoadColumns(const Call<A>& call, const A* values, int64_t n, int64_t stride,
+                             const Segment& segment, A otherwise, A (&result)[M::V]) {
+  const int64_t start = n * stride;
+  if constexpr (M::kFolded) {
+    int64_t position = segment.position;
+    CBAM_UNROLL
+    for (int i = 0; i < M::V; ++i) {
+      result[i] = values != nullptr ? values[start + position] : otherwise;
+      position = position + 1 == call.positions ? 0 : position + 1;
+    }
+  } else {
+    LoadOr<M::V>(values, start + segment.position, otherwise, result);
   }
 }
 
@@ -115,15 +174,19 @@ struct ColumnSides {
   A gate[V], share[V], maximum_share[V], maximum[V];
 
   // All that the gradient needs; neutral where there are none.
-  CBAM_DEVICE void LoadAll(const A* sides, int64_t columns, int64_t n, int64_t column) {
-    const A* const data = sides != nullptr ? sides + n * 4 * columns : nullptr;
+  CBAM_DEVICE void LoadAll(const A* data, int64_t stride, int64_t column) {
     LoadOr<V>(data, column, A(1), gate);
-    LoadOr<V>(data, columns + column, A(0), share);
-    LoadOr<V>(data, 2 * columns + column, A(0), maximum_share);
-    LoadOr<V>(data, 3 * columns + column, NotANumber<A>(), maximum);
+    LoadOr<V>(data, stride + column, A(0), share);
+    LoadOr<V>(data, 2 * stride + column, A(0), maximum_share);
+    LoadOr<V>(data, 3 * stride + column, NotANumber<A>(), maximum);
   }
   CBAM_DEVICE Side<A> At(int i) const { return {gate[i], share[i], maximum_share[i], maximum[i]}; }
 };
+// Those of a sample, or null.
+template <typename A>
+CBAM_DEVICE const A* DataOf(const Sides<A>& sides, int64_t n) {
+  return sides.data != nullptr ? sides.data + n * 4 * sides.stride : nullptr;
+}
 // The side of a row.
 template <typename A>
 CBAM_DEVICE Side<A> RowSideOf(const A* sides, int64_t at) {
@@ -134,20 +197,23 @@ CBAM_DEVICE Side<A> RowSideOf(const A* sides, int64_t at) {
 // As columns.
 template <Pass kPass, typename M, bool kSerial, typename A>
 CBAM_DEVICE ColumnSides<M> ColumnSidesFor(const Call<A>& call, int64_t n, int64_t column) {
-  constexpr int V = M::V;
   ColumnSides<M> sides = {};
-  const int64_t at = n * call.columns + column;
+  const Segment segment = SegmentAt<M>(call, column);
+  const auto load = [&](const A* values, int64_t stride, A otherwise, A(&result)[M::V]) {
+    LoadColumns<M>(call, values, n, stride, segment, otherwise, result);
+  };
   if constexpr (M::kChannelsLast) {
-    if constexpr (kPass != Pass::kChannelPool) LoadOr<V>(GateOf<kPass>(call), at, A(1), sides.gate);
+    if constexpr (kPass != Pass::kChannelPool)
+      load(GateOf<kPass>(call), call.channels, A(1), sides.gate);
     if constexpr (kPass == Pass::kChannelGrad)
-      LoadOr<V>(call.channel_maximum, at, NotANumber<A>(), sides.maximum);
+      load(call.channel_maximum, call.channels, NotANumber<A>(), sides.maximum);
   } else if constexpr (kPass == Pass::kSpatialGrad) {
-    LoadOr<V>(call.position_maximum, n * call.position_stride + column, NotANumber<A>(),
-              sides.maximum);
+    load(call.position_maximum, call.position_stride, NotANumber<A>(), sides.maximum);
   } else if constexpr (kPass == Pass::kChannelGrad && kSerial) {
-    sides.LoadAll(call.position_sides.data, call.columns, n, column);
+    const Sides<A>& positions = call.position_sides;
+    sides.LoadAll(DataOf(positions, n), positions.stride, column);
   } else if constexpr (kPass == Pass::kChannelGrad) {
-    LoadOr<V>(call.spatial_gate, at, A(1), sides.gate);
+    load(call.spatial_gate, call.positions, A(1), sides.gate);
   }
   return sides;
 }
@@ -155,7 +221,7 @@ CBAM_DEVICE ColumnSides<M> ColumnSidesFor(const Call<A>& call, int64_t n, int64_
 template <Pass kPass, typename M, bool kSerial, typename A>
 CBAM_DEVICE Side<A> RowSideFor(const Call<A>& call, int64_t n, int64_t row) {
   Side<A> side = NeutralSide<A>();
-  const int64_t at = n * call.rows + row;
+  const int64_t at = n * (M::kChannelsLast ? call.positions : call.channels) + row;
   if constexpr (!M::kChannelsLast) {
     if constexpr (kPass != Pass::kChannelPool) {
       if (GateOf<kPass>(call) != nullptr) side.gate = GateOf<kPass>(call)[at];
@@ -231,19 +297,20 @@ struct Tile {
   int64_t column;
   int64_t end_column;
 };
-template <typename A>
-CBAM_DEVICE Tile TileAt(const Call<A>& call, const Tiles& tiles, int64_t index) {
+CBAM_DEVICE Tile TileAt(int64_t rows, int64_t columns, const Tiles& tiles, int64_t index) {
   Tile tile;
   tile.down = Quotient(index, tiles.across);
   tile.across = index - tile.down * tiles.across;
   tile.row = tile.down * tiles.rows;
-  tile.end_row = Smaller(tile.row + tiles.rows, call.rows);
+  tile.end_row = Smaller(tile.row + tiles.rows, rows);
   tile.column = tile.across * tiles.columns;
-  tile.end_column = Smaller(tile.column + tiles.columns, call.columns);
+  tile.end_column = Smaller(tile.column + tiles.columns, columns);
   return tile;
 }
 
-// Along the rows: a slice is a tile of columns.
+// Along the rows: a slice is a tile of columns. Where channels are not of whole vectors the first and
+// the last of each are partly another's, and the channels that a thread has at once are kFold apart,
+// so that their vectors lie alike: columns count from the first of kFold channels.
 template <typename M, Pass kPass, Gradient kGradient, bool kSerial>
 CBAM_DEVICE void ReduceRows(const Call<typename M::A>& call, int64_t n, int64_t index) {
   using T = typename M::T;
@@ -252,32 +319,43 @@ CBAM_DEVICE void ReduceRows(const Call<typename M::A>& call, int64_t n, int64_t 
   const Tiles& tiles = kOverChannels<kPass> ? call.spatial_tiles : call.channel_tiles;
   const int lanes = tiles.lanes, lane = ThreadIndex() % lanes, group = ThreadIndex() / lanes;
   const int batch = kThreads / lanes * kRows;
-  const Tile tile = TileAt(call, tiles, index);
+  constexpr bool kFolded = M::kFolded;
+  constexpr int kFold = kFolded ? V : 1;  // channels after which vectors lie alike
+  const int part = group % kFold;
+  const int warp_group = ThreadIndex() / kWarp * kWarp / lanes;
+  const int64_t row_count = M::kChannelsLast ? call.positions : call.channels;
+  const int64_t column_count = M::kChannelsLast ? call.channels : call.positions;
+  const Tile tile = TileAt(row_count, column_count, tiles, index);
+  const int64_t begin_column = part * column_count + tile.column;
+  const int64_t end_column = part * column_count + tile.end_column;
+  const int64_t first_column = kFolded ? begin_column / V * V : begin_column;
+  const auto size = static_cast<unsigned>(end_column - begin_column);
   const bool serial = call.serial;
   CBAM_NO_UNROLL
   for (int64_t begin = tile.row; begin < tile.end_row; begin += batch) {
-    const int64_t row = begin + group * kRows;
-    if (row - ThreadIndex() % kWarp / lanes * kRows >= tile.end_row) break;  // all of the warp
+    if (begin + warp_group / kFold * kFold * kRows >= tile.end_row) break;  // all of the warp
+    const int64_t row = begin + group / kFold * kFold * kRows + part;
     int64_t offsets[kRows];
     Side<A> row_sides[kRows];
     A first[kRows], second[kRows];
     CBAM_UNROLL
     for (int k = 0; k < kRows; ++k) {
       // Beyond the end: read the last row again, store nothing.
-      const int64_t this_row = Smaller(row + k, tile.end_row - 1);
-      offsets[k] = (n * call.rows + this_row) * call.columns;
+      const int64_t this_row = Smaller(row + k * kFold, tile.end_row - kFold + part);
+      offsets[k] = (n * row_count + this_row - part) * column_count;
       row_sides[k] = RowSideFor<kPass, M, kSerial>(call, n, this_row);
       first[k] = A(0);
       second[k] = kIsPool<kPass> ? Lowest<A>() : A(0);
     }
     CBAM_NO_UNROLL
-    for (int64_t column = tile.column + lane * V; column < tile.end_column; column += lanes * V) {
+    for (int64_t column = first_column + lane * V; column < end_column; column += lanes * V) {
       Elements<M, kGradient, false> elements[kRows];
       CBAM_UNROLL
       for (int k = 0; k < kRows; ++k) elements[k].LoadAt(call, offsets[k] + column);
       const ColumnSides<M> sides = ColumnSidesFor<kPass, M, kSerial>(call, n, column);
       CBAM_UNROLL
       for (int i = 0; i < V; ++i) {
+        if (kFolded && static_cast<unsigned>(column - begin_column) + i >= size) continue;
         CBAM_UNROLL
         for (int k = 0; k < kRows; ++k) {
           Accumulate<M, kPass, kSerial>(elements[k].X(i), elements[k].Dy(i), row_sides[k],
@@ -296,14 +374,14 @@ CBAM_DEVICE void ReduceRows(const Call<typename M::A>& call, int64_t n, int64_t 
     if (lane == 0) {
       CBAM_UNROLL
       for (int k = 0; k < kRows; ++k) {
-        if (row + k < tile.end_row)
-          StoreReduced<kPass>(call, n, tile.across, row + k, first[k], second[k]);
+        if (row + k * kFold < tile.end_row)
+          StoreReduced<kPass>(call, n, tile.across, row + k * kFold, first[k], second[k]);
       }
     }
   }
 }
 
-// Across the rows: a slice is a tile of rows.
+// Across the rows: a slice is a tile of rows, or where a row is several channels a tile.
 template <typename M, Pass kPass, Gradient kGradient, bool kSerial>
 CBAM_DEVICE void ReduceColumns(const Call<typename M::A>& call, int64_t n, int64_t index) {
   using T = typename M::T;
@@ -313,7 +391,7 @@ CBAM_DEVICE void ReduceColumns(const Call<typename M::A>& call, int64_t n, int64
   const Tiles& tiles = kOverChannels<kPass> ? call.spatial_tiles : call.channel_tiles;
   const int lanes = tiles.lanes, lane = ThreadIndex() % lanes, row_thread = ThreadIndex() / lanes;
   const int row_threads = kThreads / lanes;
-  const Tile tile = TileAt(call, tiles, index);
+  const Tile tile = TileAt(call.rows, call.columns, tiles, index);
   const int64_t column = tile.column + lane * V;
   const bool serial = call.serial;
   A first[V], second[V];
@@ -324,24 +402,29 @@ CBAM_DEVICE void ReduceColumns(const Call<typename M::A>& call, int64_t n, int64
   }
   if (column < call.columns) {
     const ColumnSides<M> sides = ColumnSidesFor<kPass, M, kSerial>(call, n, column);
+    const Segment segment = SegmentAt<M>(call, column);
     const int64_t base = n * call.rows * call.columns + column;
     CBAM_NO_UNROLL
     for (int64_t row = tile.row + row_thread; row < tile.end_row; row += row_threads * kRows) {
       Elements<M, kGradient, false> elements[kRows];
-      Side<A> row_sides[kRows];
+      OfRow<M, Side<A>> row_sides[kRows];
       CBAM_UNROLL
       for (int k = 0; k < kRows; ++k) {
         const int64_t this_row = Smaller(row + k * row_threads, tile.end_row - 1);
         elements[k].LoadAt(call, base + this_row * call.columns);
-        row_sides[k] = RowSideFor<kPass, M, kSerial>(call, n, this_row);
+        row_sides[k] =
+            LoadOfRow<M, Side<A>>(call, this_row, segment, [&](int64_t i) CBAM_INLINE_LAMBDA {
+              return RowSideFor<kPass, M, kSerial>(call, n, i);
+            });
       }
       CBAM_UNROLL
       for (int k = 0; k < kRows; ++k) {
         if (row + k * row_threads >= tile.end_row) continue;
         CBAM_UNROLL
         for (int i = 0; i < V; ++i) {
-          Accumulate<M, kPass, kSerial>(elements[k].X(i), elements[k].Dy(i), row_sides[k],
-                                        sides.At(i), serial, &first[i], &second[i]);
+          Accumulate<M, kPass, kSerial>(elements[k].X(i), elements[k].Dy(i),
+                                        row_sides[k].At(i, segment.left), sides.At(i), serial,
+                                        &first[i], &second[i]);
         }
       }
     }
@@ -370,15 +453,34 @@ CBAM_DEVICE void ReduceColumns(const Call<typename M::A>& call, int64_t n, int64
     *reinterpret_cast<Vec<A, V>*>(seconds + at) = others;
   }
   Barrier();
-  CBAM_NO_UNROLL
-  for (int c = ThreadIndex(); c < width; c += kThreads) {
-    if (tile.column + c >= call.columns) continue;
-    A sum = firsts[c], other = seconds[c];
-    for (int w = 1; w < kWarps; ++w) {
-      sum += firsts[w * width + c];
-      other = Join<kPass>(other, seconds[w * width + c]);
+  if constexpr (M::kFolded) {
+    // What a tile has of each position: of those it does not have, nothing.
+    const int64_t last = tile.end_column - tile.column;
+    CBAM_NO_UNROLL
+    for (int64_t position = ThreadIndex(); position < call.positions; position += kThreads) {
+      A sum = A(0), other = kIsPool<kPass> ? Lowest<A>() : A(0);
+      const int64_t before = Remainder(tile.column, call.positions);
+      CBAM_NO_UNROLL
+      for (int64_t c = position - before + (position < before ? call.positions : 0); c < last;
+           c += call.positions) {
+        for (int w = 0; w < kWarps; ++w) {
+          sum += firsts[w * width + c];
+          other = Join<kPass>(other, seconds[w * width + c]);
+        }
+      }
+      StoreReduced<kPass>(call, n, index, position, sum, other);
     }
-    StoreReduced<kPass>(call, n, tile.down, tile.column + c, sum, other);
+  } else {
+    CBAM_NO_UNROLL
+    for (int c = ThreadIndex(); c < width; c += kThreads) {
+      if (tile.column + c >= call.columns) continue;
+      A sum = firsts[c], other = seconds[c];
+      for (int w = 1; w < kWarps; ++w) {
+        sum += firsts[w * width + c];
+        other = Join<kPass>(other, seconds[w * width + c]);
+      }
+      StoreReduced<kPass>(call, n, tile.down, tile.column + c, sum, other);
+    }
   }
 }
 
@@ -391,30 +493,65 @@ CBAM_DEVICE void Reduce(const Call<typename M::A>& call, int64_t n, int64_t inde
   }
 }
 
-// A tile of a map that is written. body(offsets of the rows, what load_row(row) gave for each, how
-// many of them are there, column) is called for V columns of kRows rows at a time.
-template <typename M, int kRows, typename RowState, typename LoadRow, typename Body>
+// Rows that a thread has at once.
+template <typename M, int kRows, typename State>
+struct Rows {
+  OfRow<M, State> state[kRows];
+  int64_t offset[kRows];
+  int64_t left;  // rows until the tile's end
+  int step;      // from one of these to the next
+
+  CBAM_DEVICE bool Has(int k) const { return k * step < left; }
+};
+
+// A tile of a map that is written. body(rows with what load_row(row) gave for each, column, what
+// load_column(segment) gave, the segment) is called for V columns of kRows rows at a time: along the
+// rows, or of rows that are several channels across them, where what goes with the columns is the same
+// for all rows. Along rows that begin within a sector of memory a tile's columns begin so much earlier,
+// and the rows that a thread has at once begin alike.
+template <typename M, int kRows, typename State, typename LoadRow, typename LoadColumn,
+          typename Body>
 CBAM_DEVICE void OverTile(const Call<typename M::A>& call, int64_t n, int64_t index,
-                          LoadRow load_row, Body body) {
+                          LoadRow load_row, LoadColumn load_column, Body body) {
+  constexpr int V = M::V, kVectors = kSector / (V * static_cast<int>(sizeof(typename M::T)));
+  constexpr int kApart = M::kChannelsLast || V == 1 ? 1 : kVectors;
   const Tiles& tiles = call.map_tiles;
   const int lanes = tiles.lanes, lane = ThreadIndex() % lanes, group = ThreadIndex() / lanes;
-  const int batch = kThreads / lanes * kRows;
-  const Tile tile = TileAt(call, tiles, index);
-  CBAM_NO_UNROLL
-  for (int64_t row = tile.row + group * kRows; row < tile.end_row; row += batch) {
-    RowState states[kRows];
-    int64_t offsets[kRows];
+  const int groups = kThreads / lanes;
+  const Tile tile = TileAt(call.rows, call.columns, tiles, index);
+  const auto load_rows = [&](int64_t row, const Segment& segment) CBAM_INLINE_LAMBDA {
+    Rows<M, kRows, State> rows;
+    rows.left = tile.end_row - row;
+    rows.step = M::kFolded ? groups : kApart;
     CBAM_UNROLL
     for (int k = 0; k < kRows; ++k) {
-      const int64_t this_row = Smaller(row + k, tile.end_row - 1);
-      states[k] = load_row(this_row);
-      offsets[k] = (n * call.rows + this_row) * call.columns;
+      const int64_t this_row = Smaller(row + k * rows.step, tile.end_row - 1);
+      rows.state[k] = LoadOfRow<M, State>(call, this_row, segment, load_row);
+      rows.offset[k] = (n * call.rows + this_row) * call.columns;
     }
-    const int present = static_cast<int>(Smaller(kRows, tile.end_row - row));
+    return rows;
+  };
+  const int64_t first = tile.column + lane * V;
+  if constexpr (M::kFolded) {
+    if (first >= tile.end_column) return;
+    const Segment segment = SegmentAt<M>(call, first);
+    const auto column_state = load_column(segment);
     CBAM_NO_UNROLL
-    for (int64_t column = tile.column + lane * M::V; column < tile.end_column;
-         column += lanes * M::V) {
-      body(offsets, states, present, column);
+    for (int64_t row = tile.row + group; row < tile.end_row; row += groups * kRows)
+      body(load_rows(row, segment), first, column_state, segment);
+  } else {
+    const int64_t begin = tile.row + group / kApart * kApart * kRows + group % kApart;
+    CBAM_NO_UNROLL
+    for (int64_t row = begin; row < tile.end_row; row += groups * kRows) {
+      const auto rows = load_rows(row, {});
+      const int64_t early = kApart > 1 ? rows.offset[0] % (kApart * V) : 0;
+      const int64_t end = tile.across + 1 == tiles.across ? call.columns : tile.end_column - early;
+      CBAM_NO_UNROLL
+      for (int64_t column = first - early; column < end; column += lanes * V) {
+        if (kApart > 1 && column < 0) continue;
+        const Segment segment = SegmentAt<M>(call, column);
+        body(rows, column, load_column(segment), segment);
+      }
     }
   }
 }
@@ -427,33 +564,44 @@ CBAM_DEVICE void Apply(const Call<typename M::A>& call, int64_t n, int64_t index
   constexpr int V = M::V, kRows = RowsAtOnce<T>(V, kResidual ? 2 : 1);
   const A* const row_gates = M::kChannelsLast ? call.spatial_gate : call.channel_gate;
   const A* const column_gates = M::kChannelsLast ? call.channel_gate : call.spatial_gate;
+  const int64_t row_count = M::kChannelsLast ? call.positions : call.channels;
+  const int64_t column_count = M::kChannelsLast ? call.channels : call.positions;
   const T* const residual = static_cast<const T*>(call.residual);
   const A floor = call.floor;
+  struct Gates {
+    A value[V];
+  };
   OverTile<M, kRows, A>(
       call, n, index,
-      [&](int64_t row) { return row_gates != nullptr ? row_gates[n * call.rows + row] : A(1); },
-      [&](const int64_t(&offsets)[kRows], const A(&row_gate)[kRows], int present, int64_t column) {
+      [&](int64_t row) { return row_gates != nullptr ? row_gates[n * row_count + row] : A(1); },
+      [&](const Segment& segment) {
+        Gates gates;
+        LoadColumns<M>(call, column_gates, n, column_count, segment, A(1), gates.value);
+        return gates;
+      },
+      [&](const Rows<M, kRows, A>& rows, int64_t column, const Gates& gates,
+          const Segment& segment) {
         Vec<T, V> xs[kRows], residuals[kRows];
         CBAM_UNROLL
         for (int k = 0; k < kRows; ++k) {
-          xs[k] = LoadLast<T, V>(static_cast<const T*>(call.x) + offsets[k] + column);
-          if constexpr (kResidual) residuals[k] = LoadLast<T, V>(residual + offsets[k] + column);
+          xs[k] = LoadLast<T, V>(static_cast<const T*>(call.x) + rows.offset[k] + column);
+          if constexpr (kResidual)
+            residuals[k] = LoadLast<T, V>(residual + rows.offset[k] + column);
         }
-        A gates[V];
-        LoadOr<V>(column_gates, n * call.columns + column, A(1), gates);
         CBAM_UNROLL
         for (int k = 0; k < kRows; ++k) {
-          if (k >= present) continue;
+          if (!rows.Has(k)) continue;
           A values[V];
           CBAM_UNROLL
           for (int i = 0; i < V; ++i) {
-            const A first = M::kChannelsLast ? gates[i] : row_gate[k];
-            const A second = M::kChannelsLast ? row_gate[k] : gates[i];
+            const A row = rows.state[k].At(i, segment.left);
+            const A first = M::kChannelsLast ? gates.value[i] : row;
+            const A second = M::kChannelsLast ? row : gates.value[i];
             A value = Multiply(Multiply(At(xs[k], i), first), second);
             if constexpr (kResidual) value += At(residuals[k], i);
             values[i] = value <= floor ? floor : value;
           }
-          StoreStreaming<T, V>(static_cast<T*>(call.result) + offsets[k] + column,
+          StoreStreaming<T, V>(static_cast<T*>(call.result) + rows.offset[k] + column,
                                FromValues<T, V>(values));
         }
       });
@@ -477,41 +625,47 @@ CBAM_DEVICE void MapGrad(const Call<typename M::A>& call, int64_t n, int64_t ind
   using A = typename M::A;
   constexpr int V = M::V, kRows = RowsAtOnce<T>(V, kMaps<kGradient>);
   const bool serial = call.serial;
-  const A* const channels = call.channel_sides.data;
-  const A* const positions = call.position_sides.data;
-  const A* const row_sides = M::kChannelsLast ? positions : channels;
-  const A* const column_sides = M::kChannelsLast ? channels : positions;
+  const A* const row_sides = M::kChannelsLast ? call.position_sides.data : call.channel_sides.data;
+  const Sides<A>& column_sides = M::kChannelsLast ? call.channel_sides : call.position_sides;
+  const A* const column_data = DataOf(column_sides, n);
+  const int64_t stride = column_sides.stride;
+  const int64_t row_count = M::kChannelsLast ? call.positions : call.channels;
   OverTile<M, kRows, Side<A>>(
       call, n, index,
       [&](int64_t row) {
-        return row_sides != nullptr ? RowSideOf(row_sides, n * call.rows + row) : NeutralSide<A>();
+        return row_sides != nullptr ? RowSideOf(row_sides, n * row_count + row) : NeutralSide<A>();
       },
-      [&](const int64_t(&offsets)[kRows], const Side<A>(&row_side)[kRows], int present,
-          int64_t column) {
+      [&](const Segment& segment) {
+        const int64_t part = M::kFolded ? segment.channel % V * call.positions : 0;
+        ColumnSides<M> sides;
+        sides.LoadAll(column_data, stride, part + segment.position);
+        return sides;
+      },
+      [&](const Rows<M, kRows, Side<A>>& rows, int64_t column, const ColumnSides<M>& sides,
+          const Segment& segment) {
         Elements<M, kGradient, true> elements[kRows];
         CBAM_UNROLL
-        for (int k = 0; k < kRows; ++k) elements[k].LoadAt(call, offsets[k] + column);
-        ColumnSides<M> sides;
-        sides.LoadAll(column_sides, call.columns, n, column);
+        for (int k = 0; k < kRows; ++k) elements[k].LoadAt(call, rows.offset[k] + column);
         CBAM_UNROLL
         for (int k = 0; k < kRows; ++k) {
-          if (k >= present) continue;
+          if (!rows.Has(k)) continue;
           A values[V];
           CBAM_UNROLL
           for (int i = 0; i < V; ++i) {
+            const Side<A> row_side = rows.state[k].At(i, segment.left);
             const Side<A> column_side = sides.At(i);
-            const Side<A>& channel = ChannelOf<M>(row_side[k], column_side);
-            const Side<A>& position = PositionOf<M>(row_side[k], column_side);
+            const Side<A>& channel = ChannelOf<M>(row_side, column_side);
+            const Side<A>& position = PositionOf<M>(row_side, column_side);
             values[i] = MapGradient<kGradient>(elements[k].X(i), elements[k].Dy(i), channel,
                                                serial ? channel.gate : A(1), position);
           }
-          StoreStreaming<T, V>(static_cast<T*>(call.result) + offsets[k] + column,
+          StoreStreaming<T, V>(static_cast<T*>(call.result) + rows.offset[k] + column,
                                FromValues<T, V>(values));
           if constexpr (kGradient == Gradient::kMasked) {
             if (call.d_residual != nullptr) {
               CBAM_UNROLL
               for (int i = 0; i < V; ++i) values[i] = elements[k].Dy(i);
-              StoreStreaming<T, V>(static_cast<T*>(call.d_residual) + offsets[k] + column,
+              StoreStreaming<T, V>(static_cast<T*>(call.d_residual) + rows.offset[k] + column,
                                    FromValues<T, V>(values));
             }
           }

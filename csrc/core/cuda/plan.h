@@ -123,6 +123,20 @@ inline Patches MakePatches(const Problem& problem, int value_bytes) {
   return patches;
 }
 
+// How many channels of NCHW make a row. Several where one is not of whole vectors: so many that a row
+// begins where a sector does, or fewer if channels are not of so many. 1 too where vectors do not fit.
+inline int FoldOf(const Problem& problem, int vector, int element_bytes) {
+  const int64_t positions = Positions(problem);
+  if (ChannelsLast(problem) || positions % vector == 0 || problem.channels % vector != 0 ||
+      positions < vector || positions > 0x7fffffff / kSector) {
+    return 1;
+  }
+  int fold = vector;
+  while (positions * fold * element_bytes % kSector != 0 && problem.channels % (2 * fold) == 0)
+    fold *= 2;
+  return fold;
+}
+
 // A call of one of the argument structs with maps read in vectors: all but the schedule. With a
 // null workspace it only counts bytes.
 template <typename T>
@@ -140,8 +154,9 @@ class Plan {
     call.width = problem.width;
     call.positions = Positions(problem);
     call.channels = problem.channels;
-    call.rows = ChannelsLast(problem) ? call.positions : call.channels;
-    call.columns = ChannelsLast(problem) ? call.channels : call.positions;
+    call.fold = FoldOf(problem, vector, sizeof(T));
+    call.rows = ChannelsLast(problem) ? call.positions : call.channels / call.fold;
+    call.columns = ChannelsLast(problem) ? call.channels : call.positions * call.fold;
     call.hidden = problem.hidden;
     call.kernel_depth = static_cast<uint16_t>(problem.kernel_depth);
     call.kernel_height = static_cast<uint16_t>(problem.kernel_height);
@@ -353,6 +368,7 @@ class Plan {
     for (const void* map : maps) {
       if (reinterpret_cast<uintptr_t>(map) % (call.vector * sizeof(T)) != 0) return false;
     }
+    if (call.fold > 1) return true;  // these are read one by one
     const A* const columns[] = {call.channels_last ? call.channel_gate : call.spatial_gate,
                                 call.channels_last ? call.channel_maximum : call.position_maximum};
     for (const A* values : columns) {
@@ -393,18 +409,23 @@ class Plan {
   // By how many maps the reductions read, and how many the pass that writes one reads.
   void PlanPasses(int maps, int result_maps) {
     const int64_t elements = kTileBytes / maps / static_cast<int64_t>(sizeof(T));
-    const auto rows = [&](int read, int64_t widest) {
-      return RowTiles(call.rows, call.columns, call.vector, RowsAtOnce<T>(call.vector, read),
-                      elements, widest);
+    const auto row_tiles = [&](int64_t rows, int64_t columns, int read, int64_t widest) {
+      return RowTiles(rows, columns, call.vector, RowsAtOnce<T>(call.vector, read), elements,
+                      widest);
     };
     const Tiles columns = ColumnTiles(call.rows, call.columns, call.vector, sizeof(T), elements);
     // The more goes with a column, the fewer columns; the end of a row costs a sum more than a map.
     const int64_t widest = int64_t{kThreads} * call.vector;
-    const int64_t with_sides = AtMost(widest, 2 * kThreads);
-    call.channel_tiles =
-        ChannelsLast(problem_) ? columns : rows(maps, maps > 1 ? with_sides : widest);
-    call.spatial_tiles = ChannelsLast(problem_) ? rows(maps, widest) : columns;
-    call.map_tiles = rows(result_maps, kThreads);
+    const int64_t with_sides = AtMost(widest, kThreads);
+    call.channel_tiles = ChannelsLast(problem_) ? columns
+                                                : row_tiles(call.channels, call.positions, maps,
+                                                            maps > 1 ? with_sides : widest);
+    call.spatial_tiles =
+        ChannelsLast(problem_) ? row_tiles(call.rows, call.columns, maps, widest) : columns;
+    call.map_tiles = call.fold > 1
+                         ? ColumnTiles(call.rows, call.columns, call.vector, sizeof(T),
+                                       kTileBytes / result_maps / static_cast<int64_t>(sizeof(T)))
+                         : row_tiles(call.rows, call.columns, result_maps, kThreads);
   }
 
   Reduced<A> TakeReduced(int64_t results, int64_t slices, A divisor) {
@@ -424,13 +445,16 @@ class Plan {
     return call.channel_pass;
   }
   Reduced<A> TakeSpatialPass(A divisor) {
-    call.spatial_pass = TakeReduced(
-        call.positions,
-        ChannelsLast(problem_) ? call.spatial_tiles.across : call.spatial_tiles.down, divisor);
+    call.spatial_pass = TakeReduced(call.positions,
+                                    ChannelsLast(problem_) ? call.spatial_tiles.across
+                                    : call.fold > 1        ? call.spatial_tiles.count()
+                                                           : call.spatial_tiles.down,
+                                    divisor);
     return call.spatial_pass;
   }
   void TakeSides(Sides<A>* sides, int64_t size, bool together) {
-    *sides = {Take(problem_.batch, 4, size), size, together};
+    const int copies = !together && call.fold > 1 ? call.vector : 1;
+    *sides = {Take(problem_.batch, 4, copies, size), size, together, size * copies};
   }
 
   // What pools and their gradients share.

@@ -19,6 +19,17 @@ struct alignas(4 * sizeof(A)) Side {
   A maximum;
 };
 
+template <typename A>
+CBAM_DEVICE A Select(bool first, A one, A other) {
+  return first ? one : other;
+}
+template <typename A>
+CBAM_DEVICE Side<A> Select(bool first, const Side<A>& one, const Side<A>& other) {
+  return {Select(first, one.gate, other.gate), Select(first, one.share, other.share),
+          Select(first, one.maximum_share, other.maximum_share),
+          Select(first, one.maximum, other.maximum)};
+}
+
 // The neutral side: gate 1, no shares, equal to nothing.
 template <typename A>
 CBAM_DEVICE Side<A> NeutralSide() {
@@ -44,11 +55,14 @@ CBAM_DEVICE void StoreSide(const Sides<A>& sides, int64_t n, int64_t i, const Si
   if (sides.together) {
     reinterpret_cast<Side<A>*>(sides.data)[n * sides.size + i] = side;
   } else {
-    A* const data = sides.data + n * 4 * sides.size + i;
-    data[0] = side.gate;
-    data[sides.size] = side.share;
-    data[2 * sides.size] = side.maximum_share;
-    data[3 * sides.size] = side.maximum;
+    A* const data = sides.data + n * 4 * sides.stride;
+    CBAM_NO_UNROLL
+    for (int64_t at = i; at < sides.stride; at += sides.size) {
+      data[at] = side.gate;
+      data[at + sides.stride] = side.share;
+      data[at + 2 * sides.stride] = side.maximum_share;
+      data[at + 3 * sides.stride] = side.maximum;
+    }
   }
 }
 
