@@ -391,7 +391,7 @@ class BackwardPipeline {
 
     const bool meet_early = mlp.IsUsed(0) && mlp.IsUsed(1) && !relu;
     A* const hidden_sum = d_hidden_[0] + first * h;  // as in the forward pass; free until later
-    const Blocks hidden_blocks = mlp.HiddenBlocks(samples);
+    const Blocks hidden_blocks = mlp.HiddenBlocks(wave);
     ForEach(wave.parallel, hidden_blocks.count, [&](int64_t i) {
       const Range columns = hidden_blocks.At(i);
       mlp.HiddenBlock(descriptors, samples, columns, hidden);
@@ -402,7 +402,7 @@ class BackwardPipeline {
     });
 
     const A* gate = ChannelGateOf(args, first);
-    const Blocks channel_blocks = mlp.ChannelBlocks(samples);
+    const Blocks channel_blocks = mlp.ChannelBlocks(wave);
     ForEach(wave.parallel, channel_blocks.count, [&](int64_t i) {
       const Range columns = channel_blocks.At(i);
       bool saturated = false;
@@ -563,8 +563,10 @@ class BackwardPipeline {
   }
 
   void MapOfWave(const BackwardArgs& args, const Wave& wave) {
-    const int64_t steps = CeilDiv(g_.height, g_.step_rows);
-    ForEach(wave.parallel, wave.samples * steps, [&](int64_t task) {
+    const int64_t steps = CeilDiv(g_.height, g_.step_rows), tasks = wave.samples * steps;
+    // From the last to the first, as what was read last is most likely still in a cache.
+    ForEach(wave.parallel, tasks, [&](int64_t i) {
+      const int64_t task = tasks - 1 - i;
       const int64_t n = wave.first + task / steps, row = task % steps * g_.step_rows;
       const Range positions = g_.RowPositions({row, std::min(g_.height, row + g_.step_rows)});
       map_.backward_map(g_.sample, module_, g_.At(args.x, n), g_.At(dy_, n),
@@ -619,7 +621,7 @@ class BackwardPipeline {
     const A* descriptors = static_cast<const A*>(args.channel_descriptors) + branch * n * c;
     A* dw0 = static_cast<A*>(args.dw0);
     A* dw1 = static_cast<A*>(args.dw1);
-    const Blocks blocks(c, n * c * h);
+    const Blocks blocks(parallel_, c, n * c * h);
     ForEach(parallel_, blocks.count, [&](int64_t i) {
       const Range channels = blocks.At(i);
       dense_.product({channels.size(), h, rows, descriptors + channels.begin, 1, c,

@@ -3,8 +3,8 @@
 // only.
 //
 // None of it touches a map, but at C = 2048 the MLP's weights are as large as a sample, so the
-// products keep their sums in registers (6 or 8 rows x 2 vectors) and read the weights once per so
-// many rows.
+// products keep their sums in registers (at most 8 rows x 2 vectors) and read the weights once per
+// so many rows.
 #ifndef CBAM_OPS_CORE_CPU_DENSE_PASSES_H_
 #define CBAM_OPS_CORE_CPU_DENSE_PASSES_H_
 
@@ -22,8 +22,15 @@ namespace {
 // the panel of b that one block of columns reads stays in the first-level cache for all rows.
 constexpr int64_t kInnerBlock = 256;
 
-// Rows whose sums fill the registers beside what a step loads: AVX-512 has 32, the others 16.
-constexpr int kProductRows = CBAM_VECTOR_BYTES == 64 ? 8 : 6;
+// Sums, rows times vectors, that fill the registers beside what a step loads: AVX-512 has 32, the
+// others 16.
+constexpr int kProductSums = CBAM_VECTOR_BYTES == 64 ? 16 : 12;
+
+// Rows of b by which the caches are told ahead: of each row a block reads a piece.
+constexpr int64_t kProductAhead = 16;
+
+// What the first-level cache holds beside the rows that a product reads and writes.
+constexpr int64_t kPanelBytes = int64_t{32} << 10;
 
 // Adds a's and b's inner range to a block of the output. `n` is the number of columns of the last
 // vector, kLanes when it is whole.
@@ -46,7 +53,11 @@ CBAM_INLINE void ProductBlock(const Product<A>& p, Range inner, int64_t row, int
   const A* const b_end = p.b + p.b_rows * p.b_stride + column;
   for (int64_t k = inner.begin; k < inner.end; ++k, a += p.a_inner_stride) {
     V right[kVectors];
-    for (int v = 0; v < kVectors; ++v) right[v] = load(b, v);
+    for (int v = 0; v < kVectors; ++v) {
+      if constexpr (kVectors == 2 || kVectors == 4)
+        FetchAhead(b + v * kLanes, kProductAhead * p.b_stride);
+      right[v] = load(b, v);
+    }
     for (int i = 0; i < kRows; ++i) {
       const V left = Splat<A>(a[i * p.a_row_stride]);
       for (int v = 0; v < kVectors; ++v) sum[i][v] = Fma(left, right[v], sum[i][v]);
@@ -77,26 +88,47 @@ CBAM_INLINE void ProductColumns(const Product<A>& p, int64_t column, int64_t n) 
   do {  // once even where there is nothing to add: the output is written
     const Range inner{begin, begin + kInnerBlock < p.inner ? begin + kInnerBlock : p.inner};
     int64_t row = 0;
-    for (; row + kProductRows <= p.rows; row += kProductRows)
-      ProductBlock<kProductRows, kVectors, kTail>(p, inner, row, column, n);
-    for (; row + 4 <= p.rows; row += 4) ProductBlock<4, kVectors, kTail>(p, inner, row, column, n);
-    for (; row + 2 <= p.rows; row += 2) ProductBlock<2, kVectors, kTail>(p, inner, row, column, n);
-    for (; row < p.rows; ++row) ProductBlock<1, kVectors, kTail>(p, inner, row, column, n);
+    const auto rows = [&](auto count) CBAM_INLINE_LAMBDA {
+      for (; row + count <= p.rows; row += count)
+        ProductBlock<count, kVectors, kTail>(p, inner, row, column, n);
+    };
+    constexpr int kMost = kProductSums / (kVectors > 2 ? kVectors : 2);
+    rows(Constant<kMost>());
+    if constexpr (kMost > 4) rows(Constant<4>());
+    if constexpr (kMost > 2) rows(Constant<2>());
+    if constexpr (kMost > 1) rows(Constant<1>());
     begin += kInnerBlock;
   } while (begin < p.inner);
 }
 
 template <typename A>
-void Multiply(const Product<A>& p) {
+CBAM_INLINE void MultiplyRows(const Product<A>& p) {
   constexpr int64_t kLanes = Simd<A>::kLanes;
   int64_t column = 0;
-  for (; column + 2 * kLanes <= p.columns; column += 2 * kLanes) {
-    ProductColumns<2, false>(p, column, kLanes);
-  }
-  for (; column + kLanes <= p.columns; column += kLanes) {
-    ProductColumns<1, false>(p, column, kLanes);
-  }
+  const auto columns = [&](auto vectors) CBAM_INLINE_LAMBDA {
+    for (; column + vectors * kLanes <= p.columns; column += vectors * kLanes)
+      ProductColumns<vectors, false>(p, column, kLanes);
+  };
+  // Of few rows more columns at a time: as many sums, and longer pieces of b.
+  if (p.rows < kProductSums / 4) columns(Constant<8>());
+  if (p.rows < kProductSums / 2) columns(Constant<4>());
+  columns(Constant<2>());
+  columns(Constant<1>());
   if (column < p.columns) ProductColumns<1, true>(p, column, p.columns - column);
+}
+
+template <typename A>
+void Multiply(const Product<A>& p) {
+  // Where b stays in the first-level cache, the output is written in the order of memory.
+  const bool b_stays = p.b_rows * p.columns * int64_t{sizeof(A)} <= kPanelBytes;
+  const int64_t step = b_stays ? kProductSums / 2 : p.rows;
+  Product<A> part = p;
+  for (int64_t left = p.rows; left > 0; left -= step) {
+    part.rows = step < left ? step : left;
+    MultiplyRows(part);
+    part.a += step * p.a_row_stride;
+    part.out += step * p.out_stride;
+  }
 }
 
 // Rows and columns whose dot products fill the registers beside what a step loads.
@@ -115,6 +147,7 @@ CBAM_INLINE void DotBlock(const DotProducts<A>& p, int64_t row, int64_t column) 
     for (int i = 0; i < kRows; ++i) left[i] = load(a + i * p.a_stride + k);
     for (int j = 0; j < kColumns; ++j) {
       const V right = load(b + j * p.b_stride + k);
+      if constexpr (kRows > 1) FetchAhead(b + j * p.b_stride + k, kColumns * p.b_stride);
       for (int i = 0; i < kRows; ++i) sum[i][j] = Fma(left[i], right, sum[i][j]);
     }
   };

@@ -177,7 +177,7 @@ class ForwardPipeline {
                meet_early = MeetEarly();
     const int branch = UsesMean(problem_.pooling) ? 0 : 1;
 
-    const Blocks hidden_blocks = mlp.HiddenBlocks(samples);
+    const Blocks hidden_blocks = mlp.HiddenBlocks(wave);
     ForEach(wave.parallel, hidden_blocks.count, [&](int64_t i) {
       const Range columns = hidden_blocks.At(i);
       mlp.HiddenBlock(descriptors, samples, columns, hidden);
@@ -188,7 +188,7 @@ class ForwardPipeline {
     });
 
     A* gate = ChannelGateOf(args, wave.first);
-    const Blocks channel_blocks = mlp.ChannelBlocks(samples);
+    const Blocks channel_blocks = mlp.ChannelBlocks(wave);
     ForEach(wave.parallel, channel_blocks.count, [&](int64_t i) {
       const Range columns = channel_blocks.At(i);
       A* logits = logits_of[branch];

@@ -20,23 +20,30 @@ namespace cpu {
 namespace CBAM_LEVEL {
 namespace {
 
-// A tile of a map: `rows` rows of `columns` contiguous elements, `stride` elements apart.
+// A tile of a map: `rows` rows of `columns` contiguous elements, `stride` elements apart. What is
+// read soon lies `ahead` elements after what is read now.
 template <typename T>
 struct Tile {
   const T* data;
-  int64_t rows, columns, stride;
+  int64_t rows, columns, stride, ahead;
 };
+
+// How far ahead the caches are told: from 2 to 6 KB are within the noise of each other
+// (benchmarks/NOTES.md). Of rows that are shorter and do not follow each other, the next row.
+constexpr int64_t kAheadBytes = 2048;
 
 template <typename T>
 CBAM_INLINE Tile<T> MakeTile(const Sample& sample, const void* map, Range positions,
                              Range channels) {
   const T* data = static_cast<const T*>(map);
+  constexpr int64_t kAhead = kAheadBytes / int64_t{sizeof(T)};
   if (sample.layout == Layout::kNHWC) {
     return {data + positions.begin * sample.channels + channels.begin, positions.size(),
-            channels.size(), sample.channels};
+            channels.size(), sample.channels, kAhead};
   }
+  const bool follow = positions.size() == sample.positions || positions.size() > kAhead;
   return {data + channels.begin * sample.positions + positions.begin, channels.size(),
-          positions.size(), sample.positions};
+          positions.size(), sample.positions, follow ? kAhead : sample.positions};
 }
 template <typename T>
 CBAM_INLINE Tile<T> MakeTile(const Sample& sample, const void* map, Range positions) {
@@ -50,6 +57,13 @@ CBAM_INLINE auto LoadSome(const T* p, int64_t n) -> decltype(Load(p)) {
   } else {
     return Load(p);
   }
+}
+
+// Of a map that may have to come from memory.
+template <bool kTail, typename T>
+CBAM_INLINE auto LoadMap(const T* p, int64_t ahead, int64_t n) -> decltype(Load(p)) {
+  if constexpr (!kTail) FetchAhead(p, ahead);
+  return LoadSome<kTail>(p, n);
 }
 
 // A value per column (read with the vector) or per row (splat once).
@@ -443,7 +457,7 @@ struct PoolBody {
   }
   template <bool kTail>
   CBAM_INLINE void Accumulate(const Row& row, int64_t column, int64_t n, V* sum, V* maximum) const {
-    V v = LoadSome<kTail>(row.x + column, n);
+    V v = LoadMap<kTail>(row.x + column, x.ahead, n);
     if constexpr (kGated) v *= gate.template At<kTail>(row.gate, column, n);
     *sum += v;
     if constexpr (kTail) v = Select(FirstLanes<A>(n), v, Splat<A>(-kInfinity<A>));
@@ -692,10 +706,10 @@ struct BackwardPositionsBody {
   }
   template <bool kTail>
   CBAM_INLINE void Accumulate(const Row& row, int64_t column, int64_t n, V* dot, V* count) const {
-    const V x_value = LoadSome<kTail>(row.x + column, n);
+    const V x_value = LoadMap<kTail>(row.x + column, x.ahead, n);
     V u = x_value;
     if constexpr (kGated) u *= gate.template At<kTail>(row.gate, column, n);
-    if constexpr (kHasDy) *dot = Fma(LoadSome<kTail>(row.dy + column, n), u, *dot);
+    if constexpr (kHasDy) *dot = Fma(LoadMap<kTail>(row.dy + column, x.ahead, n), u, *dot);
     auto tie = (kMaximumOfX ? x_value : u) == maximum.template At<kTail>(row.maximum, column, n);
     if constexpr (kTail) tie &= FirstLanes<A>(n);
     *count = AddWhere(*count, tie, Splat<A>(1));
@@ -825,9 +839,9 @@ struct BackwardBody {
   // Pass B.
   template <bool kTail>
   CBAM_INLINE void Accumulate(const Row& row, int64_t column, int64_t n, V* dot, V* count) const {
-    const V x_value = LoadSome<kTail>(row.x + column, n);
+    const V x_value = LoadMap<kTail>(row.x + column, x.ahead, n);
     if constexpr (kHasDy) {
-      const V dy_value = LoadSome<kTail>(row.dy + column, n);
+      const V dy_value = LoadMap<kTail>(row.dy + column, x.ahead, n);
       *dot = Fma(OfProduct<kTail>(row, x_value, dy_value, column, n), x_value, *dot);
     }
     auto tie =
@@ -856,14 +870,14 @@ struct BackwardMapBody : BackwardBody<T, kChannelsAreColumns, kModule> {
   }
   template <bool kTail>
   CBAM_INLINE V Value(const Row& row, int64_t column, int64_t n) const {
-    const V x_value = LoadSome<kTail>(row.x + column, n);
+    const V x_value = LoadMap<kTail>(row.x + column, this->x.ahead, n);
     V dx{};
     if constexpr (kModule == Module::kSpatialPool || kModule == Module::kSpatialAttention ||
                   kModule == Module::kParallel) {
       dx = this->template FromDescriptors<kTail>(row, x_value, column, n);
     }
     if constexpr (Base::kHasDy) {
-      const V dy_value = LoadSome<kTail>(row.dy + column, n);
+      const V dy_value = LoadMap<kTail>(row.dy + column, this->x.ahead, n);
       if constexpr (kModule == Module::kSpatialAttention) {
         dx = Fma(dy_value, this->template PositionGate<kTail>(row, column, n), dx);
       } else {

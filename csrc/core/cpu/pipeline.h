@@ -199,15 +199,19 @@ struct Geometry {
     }
     units = units_per_row > 1 ? height * units_per_row : CeilDiv(height, unit_rows);
 
-    // Of an NCHW map a step reads and writes a run per channel: of kRunBytes, and of whole cache
-    // lines where rows allow, since a line that two steps write in part is streamed twice.
+    // Of an NCHW map a step reads and writes a run per channel: all of it up to kWholeBytes, which
+    // is the order of memory; of a longer one kRunBytes, so that pass B finds the step in a cache,
+    // and whole cache lines where rows allow, since a line that two steps write in part is streamed
+    // twice.
     const int64_t element = ElementSize(problem.dtype);
     const int64_t row_bytes = std::max<int64_t>(1, width * channels * element);
     step_rows = std::max<int64_t>(1, kStepBytes / row_bytes);
     if (sample.layout == Layout::kNCHW) {
       const int64_t run_row = std::max<int64_t>(1, width * element);
-      step_rows = RoundUp(std::max(step_rows, CeilDiv(kRunBytes, run_row)),
-                          64 / std::gcd(run_row, int64_t{64}));
+      step_rows = height * run_row <= kWholeBytes
+                      ? height
+                      : RoundUp(std::max(step_rows, CeilDiv(kRunBytes, run_row)),
+                                64 / std::gcd(run_row, int64_t{64}));
     }
     step_rows = std::clamp<int64_t>(step_rows, 1, std::max<int64_t>(1, height));
 
@@ -346,7 +350,8 @@ struct Geometry {
   // What a sample counts at least: it has results of its own to keep besides its maps.
   static constexpr int64_t kLeastSampleBytes = 2048;
   static constexpr int64_t kUnitPositions = 256;
-  static constexpr int64_t kRunBytes = 4096;
+  static constexpr int64_t kRunBytes = 512;
+  static constexpr int64_t kWholeBytes = 4096;
   static constexpr int64_t kStepBytes = int64_t{128} << 10;
 };
 
@@ -567,12 +572,13 @@ class BatchNorm {
   double mean_ = 0, variance_ = 0, inverse_deviation_ = 0;
 };
 
-// Cuts `size` columns of work into blocks of whole cache lines; one block where there is little to
-// do.
+// Cuts `size` columns of work into blocks of whole cache lines, a few for each thread: the longer a
+// block's rows, the faster they are read and written.
 struct Blocks {
-  Blocks(int64_t size, int64_t multiply_adds) : size_(size) {
-    const int64_t wanted = std::clamp<int64_t>(multiply_adds / 32768, 1, 64);
-    block_ = std::max<int64_t>(32, RoundUp(CeilDiv(size, wanted), 32));
+  Blocks(const Parallel& parallel, int64_t size, int64_t multiply_adds) : size_(size) {
+    const int64_t threads = std::max(1, parallel.threads), least = threads > 1 ? 32 : 256;
+    const int64_t wanted = std::clamp<int64_t>(multiply_adds / 32768, 1, 4 * threads);
+    block_ = std::max(least, RoundUp(CeilDiv(size, wanted), 32));
     count = CeilDiv(size, block_);
   }
   Range At(int64_t i) const { return {i * block_, std::min(size_, (i + 1) * block_)}; }
@@ -612,11 +618,11 @@ struct Mlp {
                    b1 == nullptr ? nullptr : b1 + columns.begin, activation, out + columns.begin,
                    problem.channels});
   }
-  Blocks HiddenBlocks(int64_t samples) const {
-    return {problem.hidden, samples * problem.channels * problem.hidden};
+  Blocks HiddenBlocks(const Wave& wave) const {
+    return {wave.parallel, problem.hidden, wave.samples * problem.channels * problem.hidden};
   }
-  Blocks ChannelBlocks(int64_t samples) const {
-    return {problem.channels, samples * problem.channels * problem.hidden};
+  Blocks ChannelBlocks(const Wave& wave) const {
+    return {wave.parallel, problem.channels, wave.samples * problem.channels * problem.hidden};
   }
 };
 

@@ -470,6 +470,15 @@ CBAM_INLINE typename Simd<A>::I FirstLanes(int64_t n) {
   return lane < static_cast<Scalar>(n);
 }
 
+// Asks for what lies `elements` after p, which may be past the end of what p points into, to be in
+// the second-level cache.
+template <typename T>
+CBAM_INLINE void FetchAhead(const T* p, int64_t elements) {
+  __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(p) +
+                                                   static_cast<size_t>(elements) * sizeof(T)),
+                     0, 2);
+}
+
 // Past the caches, for outputs that will not be read before they are evicted. `p` must be aligned
 // to what is stored.
 CBAM_INLINE void Stream(float* p, VF v) {
