@@ -97,9 +97,8 @@ _MODULE = {
 }
 # How many batches a batch norm has seen, which no Keras layer counts.
 _COUNTER = "num_batches_tracked"
-# Where training programs put the weights among other things, and what wrappers put before names.
+# Where training programs put the weights among other things.
 _WRAPPED = ("state_dict", "model_state_dict", "model")
-_PREFIXES = ("module.", "_orig_mod.")
 
 
 # What a module of one dialect has, whatever its sizes.
@@ -148,7 +147,7 @@ def from_torch(
             ``safetensors``) or of a ``.pth`` or ``.pt`` file (read by
             ``torch.load(weights_only=True)``, which runs no code of it), or a state dict of tensors
             or arrays. The weights may lie under ``"state_dict"``, ``"model_state_dict"`` or
-            ``"model"``, their names begin with ``module.``; half types are widened.
+            ``"model"``, and all names begin with the same, as ``module.``; half types are widened.
         attention: None, or "new" for a plain ResNet's checkpoint (of torchvision or timm): its
             blocks get modules with initial weights.
         dialect: one of `cbam_ops.dialects`, of new modules only; None is "official".
@@ -260,9 +259,9 @@ def _weights(source: Any) -> tuple[str, dict[str, Any]]:
         tensors = inner
     if not isinstance(tensors, Mapping) or not tensors or not all(map(_is_name, tensors)):
         _refuse(f"{_text(source)} holds no weights by name")
-    prefix = ""
-    while found := [p for p in _PREFIXES if all(k.startswith(prefix + p) for k in tensors)]:
-        prefix += found[0]
+    stems = {f"{layout.stem[0]}.weight" for layout in _LAYOUTS.values()}
+    before = (k.removesuffix(s) for k in tensors for s in stems if f".{k}".endswith(f".{s}"))
+    prefix = next((p for p in before if all(k.startswith(p) for k in tensors)), "")
     return prefix, {key.removeprefix(prefix): tensor for key, tensor in tensors.items()}
 
 

@@ -139,17 +139,19 @@ def test_widths_follow_from_the_shapes(tmp_path, architecture):
         testing.assert_same_bits(weight.numpy(), value.numpy(), weight.path)
 
 
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-def test_half_types_wrappers_and_prefixes(tmp_path, dtype):
+@pytest.mark.parametrize(
+    ("dtype", "prefix"), [("float16", "module."), ("bfloat16", "net._orig_mod.")]
+)
+def test_half_types_wrappers_and_prefixes(tmp_path, dtype, prefix):
     """As training programs save them; the way back is the same again, and bit for bit."""
     kind = ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype
     arrays = {
-        f"module.{name}": value if "num_batches" in name else value.astype(kind)
+        f"{prefix}{name}": value if "num_batches" in name else value.astype(kind)
         for name, value in checkpoint(tmp_path).items()
     }
-    arrays["module.bn1.num_batches_tracked"] = np.array(41)
+    arrays[f"{prefix}bn1.num_batches_tracked"] = np.array(41)
     safetensors.numpy.save_file(arrays, tmp_path / "half.safetensors")
-    expected = arrays["module.bn1.weight"].astype(np.float32)
+    expected = arrays[f"{prefix}bn1.weight"].astype(np.float32)
     for source in (
         tmp_path / "half.safetensors",
         {"epoch": 3, "state_dict": arrays},
