@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import os
+import re
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
@@ -20,7 +21,8 @@ class CommandError(Exception):
 
 def first_line(error: Exception) -> str:
     """What an error says, in a line; of Keras's about a layer, what is behind it."""
-    lines = [line.strip(" \x1b[01m") for line in str(error).splitlines() if line.strip()]
+    text = re.sub(r"\x1b\[\d*m", "", str(error))  # Keras's are partly bold
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
     if len(lines) > 1 and lines[0].startswith("Exception encountered"):
         del lines[0]
     return lines[0] if lines else type(error).__name__

@@ -605,3 +605,19 @@ def test_table_aligns(capsys):
     lines = [line.rstrip() for line in capsys.readouterr().out.splitlines() if line.strip()]
     assert len(lines[0]) == len(lines[2]) and lines[2].strip().startswith("[long] name[long]")
     assert lines[2].endswith("1") and lines[3].strip() == "x"
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("[Errno 21] at most 10\nmore", "[Errno 21] at most 10"),
+        (
+            "Exception encountered when calling CBAM.call().\n\n\x1b[1m`x` has 10\x1b[0m",
+            "`x` has 10",
+        ),
+        ("", "ValueError"),
+    ],
+)
+def test_first_line_of_an_error(text, line):
+    """Fails when a message loses its brackets or digits with Keras's bold letters."""
+    assert console.first_line(ValueError(text)) == line
