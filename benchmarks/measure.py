@@ -1,4 +1,4 @@
-"""Checks, weighs and times one case; runs in a process of its own."""
+"""Checks, times and weighs one case; runs in a process of its own."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from cbam_ops._bench import Case, Inputs, Outcome, Provider
 
 # Peaks are read in pages of a process whose counters are a few hundred KB apart.
 _LEAST_MAP_FOR_MEMORY = 4 * 2**20
+_M_MMAP_THRESHOLD = -3  # of malloc.h
 
 
 def _status_bytes(field: str) -> int:
@@ -29,11 +30,17 @@ def _status_bytes(field: str) -> int:
 
 
 def _trim() -> None:
-    """Gives free heap memory back to the system, so that its next use shows."""
+    """Gives free heap memory back to the system, so that its next use shows.
+
+    From now on, too, what is as large as a descriptor: the C library would keep it, in more places
+    the more threads there are.
+    """
     gc.collect()
     try:
-        ctypes.CDLL(None).malloc_trim(0)
-    except (OSError, AttributeError):  # another C library: peaks may come out too low
+        library = ctypes.CDLL(None)
+        library.mallopt(_M_MMAP_THRESHOLD, 2**16)
+        library.malloc_trim(0)
+    except (OSError, AttributeError):  # another C library: peaks may come out wrong
         pass
 
 
@@ -80,7 +87,7 @@ def measure(
     providers: Mapping[str, Provider] = PROVIDERS,
     truth_of: Callable[[Case, Inputs], dict[str, np.ndarray]] = _bench.truth_of,
 ) -> Outcome:
-    """Checks, weighs and times a case.
+    """Checks, times and weighs a case.
 
     Args:
       case: what to measure, with a known number of threads.
@@ -90,7 +97,9 @@ def measure(
       truth_of: what results are checked against.
     """
     inputs, prepared, outcome = _bench.prepare(case, cache_bytes, providers, truth_of)
-    # What a step returns is no extra: y, the gradients of the maps and of the weights.
+    outcome.rows = _bench.time_prepared(case, inputs, prepared, seconds)
+    # Last, as memory that shows takes longer to get. What a step returns is no extra: y, the
+    # gradients of the maps and of the weights.
     returned = len(inputs.sets[0]) * case.map_bytes + case.weight_bytes
     extra: dict[str, int] = {}
     for name, candidate in prepared.items():
@@ -103,7 +112,6 @@ def measure(
             peak = peak_bytes(candidate.step)
             if peak is not None:
                 extra[name] = max(0, peak - returned)
-    outcome.rows = _bench.time_prepared(case, inputs, prepared, seconds)
     for row in outcome.rows:
         row["operations"] = cases.operations(case, row["mode"])
         if row["mode"] == "step" and row["provider"] in extra:

@@ -121,10 +121,6 @@ def measure_network(case: NetworkCase, seconds: float) -> Outcome:
         }
         for function in functions.values():
             function(0)  # traces with the fused ops
-    extra = {
-        name: peak_bytes(lambda f=f: f(1)) if shows_memory("tensorflow") else None  # type: ignore[misc]
-        for name, f in functions.items()
-    }
     if case.mode == "training" and "stock" in functions:
         losses = {name: float(f(0)) for name, f in functions.items() if _attends(name)}
         stock_loss = losses["stock"]
@@ -134,6 +130,10 @@ def measure_network(case: NetworkCase, seconds: float) -> Outcome:
         if outcome.wrong:
             return outcome
     times = interleave(functions, _TIMES_A_ROW * seconds, pairs=True)
+    extra = {
+        name: peak_bytes(lambda f=f: f(1)) if shows_memory("tensorflow") else None  # type: ignore[misc]
+        for name, f in functions.items()
+    }
     ours = spread(times[OURS])["median_s"] if OURS in times else None
     for name, values in times.items():
         figures = spread(values)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import dataclasses
 import math
 import multiprocessing
@@ -270,6 +271,22 @@ def test_peak_memory():
     if peak is None:
         pytest.skip("this system does not let a process reset its peak")
     assert size * 0.9 < peak < size * 1.5
+
+
+def test_peak_memory_of_another_thread():
+    """What a thread had before was kept for it, and its next use did not show."""
+    size = 4 * 2**20
+    with concurrent.futures.ThreadPoolExecutor(1) as thread:
+
+        def ones(count):
+            return thread.submit(np.ones, count, np.uint8).result()[:1].copy()
+
+        ones(2 * size)  # what is freed tells the C library what is worth keeping
+        ones(size)
+        peak = measure.peak_bytes(lambda: ones(size))
+    if peak is None:
+        pytest.skip("this system does not let a process reset its peak")
+    assert size * 0.8 < peak < size * 1.5
 
 
 # --- the run --------------------------------------------------------------------------------------
