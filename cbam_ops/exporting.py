@@ -54,6 +54,9 @@ class ExportError(RuntimeError):
         super().__init__(message)
         self.path = path
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (*self.args, self.path)  # how it comes back from a process of a pool
+
 
 def export(
     model: Any,

@@ -35,6 +35,9 @@ class NativeUnavailableError(RuntimeError):
         super().__init__(f"The native implementation cannot be used. {cause}")
         self.cause = cause
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.cause,)  # how it comes back from a process of a pool
+
 
 _lock = threading.Lock()
 _process: str | None = None  # None until first used: then the environment variable decides

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import json
+import pickle
 import threading
 import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,6 +17,7 @@ import pytest
 import cbam_ops
 from cbam_ops import _loader, options
 from cbam_ops._loader import Cause
+from cbam_ops.exporting import ExportError
 
 pytestmark = pytest.mark.usefixtures("fresh_options")
 
@@ -207,6 +210,15 @@ def test_native_raises_the_cause_and_the_fix(monkeypatch):
 def test_the_native_ops_are_used_where_they_load(choice):
     with cbam_ops.use_implementation(choice):
         assert options.native_ops() is _loader.load_ops()
+
+
+@pytest.mark.parametrize(
+    "error", [cbam_ops.NativeUnavailableError(CAUSE), ExportError("It differs.", Path("left"))]
+)
+def test_errors_come_back_from_processes(error):
+    """Fails where a pool of processes would wait for ever for what one of them raised."""
+    again = pickle.loads(pickle.dumps(error))
+    assert (str(again), vars(again)) == (str(error), vars(error))
 
 
 def test_build_info_says_what_is_installed():
