@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import gc
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,9 @@ from baselines import PROVIDERS
 from cbam_ops import _bench
 from cbam_ops._bench import Case, Inputs, Outcome, Provider
 
-# Peaks are read in pages of a process whose counters are a few hundred KB apart.
-_LEAST_MAP_FOR_MEMORY = 4 * 2**20
-_M_MMAP_THRESHOLD = -3  # of malloc.h
+# Peaks are read from counters of pages that lag by up to 256 KB for each thread.
+_LEAST_MAP_FOR_MEMORY = 12 * 2**20
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 
 
 def _status_bytes(field: str) -> int:
@@ -29,19 +30,27 @@ def _status_bytes(field: str) -> int:
     raise OSError(f"/proc/self/status has no {field}")
 
 
-def _trim() -> None:
-    """Gives free heap memory back to the system, so that its next use shows.
+@contextlib.contextmanager
+def _memory_that_shows() -> Iterator[Callable[[], object]]:
+    """Has the C library give back what is freed, in every thread, so that its next use shows.
 
-    From now on, too, what is as large as a descriptor: the C library would keep it, in more places
-    the more threads there are.
+    Yields a function that gives back what the main thread kept until then; what another kept goes
+    when it next frees anything. Afterwards the library keeps as much as it comes to by itself: who
+    is timed in this process later must not fault in fresh pages.
     """
-    gc.collect()
     try:
         library = ctypes.CDLL(None)
-        library.mallopt(_M_MMAP_THRESHOLD, 2**16)
-        library.malloc_trim(0)
+        mallopt, trim = library.mallopt, library.malloc_trim
     except (OSError, AttributeError):  # another C library: peaks may come out wrong
-        pass
+        yield lambda: None
+        return
+    try:
+        mallopt(_M_MMAP_THRESHOLD, 2**16)
+        mallopt(_M_TRIM_THRESHOLD, 2**16)
+        yield lambda: trim(0)
+    finally:
+        mallopt(_M_MMAP_THRESHOLD, 2**25)
+        mallopt(_M_TRIM_THRESHOLD, 2**26)
 
 
 def peak_bytes(function: Callable[[], Any], attempts: int = 3) -> int | None:
@@ -52,13 +61,16 @@ def peak_bytes(function: Callable[[], Any], attempts: int = 3) -> int | None:
     """
     found = []
     try:
-        for _ in range(attempts):
-            _trim()
-            before = _status_bytes("VmRSS")
-            Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-            result = function()
-            found.append(_status_bytes("VmHWM") - before)
-            del result
+        with _memory_that_shows() as give_back:
+            function()  # in what its threads kept
+            for _ in range(attempts):
+                gc.collect()
+                give_back()
+                before = _status_bytes("VmRSS")
+                Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+                result = function()
+                found.append(_status_bytes("VmHWM") - before)
+                del result
     except OSError:
         return None
     return max(0, min(found))
@@ -98,8 +110,7 @@ def measure(
     """
     inputs, prepared, outcome = _bench.prepare(case, cache_bytes, providers, truth_of)
     outcome.rows = _bench.time_prepared(case, inputs, prepared, seconds)
-    # Last, as memory that shows takes longer to get. What a step returns is no extra: y, the
-    # gradients of the maps and of the weights.
+    # What a step returns is no extra: y, the gradients of the maps and of the weights.
     returned = len(inputs.sets[0]) * case.map_bytes + case.weight_bytes
     extra: dict[str, int] = {}
     for name, candidate in prepared.items():

@@ -7,6 +7,7 @@ import dataclasses
 import math
 import multiprocessing
 import os
+import resource
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -287,6 +288,16 @@ def test_peak_memory_of_another_thread():
     if peak is None:
         pytest.skip("this system does not let a process reset its peak")
     assert size * 0.8 < peak < size * 1.5
+
+
+def test_a_weighing_leaves_the_allocator_as_it_was():
+    """Who was timed after another was weighed faulted in fresh pages, call by call."""
+    measure.peak_bytes(lambda: None)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(50):
+        np.ones(2**20, np.uint8)
+    faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+    assert faults < 50 * 2**20 / resource.getpagesize() / 4
 
 
 # --- the run --------------------------------------------------------------------------------------
