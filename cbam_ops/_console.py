@@ -184,17 +184,6 @@ def quiet_start_up() -> Iterator[None]:
             os.close(kept)
 
 
-def check_backend(who: str) -> None:
-    """Raises RuntimeError where Keras runs on another backend than TensorFlow's."""
-    import keras
-
-    if keras.backend.backend() != "tensorflow":
-        raise RuntimeError(
-            f"{who} needs the TensorFlow backend of Keras, but Keras runs on "
-            f"{keras.backend.backend()!r}: set KERAS_BACKEND=tensorflow before importing keras."
-        )
-
-
 def import_tensorflow() -> None:
     """Imports TensorFlow and Keras.
 

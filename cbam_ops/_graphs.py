@@ -10,7 +10,8 @@ from typing import Any
 
 import keras
 
-from cbam_ops._console import check_backend, first_line
+from cbam_ops._console import first_line
+from cbam_ops._loader import check_backend
 
 
 class Graph:

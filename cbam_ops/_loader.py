@@ -235,12 +235,26 @@ def find_cause(directory: Path | None, tensorflow_version: str) -> Cause | None:
     return None
 
 
+_BACKEND_FIX = "set KERAS_BACKEND=tensorflow before importing keras."
+
+
+def check_backend(who: str) -> None:
+    """Raises RuntimeError where Keras runs on another backend than TensorFlow's."""
+    import keras
+
+    if keras.backend.backend() != "tensorflow":
+        raise RuntimeError(
+            f"{who} needs the TensorFlow backend of Keras, but Keras runs on "
+            f"{keras.backend.backend()!r}: {_BACKEND_FIX}"
+        )
+
+
 def backend_fix(error: Exception | None) -> str:
     """What mends an import that failed for the backend that Keras is set to; else empty."""
     module = getattr(error, "name", None)  # that is missing
     other = os.environ.get("KERAS_BACKEND", "tensorflow") != "tensorflow"
     if module in ("jax", "torch", "openvino") or (other and module not in ("tensorflow", "keras")):
-        return "cbam_ops needs Keras's TensorFlow backend: set KERAS_BACKEND=tensorflow."
+        return f"cbam_ops needs the TensorFlow backend of Keras: {_BACKEND_FIX}"
     return ""
 
 

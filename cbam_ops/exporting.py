@@ -107,7 +107,7 @@ def export(
     Example:
     >>> cbam_ops.export(model, "model.tflite", "litert", optimizations="dynamic_range")
     """
-    _console.check_backend("export")
+    _loader.check_backend("export")
     target = Path(path)
     _check(target, format, optimizations, data, overwrite)
     _require(format, verify)

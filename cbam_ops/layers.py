@@ -21,8 +21,8 @@ import keras
 import tensorflow as tf
 
 from cbam_ops import _call, ops, options
-from cbam_ops._console import check_backend
 from cbam_ops._dialects import options_of_dialect
+from cbam_ops._loader import check_backend
 
 __all__ = ["CBAM", "ChannelAttention", "SpatialAttention"]
 
