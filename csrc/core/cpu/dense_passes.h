@@ -26,7 +26,8 @@ constexpr int64_t kInnerBlock = 256;
 // others 16.
 constexpr int kProductSums = CBAM_VECTOR_BYTES == 64 ? 16 : 12;
 
-// Rows of b by which the caches are told ahead: of each row a block reads a piece.
+// Rows of b by which the caches are told ahead where a block reads so short a piece of each that
+// processors do not see it coming. A tail alone is too little; 8 vectors are runs that they see.
 constexpr int64_t kProductAhead = 16;
 
 // What the first-level cache holds beside the rows that a product reads and writes.

@@ -104,8 +104,8 @@ CBAM_DEVICE void RunItems(const Call<A>& call, Run run) {
 }
 
 // Calls pass(traits) with those of the call's maps. A kernel has the passes for both layouts, with and
-// without vectors, and for NCHW whose rows are several channels: what is not a pass over maps, the most
-// of its code, is compiled once for all five.
+// without vectors, and for NCHW whose rows are several channels: what is not a pass over maps, nearly
+// half of its code, is compiled once for all five.
 template <typename T, typename RunPass>
 CBAM_DEVICE void WithTraits(const Call<Compute<T>>& call, RunPass pass) {
   if constexpr (kWidest<T> > 1) {
