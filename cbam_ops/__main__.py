@@ -287,11 +287,16 @@ def _complain(text: str) -> None:
         print(text, file=sys.stderr, flush=True)
 
 
+_AGAIN_SECONDS = 5.0  # more than what an interrupted command still has to put in order
+
+
 @contextlib.contextmanager
 def _interruptible() -> Iterator[None]:
     """Makes Ctrl-C a KeyboardInterrupt whatever the block makes of it.
 
-    TensorFlow, interrupted while it calls Python, ends with an error of its own.
+    TensorFlow, interrupted while it calls Python, ends with an error of its own. In a destructor,
+    or where everything is caught, a KeyboardInterrupt is lost: it comes again while the block goes
+    on.
     """
     before = signal.getsignal(signal.SIGINT)
     in_main_thread = threading.current_thread() is threading.main_thread()
@@ -303,9 +308,12 @@ def _interruptible() -> Iterator[None]:
     def interrupt(number: int, frame: types.FrameType | None) -> None:
         nonlocal interrupted
         interrupted = True
+        signal.setitimer(signal.ITIMER_REAL, _AGAIN_SECONDS)
         signal.default_int_handler(number, frame)
 
-    signal.signal(signal.SIGINT, interrupt)
+    handlers = {
+        number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGALRM)
+    }
     try:
         yield
     except Exception as error:
@@ -313,7 +321,9 @@ def _interruptible() -> Iterator[None]:
             raise KeyboardInterrupt from error
         raise
     finally:
-        signal.signal(signal.SIGINT, before)
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -220,6 +221,29 @@ def test_an_interrupt_that_becomes_another_error_is_one(monkeypatch, capsys):
         result = _here(capsys, "check")
         assert (result.returncode, result.stderr) == (130, "\ncbam-ops check: interrupted\n")
         assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def test_an_interrupt_that_is_lost_comes_again(monkeypatch, capsys):
+    """Fails when a command goes on after a Ctrl-C that came where errors are swallowed."""
+
+    def run(quick: bool) -> int:
+        with contextlib.suppress(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+        for _ in range(1000):
+            time.sleep(0.01)
+        return 0
+
+    monkeypatch.setattr(check, "run", run)
+    monkeypatch.setattr(command, "_AGAIN_SECONDS", 0.1)
+    alarm = signal.getsignal(signal.SIGALRM)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        result = _here(capsys, "check")
+        assert (result.returncode, result.stderr) == (130, "\ncbam-ops check: interrupted\n")
+        assert signal.getitimer(signal.ITIMER_REAL) == (0, 0)
+        assert signal.getsignal(signal.SIGALRM) is alarm
     finally:
         signal.signal(signal.SIGINT, before)
 
