@@ -20,30 +20,36 @@ namespace cpu {
 namespace CBAM_LEVEL {
 namespace {
 
-// A tile of a map: `rows` rows of `columns` contiguous elements, `stride` elements apart. What is
-// read soon lies `ahead` elements after what is read now.
+// A tile of a map: `rows` rows of `columns` contiguous elements, `stride` elements apart. What the
+// caches are told of lies `ahead` elements after what is read, if that is not 0.
 template <typename T>
 struct Tile {
   const T* data;
   int64_t rows, columns, stride, ahead;
 };
 
-// How far ahead the caches are told: from 2 to 6 KB are within the noise of each other
-// (benchmarks/NOTES.md). Of rows that are shorter and do not follow each other, the next row.
+// How far ahead of what is read from memory the caches are told: from 2 to 6 KB are within the noise
+// of each other (benchmarks/NOTES.md).
 constexpr int64_t kAheadBytes = 2048;
+
+// The same in elements; of rows that are shorter and do not follow each other, the next row; or 0.
+template <typename T>
+CBAM_INLINE int64_t Ahead(const Sample& sample, int64_t columns, int64_t stride) {
+  if (!sample.from_memory) return 0;
+  constexpr int64_t kAhead = kAheadBytes / int64_t{sizeof(T)};
+  return columns == stride || columns > kAhead || sample.layout == Layout::kNHWC ? kAhead : stride;
+}
 
 template <typename T>
 CBAM_INLINE Tile<T> MakeTile(const Sample& sample, const void* map, Range positions,
                              Range channels) {
   const T* data = static_cast<const T*>(map);
-  constexpr int64_t kAhead = kAheadBytes / int64_t{sizeof(T)};
   if (sample.layout == Layout::kNHWC) {
     return {data + positions.begin * sample.channels + channels.begin, positions.size(),
-            channels.size(), sample.channels, kAhead};
+            channels.size(), sample.channels, Ahead<T>(sample, channels.size(), sample.channels)};
   }
-  const bool follow = positions.size() == sample.positions || positions.size() > kAhead;
   return {data + channels.begin * sample.positions + positions.begin, channels.size(),
-          positions.size(), sample.positions, follow ? kAhead : sample.positions};
+          positions.size(), sample.positions, Ahead<T>(sample, positions.size(), sample.positions)};
 }
 template <typename T>
 CBAM_INLINE Tile<T> MakeTile(const Sample& sample, const void* map, Range positions) {
@@ -59,10 +65,12 @@ CBAM_INLINE auto LoadSome(const T* p, int64_t n) -> decltype(Load(p)) {
   }
 }
 
-// Of a map that may have to come from memory.
+// Of a map.
 template <bool kTail, typename T>
 CBAM_INLINE auto LoadMap(const T* p, int64_t ahead, int64_t n) -> decltype(Load(p)) {
-  if constexpr (!kTail) FetchAhead(p, ahead);
+  if constexpr (!kTail) {
+    if (ahead > 0) FetchAhead(p, ahead);
+  }
   return LoadSome<kTail>(p, n);
 }
 
@@ -423,7 +431,7 @@ CBAM_INLINE void ForNarrowTiles(const Sample& sample, Range positions, const Bod
   for (int64_t begin = positions.begin; begin < positions.end; begin += kNarrowPositions) {
     const int64_t left = positions.end - begin;
     const int64_t size = left < kNarrowPositions ? left : kNarrowPositions;
-    body(Sample{Layout::kNCHW, size, sample.channels}, Range{begin, begin + size},
+    body(Sample{Layout::kNCHW, size, sample.channels, false}, Range{begin, begin + size},
          begin - positions.begin);
   }
 }

@@ -23,6 +23,7 @@ struct Sample {
   Layout layout;
   int64_t positions;
   int64_t channels;
+  bool from_memory;  // its batch is more than second-level caches hold
 };
 
 struct Range {

@@ -160,8 +160,10 @@ struct Geometry {
         half_slice_rows(HalfWithin(problem, problem.kernel_height, slice_rows)),
         half_rows(half_slices * slice_rows + half_slice_rows),
         half_columns(HalfWithin(problem, problem.kernel_width, width)),
-        sample{LayoutOf(problem), positions, channels},
+        sample{LayoutOf(problem), positions, channels, false},
         sample_bytes(positions * channels * ElementSize(problem.dtype)) {
+    // Maps that the second-level caches of the call's threads can hold may be there already.
+    sample.from_memory = batch * maps * sample_bytes > 2 * threads * kOwnBytes;
     const int64_t bytes = std::max(kLeastSampleBytes, maps * sample_bytes);
     const int64_t samples = std::max<int64_t>(1, batch);
     int64_t most = std::clamp<int64_t>(kWaveBytes / bytes, 1, samples);
