@@ -11,7 +11,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from . import _loader, testing
-from ._console import quiet_start_up
+from ._cli.arguments import start_up
 from ._dialects import dialects
 from .options import NativeUnavailableError, build_info, set_implementation, use_implementation
 
@@ -51,7 +51,7 @@ __all__ = [
 ]
 
 try:
-    with quiet_start_up():
+    with start_up():
         from . import _flops, _gradients, ops, reference  # noqa: F401
         from .ops import (
             cbam,

@@ -6,8 +6,11 @@ import contextlib
 import importlib
 import os
 import re
+import signal
 import sys
 import tempfile
+import threading
+import types
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -152,18 +155,60 @@ def written(path: Path) -> Iterator[Path]:
         part.unlink(missing_ok=True)
 
 
+_AGAIN_SECONDS = 5.0  # more than what an interrupted command still has to put in order
+
+
+@contextlib.contextmanager
+def interruptible() -> Iterator[None]:
+    """Makes Ctrl-C a KeyboardInterrupt whatever the block makes of it.
+
+    TensorFlow, interrupted while it calls Python, ends with an error of its own. In a destructor,
+    or where everything is caught, a KeyboardInterrupt is lost: it comes again while the block goes
+    on.
+    """
+    before = signal.getsignal(signal.SIGINT)
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    if before is not signal.default_int_handler or not in_main_thread:
+        yield  # ignored, or somebody else's
+        return
+    interrupted = False
+
+    def interrupt(number: int, frame: types.FrameType | None) -> None:
+        nonlocal interrupted
+        interrupted = True
+        signal.setitimer(signal.ITIMER_REAL, _AGAIN_SECONDS)
+        signal.default_int_handler(number, frame)
+
+    handlers = {
+        number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGALRM)
+    }
+    try:
+        yield
+    except Exception as error:
+        if interrupted:
+            raise KeyboardInterrupt from error
+        raise
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+def is_command() -> bool:
+    """Whether this process is `cbam-ops` or `python -m cbam_ops`."""
+    program = sys.argv[0] if getattr(sys, "argv", None) else ""
+    return Path(program).name == "cbam-ops" or sys.orig_argv[1:3] == ["-m", "cbam_ops"]
+
+
 @contextlib.contextmanager
 def quiet_start_up() -> Iterator[None]:
     """Keeps back TensorFlow's start-up messages, if this process is the command.
 
     What the block writes to stderr is shown only if the block fails, or if the user has set
     TF_CPP_MIN_LOG_LEVEL to 0 or 1. (That variable alone does not silence TensorFlow while it
-    loads.) Python imports the package before it runs the command, so the package's import uses this
-    too.
+    loads.)
     """
-    program = sys.argv[0] if getattr(sys, "argv", None) else ""
-    command = Path(program).name == "cbam-ops" or sys.orig_argv[1:3] == ["-m", "cbam_ops"]
-    if not command or os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3") in ("0", "1"):
+    if not is_command() or os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3") in ("0", "1"):
         yield
         return
     try:

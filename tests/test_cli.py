@@ -205,6 +205,48 @@ def test_demo_is_interrupted_cleanly(tmp_path):
     assert errors.strip() == "cbam-ops demo: interrupted"
 
 
+# As the installed script: the package is imported before the command runs, with TensorFlow's place
+# taken by a program.
+_STARTED = """
+import importlib.abc, importlib.machinery, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)
+class Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    def find_spec(self, name, path=None, target=None):
+        if name == "tensorflow":
+            return importlib.machinery.ModuleSpec(name, self)
+    def exec_module(self, module):
+        {tensorflow}
+sys.meta_path.insert(0, Finder())
+sys.argv = ["cbam-ops", *{arguments}]
+from cbam_ops.__main__ import main
+sys.exit(main())
+"""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code"),
+    [(["--help"], 0), (["--version"], 0), (["fuse", "--help"], 0), (["nonsense"], 2), ([], 2)],
+)
+def test_arguments_that_end_the_command_need_no_tensorflow(tmp_path, arguments, code):
+    """Fails when the answer takes the seconds of TensorFlow's import."""
+    program = _STARTED.format(tensorflow="print('IMPORTED')", arguments=arguments)
+    result = _run(cwd=tmp_path, program=("-c", program))
+    assert (result.returncode, "IMPORTED" in result.stdout) == (code, False)
+    assert "usage: cbam-ops" in result.stdout + result.stderr or arguments == ["--version"]
+
+
+@pytest.mark.parametrize("becomes", ["KeyboardInterrupt", "ImportError"])
+def test_an_interrupt_while_tensorflow_is_imported_is_a_sentence(tmp_path, becomes):
+    """Fails when Ctrl-C in the command's first seconds shows a traceback."""
+    tensorflow = f"""
+        try: signal.raise_signal(signal.SIGINT)
+        except KeyboardInterrupt: raise {becomes}
+    """
+    program = _STARTED.format(tensorflow=tensorflow, arguments=["check"])
+    result = _run(cwd=tmp_path, program=("-c", program))
+    assert (result.returncode, result.stderr) == (130, "\ncbam-ops: interrupted\n")
+
+
 def test_an_interrupt_that_becomes_another_error_is_one(monkeypatch, capsys):
     """TensorFlow, interrupted while it traces or compiles, raises an error of its own."""
 
@@ -236,7 +278,7 @@ def test_an_interrupt_that_is_lost_comes_again(monkeypatch, capsys):
         return 0
 
     monkeypatch.setattr(check, "run", run)
-    monkeypatch.setattr(command, "_AGAIN_SECONDS", 0.1)
+    monkeypatch.setattr(console, "_AGAIN_SECONDS", 0.1)
     alarm = signal.getsignal(signal.SIGALRM)
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:

@@ -1,1 +1,1 @@
-"""The commands of `cbam-ops`, one module each; `cbam_ops.__main__` reads the arguments."""
+"""The commands of `cbam-ops`, one module each; `arguments` reads what follows the name."""
