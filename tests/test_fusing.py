@@ -432,6 +432,21 @@ def test_style_is_found(style):
     assert_same_model(fused, model)
 
 
+def test_few_candidates_are_tried(monkeypatch):
+    """Fails when all sixty channel gates are tried on an activation before the real one."""
+    tried, of_candidate = [], fusing._Probe.of_candidate
+
+    def counted(self, candidate, *arguments, **how):
+        tried.append(candidate)
+        return of_candidate(self, candidate, *arguments, **how)
+
+    monkeypatch.setattr(fusing._Probe, "of_candidate", counted)
+    model = model_of(lambda x: efficient_net(ops.silu(x)))
+    _, (row,) = fusing.fuse(model, return_report=True)
+    assert row.dialect == "efficientnet" and len(row.replaced) == 5
+    assert len(tried) < 40
+
+
 # --- what follows attention, and where it is ------------------------------------------------------
 
 
