@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib
+import io
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -48,6 +49,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if sys.stdout is None:
         _complain("cbam-ops: standard output is closed")
         return 2
+    if isinstance(sys.stdout, io.TextIOWrapper):  # it may not know the letters of a path
+        sys.stdout.reconfigure(errors="backslashreplace")
     program, traceback = "cbam-ops", False
     try:
         try:

@@ -268,7 +268,7 @@ def _tensor(function: str, name: str, value: Any, preferred: tf.DType | None) ->
         preferred = None  # what has a type keeps it; only Python numbers take the map's
     try:
         return tf.convert_to_tensor(value, dtype_hint=preferred)
-    except (TypeError, ValueError) as error:
+    except Exception as error:  # of whatever type a value's own conversion raises
         kind = type(value).__name__
         why = _NO_TENSORS.get(kind) or first_line(error)
         _refuse(function, name, f"be a tensor or what converts to one, got {kind}: {why}", error)

@@ -22,13 +22,17 @@ class CommandError(Exception):
     """The command cannot run and the user can fix it; the text is one clear sentence."""
 
 
+# What Keras and TensorFlow say before they say what is wrong: where. Stack frames are indented.
+_PLACES = ("Exception encountered", "Graph execution error", "Detected at node", "<stack traces")
+
+
 def first_line(error: Exception) -> str:
-    """What an error says, in a line; of Keras's about a layer, what is behind it."""
+    """What an error says, in a line; of a layer or a graph that failed, what is behind it."""
     text = re.sub(r"\x1b\[\d*m", "", str(error))  # Keras's are partly bold
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    if len(lines) > 1 and lines[0].startswith("Exception encountered"):
-        del lines[0]
-    return lines[0] if lines else type(error).__name__
+    lines = [line for line in text.splitlines() if line.strip()]
+    if lines and lines[0].startswith(_PLACES):
+        lines = [line for line in lines if not line.startswith((*_PLACES, " "))] or lines
+    return lines[0].strip() if lines else type(error).__name__
 
 
 # What `pip install` calls a module, where it is another name.

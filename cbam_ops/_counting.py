@@ -56,8 +56,11 @@ def summary(model: Any, input_shape: Sequence[int] | None = None) -> Summary:
         shapes = [*(model._build_shapes_dict or {}).values()]
         specs = [tf.TensorSpec(shape, model.input_dtype) for shape in shapes]
     if input_shape is not None:
-        given = tf.TensorShape([None, *input_shape])
-        if len(specs) != 1 or not specs[0].shape.is_compatible_with(given):
+        try:
+            given = tf.TensorShape([None, *input_shape])
+        except (TypeError, ValueError):
+            given = None
+        if given is None or len(specs) != 1 or not specs[0].shape.is_compatible_with(given):
             raise ValueError(
                 "summary: `input_shape` must fit the model's input, "
                 f"{', '.join(str(tuple(spec.shape[1:])) for spec in specs)}, got {input_shape}"

@@ -144,7 +144,7 @@ def options_of_dialect(layer: str, name: str) -> Dialect:
     Raises:
         ValueError: there is no such dialect, or it has no such layer.
     """
-    if name not in dialects:
+    if name not in tuple(dialects):
         raise ValueError(f"`dialect` must be one of {', '.join(dialects)}, got {name!r}")
     dialect = dialects[name]
     if dialect.layer not in ("CBAM", layer):

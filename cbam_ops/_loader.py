@@ -21,11 +21,13 @@ import importlib.util
 import json
 import os
 import re
+import shlex
 import sys
 import threading
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal
+from urllib.request import url2pathname
 
 LIBRARY = "libcbam_ops_tf.so"
 XLA_LIBRARY = "libcbam_ops_xla.so"
@@ -61,7 +63,6 @@ class Cause:
 
 
 _PACKAGE = Path(__file__).resolve().parent
-_REINSTALL = "pip install --force-reinstall --no-deps cbam-ops"
 
 
 def _source_root(package: Path) -> Path | None:
@@ -70,9 +71,22 @@ def _source_root(package: Path) -> Path | None:
     return root if (root / "CMakeLists.txt").is_file() and (root / "csrc").is_dir() else None
 
 
+def _origin() -> str:
+    """Where the installed package came from, in pip's words: a path, a URL, or its name alone."""
+    try:
+        text = importlib.metadata.distribution("cbam-ops").read_text("direct_url.json")
+    except importlib.metadata.PackageNotFoundError:
+        text = None
+    record = json.loads(text or "{}")  # there is none of a package that an index was asked for
+    url = record.get("url", "cbam-ops")
+    if "vcs_info" in record:
+        return f"{record['vcs_info']['vcs']}+{url}"
+    return url2pathname(url.removeprefix("file://")) if url.startswith("file:") else url
+
+
 def _rebuild_command(package: Path) -> str:
-    root = _source_root(package)
-    return f"pip install --force-reinstall --no-deps {root}" if root else _REINSTALL
+    origin = str(_source_root(package) or _origin())
+    return f"pip install --force-reinstall --no-deps {shlex.quote(origin)}"
 
 
 def compiled_directory() -> Path | None:
@@ -204,7 +218,7 @@ def find_cause(directory: Path | None, tensorflow_version: str) -> Cause | None:
             f"cbam_ops was imported from the source tree ({_PACKAGE}), which has no compiled "
             "parts.",
             "Run Python from another folder to use the installed package, or build the source "
-            f"tree's: pip install -e {source}",
+            f"tree's: pip install -e {shlex.quote(str(source))}",
         )
     libraries = [(directory or _PACKAGE) / name for name in (LIBRARY, CORE_LIBRARY)]
     for library in libraries:
@@ -270,7 +284,7 @@ def load_from(directory: Path | None) -> ModuleType | Cause:
         )
     cause = find_cause(directory, tf.__version__)
     if cause is not None or directory is None:
-        return cause or Cause("not_built", "There are no compiled ops.", _REINSTALL)
+        return cause or Cause("not_built", "There are no compiled ops.", _rebuild_command(_PACKAGE))
     library = directory / LIBRARY
     try:
         ops: ModuleType = tf.load_op_library(str(library))

@@ -217,10 +217,14 @@ def to_torch(
             file cannot be written.
         ImportError: PyTorch, or the package safetensors, is not installed.
     """
+    if not isinstance(model, keras.Model):
+        _refuse(f"`model` must be a keras.Model, got {type(model).__name__}", "to_torch")
+    if not (path is None or isinstance(path, (str, os.PathLike))):
+        _refuse(f"`path` must be a path or None, got {type(path).__name__}", "to_torch")
     source = _sources.get(model)
     if layout is None:
         layout = source.layout if source else "official"
-    if layout not in _LAYOUTS:
+    if layout not in tuple(_LAYOUTS):
         _refuse(f"`layout` must be one of {', '.join(_LAYOUTS)}, got {layout!r}", "to_torch")
     suffix = None if path is None else Path(path).suffix
     if suffix not in (None, ".safetensors", ".pth", ".pt"):

@@ -108,6 +108,8 @@ def export(
     >>> cbam_ops.export(model, "model.tflite", "litert", optimizations="dynamic_range")
     """
     _loader.check_backend("export")
+    if not isinstance(path, (str, os.PathLike)):
+        raise ValueError(f"export: `path` must be a path, got {type(path).__name__}")
     target = Path(path)
     _check(target, format, optimizations, data, overwrite)
     _require(format, verify)
@@ -306,7 +308,19 @@ def _named(data: Any, function: Any) -> Arrays:
             f"export: `data` must be a dictionary with the keys {', '.join(sorted(specs))}, got "
             f"{', '.join(map(str, data)) or 'something else'}"
         )
-    return {name: np.asarray(data[name], spec.dtype.as_numpy_dtype) for name, spec in specs.items()}
+    arrays = {}
+    for name, spec in specs.items():
+        try:
+            array = arrays[name] = np.asarray(data[name], spec.dtype.as_numpy_dtype)
+        except (TypeError, ValueError) as error:
+            raise ValueError(
+                f"export: `data` for {name!r} must be an array of type {spec.dtype.name}: {error}"
+            ) from error
+        if not spec.shape.is_compatible_with(array.shape) or 0 in array.shape:
+            raise ValueError(
+                f"export: `data` for {name!r} must have shape {spec.shape}, got {array.shape}"
+            )
+    return arrays
 
 
 def _random(name: str, spec: tf.TensorSpec, generator: np.random.Generator) -> np.ndarray:
@@ -338,8 +352,8 @@ def _sample(saved: Path, signature: str, data: Any, optimizations: str | None) -
     except Exception as error:
         shapes = ", ".join(f"{name} {list(value.shape)}" for name, value in inputs.items())
         raise ValueError(
-            f"export: the model does not run on {shapes}; give it `data`, or verify=False: "
-            f"{_console.first_line(error)}"
+            f"export: the model does not run on {shapes}; give `data` that it takes, or "
+            f"verify=False: {_console.first_line(error)}"
         ) from error
     wide = {name: _wide(value.numpy()) for name, value in outputs.items()}
     tolerances = [testing.EXPORTED[optimizations or "float32"]]

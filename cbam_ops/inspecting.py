@@ -123,9 +123,8 @@ def gates(
     >>> channel_gate.shape, spatial_gate.shape
     ((2, 64), (2, 16, 16))
     """
-    size = operator.index(batch_size)
-    if size < 1:
-        raise ValueError(f"gates: `batch_size` must be at least 1, got {batch_size}")
+    if not isinstance(batch_size, (int, np.integer)) or batch_size < 1:
+        raise ValueError(f"gates: `batch_size` must be a positive integer, got {batch_size!r}")
     try:
         images = keras.tree.map_structure(keras.ops.convert_to_tensor, images)
     except (TypeError, ValueError) as error:
@@ -133,13 +132,17 @@ def gates(
         raise ValueError(f"gates: `images` must be an array, or several, got {kind}") from error
     shapes = [tuple(image.shape) for image in keras.tree.flatten(images)]
     for expected, shape in zip(_input_shapes(model), shapes, strict=False):
+        if len(shapes) > 1:
+            raise ValueError(
+                f"gates: `images` must be one array of shape {expected}, got {len(shapes)} values"
+            )
         if len(shape) != len(expected) or any(
             known not in (None, size) for known, size in zip(expected, shape, strict=True)
         ):
             raise ValueError(f"gates: `images` must have shape {expected}, got {shape}")
     parts: dict[str, list[Call]] = collections.defaultdict(list)
-    for start in range(0, max(1, shapes[0][0]), size):
-        here = slice(start, start + size)
+    for start in range(0, max(1, shapes[0][0]), batch_size):
+        here = slice(start, start + batch_size)
         with calls(model) as found:
             model(keras.tree.map_structure(operator.itemgetter(here), images), training=False)
         for call in found:

@@ -107,6 +107,9 @@ class _Attention(keras.layers.Layer):
         """Keeps every argument of a constructor as an attribute."""
         check_backend(type(self).__name__)
         super().__init__(**arguments["kwargs"])
+        floating = [dtype.name for dtype in _call.FLOATING]
+        if self.compute_dtype not in floating:
+            raise self._error("dtype", f"a policy of {' or '.join(floating)}", self.compute_dtype)
         self._arguments = tuple(n for n in arguments if n not in ("self", "kwargs", "__class__"))
         for name in self._arguments:
             setattr(self, name, self._checked(name, arguments[name]))

@@ -170,13 +170,23 @@ def preprocess_input(x: Any, data_format: str | None = None) -> Any:
         ValueError: for a `data_format` not named above, or an `x` without 3 channels.
     """
     data_format = _data_format(data_format)
-    if isinstance(x, np.ndarray):
-        floating = np.issubdtype(x.dtype, np.floating)
-        x = np.array(x, dtype=x.dtype if floating else keras.config.floatx())  # always a copy
-    else:
-        x = keras.ops.convert_to_tensor(x) if not keras.utils.is_keras_tensor(x) else x
-        if "float" not in keras.backend.standardize_dtype(x.dtype):
-            x = keras.ops.cast(x, keras.config.floatx())
+    kind = type(x).__name__
+    try:
+        if isinstance(x, np.ndarray):
+            kind = f"an array of {x.dtype}"
+            floating = np.issubdtype(x.dtype, np.floating)
+            x = np.array(x, dtype=x.dtype if floating else keras.config.floatx())  # always a copy
+        else:
+            x = keras.ops.convert_to_tensor(x) if not keras.utils.is_keras_tensor(x) else x
+            dtype = keras.backend.standardize_dtype(x.dtype)
+            if dtype == "string":
+                raise TypeError(dtype)
+            if "float" not in dtype:
+                x = keras.ops.cast(x, keras.config.floatx())
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"preprocess_input: `x` must be an array or a tensor of numbers, got {kind}"
+        ) from error
     rank = len(x.shape)
     channels = x.shape[-1 if data_format == "channels_last" else -3] if rank in (3, 4) else None
     if channels != 3:
@@ -711,17 +721,18 @@ def build_resnet(
     Raises:
         ValueError: for an argument that is none of the above, and as `CBAMResNet50` raises.
     """
-    if network not in _NETWORKS:
+    if network not in tuple(_NETWORKS):
         known = " or ".join(f'"{name}"' for name in _NETWORKS)
         raise ValueError(f"`network` must be {known}, got {network!r}")
     family = _NETWORKS[network]
-    if depth not in family.rows:
+    if depth not in tuple(family.rows):
         raise ValueError(
             f"`depth` must be one of {tuple(family.rows)} for the {network} network, got {depth}"
         )
-    if attention not in _MODULES:
+    if attention not in tuple(_MODULES):
         raise ValueError(f'`attention` must be "cbam", "se", "stock" or None, got {attention!r}')
-    if weights is not None and not os.path.isfile(weights):
+    is_path = isinstance(weights, (str, os.PathLike))
+    if weights is not None and not (is_path and os.path.isfile(weights)):
         raise ValueError(
             "`weights` must be None (random initialization) or the path of an existing weights "
             f"file; no pretrained weights exist by name; got {weights!r}"
@@ -729,9 +740,10 @@ def build_resnet(
     if pooling not in (None, "avg", "max"):
         raise ValueError(f'`pooling` must be None, "avg" or "max", got {pooling!r}')
     classes = family.classes if classes is None else classes
-    if include_top and (isinstance(classes, bool) or operator.index(classes) < 1):
-        raise ValueError(f"`classes` must be at least 1, got {classes!r}")
-    if not width > 0:
+    number = isinstance(classes, (int, np.integer)) and not isinstance(classes, bool)
+    if include_top and not (number and classes > 0):
+        raise ValueError(f"`classes` must be a positive integer, got {classes!r}")
+    if not (isinstance(width, (int, float, np.number)) and width > 0):
         raise ValueError(f"`width` must be a number above 0, got {width!r}")
     if name is None:
         name = family.name.format(attention=_PREFIXES[attention], depth=depth)

@@ -413,6 +413,15 @@ class Case:
     data_format: str = "NHWC"
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        """Raises ValueError where a word is unknown, or the size is of no map."""
+        for name, words in (("function", ARGUMENTS), ("fill", FILLS), ("dtype", EPSILON)):
+            word = getattr(self, name)
+            if word not in tuple(words):
+                raise ValueError(f"Case: `{name}` must be one of {', '.join(words)}, got {word!r}")
+        if not 3 <= len(self.size) <= 5:
+            raise ValueError(f"Case: `size` must be of a map, as (N, H, W, C), got {self.size}")
+
     def __str__(self) -> str:
         parts = [self.function, "x".join(map(str, self.size)), *self.words()]
         parts += [self.dtype] * (self.dtype != "float32")

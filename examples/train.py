@@ -32,20 +32,27 @@ import tensorflow as tf
 import cbam_ops
 
 HELD_OUT = 4  # every so many-th sample is for the test
+POLICIES = ("float32", "mixed_bfloat16", "mixed_float16", "float64")
+
+
+def positive(text: str) -> int:
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
+    return int(text)
 
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, help="folder with a folder of images per class")
-    parser.add_argument("--size", type=int, default=64, help="images are scaled to this")
-    parser.add_argument("--epochs", type=int, default=10)
-    parser.add_argument("--batch", type=int, default=60, help="images per step, of all replicas")
+    parser.add_argument("--size", type=positive, default=64, help="images are scaled to this")
+    parser.add_argument("--epochs", type=positive, default=10)
+    parser.add_argument("--batch", type=positive, default=60, help="images of a step")
     parser.add_argument("--rate", type=float, default=0.05, help="learning rate")
-    parser.add_argument("--policy", default="float32", help="or mixed_bfloat16, mixed_float16")
+    parser.add_argument("--policy", default="float32", choices=POLICIES)
     parser.add_argument("--jit", action="store_true", help="compile the step by XLA")
-    parser.add_argument("--cpus", type=int, default=1, help="replicas on logical CPUs")
-    parser.add_argument("--steps", type=int, help="an epoch has at most so many")
-    parser.add_argument("--every", type=int, default=20, help="steps between checkpoints")
+    parser.add_argument("--cpus", type=positive, default=1, help="replicas on logical CPUs")
+    parser.add_argument("--steps", type=positive, help="an epoch has at most so many")
+    parser.add_argument("--every", type=positive, default=20, help="steps between checkpoints")
     parser.add_argument("--output", type=Path, default=Path("trained"))
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args()
@@ -268,7 +275,7 @@ def main() -> None:
         sys.exit("--jit needs one replica: TensorFlow sends no gradients from inside XLA")
     images = Images(args.data, args.size)
     most = len(images.training)
-    if not 0 < args.batch <= most:
+    if args.batch > most:
         sys.exit(f"--batch must be 1 to {most}, the number of training images, got {args.batch}")
     trainer = Trainer(args, images, strategy)
     resolver = strategy.cluster_resolver

@@ -30,6 +30,13 @@ def zeros(*shape: int, dtype: str = "float32") -> tf.Tensor:
     return tf.zeros(shape, dtype)
 
 
+class Broken:
+    dtype = np.dtype("float32")
+
+    def __array__(self, dtype=None, copy=None):
+        raise RuntimeError("gone")
+
+
 BAD = [
     # case, changed arguments, changed options, message
     (
@@ -63,6 +70,12 @@ BAD = [
         "`data_format` must be 'NHWC' or 'NCHW' or 'NWC' or 'NCW', got 'NDHWC'",
     ),
     (CBAM, {"x": None}, {}, "cbam: `x` must be a tensor, got None"),
+    (
+        CBAM,
+        {"x": Broken()},
+        {},
+        "cbam: `x` must be a tensor or what converts to one, got Broken: gone",
+    ),
     (
         CBAM,
         {"x": tf.RaggedTensor.from_tensor(zeros(2, 5, 7, 13))},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import os
 import re
@@ -265,6 +266,15 @@ def test_an_interrupt_that_becomes_another_error_is_one(monkeypatch, capsys):
         assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+def test_a_path_that_the_output_cannot_spell(monkeypatch):
+    """Fails when a command ends as a bug after its work, since a path has letters beyond ASCII."""
+    shown = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", shown)
+    monkeypatch.setattr(check, "run", lambda quick: console.say("m\xf6del \udcff"))
+    command.main(["check"])
+    assert shown.buffer.getvalue() == b"m\\xf6del \\udcff\n"
 
 
 def test_an_interrupt_that_is_lost_comes_again(monkeypatch, capsys):
@@ -681,9 +691,15 @@ def test_table_aligns(capsys):
             "Exception encountered when calling CBAM.call().\n\n\x1b[1m`x` has 10\x1b[0m",
             "`x` has 10",
         ),
+        (
+            "Graph execution error:\n\nDetected at node a defined at (most recent call last):\n"
+            '  File "a.py", line 1, in <module>\n    f(x)\n\nDetected at node b defined at (most '
+            "recent call last):\n<stack traces unavailable>\n2 values, but 3 asked for\n\t [[b]]",
+            "2 values, but 3 asked for",
+        ),
         ("", "ValueError"),
     ],
 )
 def test_first_line_of_an_error(text, line):
-    """Fails when a message loses its brackets or digits with Keras's bold letters."""
+    """Fails when it says where, not what, or loses its brackets with Keras's bold letters."""
     assert console.first_line(ValueError(text)) == line

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 
 import keras
 import numpy as np
@@ -256,5 +257,7 @@ def test_the_halves_take_their_part_of_a_dialect():
     assert cbam_ops.SpatialAttention.from_dialect("timm").batch_norm_momentum == 0.9
     with pytest.raises(ValueError, match="'mobilenet_v3' is one of ChannelAttention alone"):
         cbam_ops.CBAM.from_dialect("mobilenet_v3")
-    with pytest.raises(ValueError, match="`dialect` must be one of paper, official, .*, got 'tim'"):
-        cbam_ops.CBAM.from_dialect("tim")
+    for unknown in ("tim", ["timm"], None):
+        text = re.escape(repr(unknown))
+        with pytest.raises(ValueError, match=f"`dialect` must be one of paper, .*, got {text}"):
+            cbam_ops.CBAM.from_dialect(unknown)

@@ -388,7 +388,10 @@ def small() -> keras.Model:
         ({"model": "gone.keras"}, "`model` must be a Keras model, .*got gone.keras"),
         ({"signature": "other"}, "`signature` must be 'serve' or 'serving_default', got 'other'"),
         ({"data": {"image": np.ones(3)}}, "`data` must be a dictionary with the keys .*got image"),
-        ({"data": np.ones((1, 2, 2, 9))}, "the model does not run on .*give it `data`"),
+        ({"data": np.ones((1, 2, 2, 9))}, r"`data` for .* must have shape \(None, 6, 6, 4\), got"),
+        ({"data": np.ones((0, 6, 6, 4))}, r"`data` for .* must have shape .*, got \(0, 6, 6, 4\)"),
+        ({"data": "images.npy"}, "`data` for .* must be an array of type float32: could not conv"),
+        ({"path": None}, "`path` must be a path, got NoneType"),
     ],
 )
 def test_bad_arguments(tmp_path, monkeypatch, small, arguments, message):
@@ -396,6 +399,15 @@ def test_bad_arguments(tmp_path, monkeypatch, small, arguments, message):
     with pytest.raises(ValueError, match=message):
         cbam_ops.export(**{"model": small, "path": "model", **arguments})
     assert not list(tmp_path.iterdir())
+
+
+def test_a_model_that_random_inputs_do_not_fit(tmp_path):
+    """Fails when the user is told that a graph failed, and not of what."""
+    series = keras.Input((None, 4))
+    model = keras.Model(series, keras.layers.Reshape((24,))(series))
+    with pytest.raises(ValueError, match="give `data` that it takes.*: Input to reshape"):
+        cbam_ops.export(model, tmp_path / "model")
+    cbam_ops.export(model, tmp_path / "model", data=np.ones((2, 6, 4)))
 
 
 def test_what_exists_is_not_overwritten(tmp_path, small):

@@ -132,8 +132,13 @@ def test_gates_refuse_what_they_cannot_take():
     batches = tf.data.Dataset.from_tensors(images)
     with pytest.raises(ValueError, match=r"`images` must be an array, or several, got _Tensor"):
         cbam_ops.gates(_network(attention=_cbam), batches)
-    with pytest.raises(ValueError, match=r"`batch_size` must be at least 1, got 0"):
-        cbam_ops.gates(_network(attention=_cbam), images, batch_size=0)
+    with pytest.raises(ValueError, match=r"`images` must be one array of shape .*, got 2 values"):
+        cbam_ops.gates(_network(attention=_cbam), [images, images])
+    for size in (0, 2.5, "all", None):
+        with pytest.raises(
+            ValueError, match=f"`batch_size` must be a positive integer, got {size!r}"
+        ):
+            cbam_ops.gates(_network(attention=_cbam), images, batch_size=size)
     assert not tf.config.functions_run_eagerly()
 
 

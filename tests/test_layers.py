@@ -700,6 +700,7 @@ def test_stateless_calls_return_the_new_statistics(implementation):
 
 BAD_ARGUMENTS = [
     ({"ratio": 0}, "`ratio` must be a positive integer, got 0"),
+    ({"dtype": "int32"}, "`dtype` must be a policy of float16 or .* or float64, got 'int32'"),
     ({"ratio": 2.5}, "`ratio` must be a positive integer, got 2.5"),
     ({"hidden": -1}, "`hidden` must be a positive integer, 0 or None, got -1"),
     ({"hidden_rounding": "up"}, "`hidden_rounding` must be 'floor' or 'half_up' or .*, got 'up'"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.metadata
 import importlib.util
 import inspect
 import json
@@ -51,6 +52,27 @@ def copy(tmp_path: Path, installed: Path) -> Path:
     for name in (*LIBRARIES, _loader.BUILD_RECORD):
         shutil.copy(installed / name, tmp_path / name)
     return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("record", "origin"),
+    [
+        (None, "cbam-ops"),
+        ({"url": "file:///home/ada/my%20clone", "dir_info": {}}, "'/home/ada/my clone'"),
+        ({"url": "https://host/cbam_ops.whl", "archive_info": {}}, "https://host/cbam_ops.whl"),
+        ({"url": "https://host/c.git", "vcs_info": {"vcs": "git"}}, "git+https://host/c.git"),
+    ],
+)
+def test_the_command_that_installs_again_names_where_it_came_from(monkeypatch, record, origin):
+    """Fails when a user of a clone or a wheel is sent to an index that has no such package."""
+
+    class Installed:
+        def read_text(self, name):
+            return json.dumps(record) if record and name == "direct_url.json" else None
+
+    monkeypatch.setattr(importlib.metadata, "distribution", lambda name: Installed())
+    command = _loader._rebuild_command(Path("/site-packages/cbam_ops"))
+    assert command == f"pip install --force-reinstall --no-deps {origin}"
 
 
 # --- import ---------------------------------------------------------------------------------------

@@ -272,6 +272,8 @@ def test_summary_of_open_sizes_and_subclassed_models():
         models.summary(model)
     with pytest.raises(ValueError, match=r"`input_shape` must fit .*\(None, None, 3\), got"):
         models.summary(model, (32, 32, 4))
+    with pytest.raises(ValueError, match="`input_shape` must fit the model's input, .*, got 32"):
+        models.summary(model, 32)
     fixed = models.summary(models.CBAMCIFARResNet20())
     assert models.summary(model, (32, 32, 3)) == fixed
 
@@ -620,8 +622,12 @@ def test_input_tensor():
         ({"input_shape": (32, 32, None)}, "known number of channels, at least 1, at index 2"),
         ({"input_tensor": np.zeros((1, 32, 32, 3))}, "must be a Keras tensor.*got ndarray"),
         ({"pooling": "mean"}, '`pooling` must be None, "avg" or "max", got \'mean\''),
-        ({"classes": 0}, "`classes` must be at least 1, got 0"),
-        ({"classes": True}, "`classes` must be at least 1, got True"),
+        ({"classes": 0}, "`classes` must be a positive integer, got 0"),
+        ({"classes": True}, "`classes` must be a positive integer, got True"),
+        ({"classes": "ten"}, "`classes` must be a positive integer, got 'ten'"),
+        ({"classes": 2.5}, "`classes` must be a positive integer, got 2.5"),
+        ({"width": "wide"}, "`width` must be a number above 0, got 'wide'"),
+        ({"weights": 0}, "path of an existing weights file; no pretrained .*; got 0"),
         ({"classifier_activation": "softmaxx"}, "softmaxx"),
         ({"ratio": 65}, "ratio"),
         ({"ratio": 0}, "ratio"),
@@ -655,6 +661,9 @@ def test_input_tensor_and_shape_disagree():
         (18, {"network": "cifar"}, "`depth` must be one of .*20, 32, 44, 56, 110.* got 18"),
         (18, {"attention": "eca"}, '`attention` must be "cbam", "se", "stock" or None, got \'eca'),
         (18, {"width": 0}, "`width` must be a number above 0, got 0"),
+        ([18], {}, r"`depth` must be one of .* got \[18\]"),
+        (18, {"attention": ["se"]}, r"`attention` must be .* got \['se'\]"),
+        (18, {"network": ["seed"]}, r"`network` must be .* got \['seed'\]"),
     ],
 )
 def test_builder_rejects(depth, arguments, message):
@@ -816,6 +825,11 @@ def test_preprocess_input_rejects():
     """A grey or transposed image must not be normalized by the wrong axis."""
     with pytest.raises(ValueError, match=r"`x` must be .* 3 channels, got shape \(4, 4, 1\)"):
         models.preprocess_input(np.zeros((4, 4, 1)))
+    message = "`x` must be an array or a tensor of numbers, got "
+    with pytest.raises(ValueError, match=f"{message}str"):
+        models.preprocess_input("photograph.jpg")
+    with pytest.raises(ValueError, match=f"{message}an array of <U1"):
+        models.preprocess_input(np.full((4, 4, 3), "a"))
     with pytest.raises(ValueError, match="`data_format` must be .*got 'NHWC'"):
         models.preprocess_input(np.zeros((4, 4, 3)), data_format="NHWC")
 

@@ -148,6 +148,20 @@ def test_both_layouts_and_all_types_are_one_problem():
     assert not np.array_equal(case.replace(seed=1).arrays()["x"], one["x"])
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"function": "cbm"}, "Case: `function` must be one of cbam, .*, got 'cbm'"),
+        ({"fill": "ones"}, "Case: `fill` must be one of normal, .*, got 'ones'"),
+        ({"dtype": "int8"}, "Case: `dtype` must be one of float64, .*, got 'int8'"),
+        ({"size": (2, 3)}, r"Case: `size` must be of a map, as \(N, H, W, C\), got \(2, 3\)"),
+    ],
+)
+def test_a_case_that_cannot_be_is_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        Case(**arguments)
+
+
 def test_the_names_of_cases_differ():
     """Fails where a test's name does not say which case it is."""
     cases = [*OPTIONS, *SIZES, *LARGE]

@@ -295,8 +295,14 @@ def test_bad_targets(tmp_path):
     model = tiny()
     with pytest.raises(ValueError, match="`layout` must be one of official, .*, got 'keras'"):
         cbam_ops.to_torch(model, layout="keras")
+    with pytest.raises(ValueError, match=r"`layout` must be one of official, .*, got \['timm'\]"):
+        cbam_ops.to_torch(model, layout=["timm"])
     with pytest.raises(ValueError, match=r"`path` must end in \.safetensors, .* or \.pt, got 'a"):
         cbam_ops.to_torch(model, "a.h5")
+    with pytest.raises(ValueError, match="`path` must be a path or None, got int"):
+        cbam_ops.to_torch(model, 3)
+    with pytest.raises(ValueError, match="`model` must be a keras.Model, got str"):
+        cbam_ops.to_torch("model.keras")
     with pytest.raises(ValueError, match=r"to_torch: cannot write .*nowhere.*: No such file"):
         cbam_ops.to_torch(model, tmp_path / "nowhere" / "a.safetensors")
     with pytest.raises(ValueError, match="with its top; no place for: sequential/dense/kernel"):
