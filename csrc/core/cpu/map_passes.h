@@ -781,7 +781,7 @@ struct BackwardBody {
   static constexpr bool kHasSpatial =
       kModule != Module::kChannelAttention && kModule != Module::kChannelPool;
   static constexpr bool kSecondIsMax = false;
-  static constexpr int kRowsAlong = 2;
+  static constexpr int kRowsAlong = CBAM_VECTOR_BYTES == 64 ? 4 : 2;  // as registers allow
   static constexpr int kRowsAcross = 2;
 
   Tile<T> x, dy;
