@@ -14,6 +14,7 @@ import sys
 import time
 from pathlib import Path
 
+import keras
 import numpy as np
 import pytest
 
@@ -125,6 +126,7 @@ def test_demo_saves_a_model_that_predicts_the_same(quick_demo):
     assert difference <= 1e-6
     for name in (demo.MODEL_FILE, demo.PHOTOGRAPHS_FILE):
         assert (output / name).stat().st_size > 100_000
+        assert keras.models.load_model(output / name).compiled
 
 
 def test_demo_draws_a_picture(quick_demo):

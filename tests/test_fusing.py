@@ -1141,6 +1141,21 @@ def test_command_imports_and_trusts(tmp_path, capsys, monkeypatch):
     assert code == 2 and "'tf' is not defined" in err and "make the model in Python" in err
 
 
+def test_command_without_the_metric_of_a_model(tmp_path, capsys, monkeypatch):
+    """Fails when a function that only training needs keeps a file from being fused."""
+    monkeypatch.chdir(tmp_path)
+    model = model_of(squeeze_excite)
+
+    def worst(y, z):
+        return ops.max(ops.abs(y - z))
+
+    model.compile("adam", "mse", metrics=[worst])
+    model.save("model.keras")
+    code, out, _ = fuse_file(capsys, "model.keras", "out.keras")
+    assert code == 0 and "--import MODULE imports: left out" in out
+    assert not keras.models.load_model("out.keras").compiled
+
+
 @pytest.mark.parametrize(
     ("source", "target", "words"),
     [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -191,6 +192,14 @@ def test_explain_draws_every_image(tmp_path, capsys, model_file):
         assert (pixels[0, 0] == 255).all()
         assert 0.1 < np.mean(pixels.min(axis=2) == 255) < 0.9  # white paper, with things on it
         assert np.mean(np.ptp(pixels, axis=2) > 30) > 0.1  # heat maps
+
+
+def test_explain_an_image_whose_name_is_no_text(tmp_path, capsys, model_file):
+    """Fails when a name in another encoding than the system's cannot be drawn or printed."""
+    image = _photograph(tmp_path / os.fsdecode(b"\xff.png"))
+    result = _explain(capsys, image, "--model", model_file, "--output", tmp_path)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert (tmp_path / os.fsdecode(b"\xff_explained.png")).stat().st_size > 10_000
 
 
 @pytest.mark.parametrize("attention", [cbam_ops.ChannelAttention, cbam_ops.SpatialAttention])

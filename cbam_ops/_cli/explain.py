@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import logging
 import math
+import os
 import sys
 import warnings
 from collections.abc import Sequence
@@ -60,7 +61,9 @@ def run(
             photograph = network.fit(_read(path))
             found = network.look(photograph)
             with written(target) as part:
-                _draw(part, f"{path.name} in {model.name}", photograph, found)
+                # A name may hold bytes that are no text.
+                title = os.fsencode(f"{path.name} in {model.name}").decode(errors="replace")
+                _draw(part, title, photograph, found)
             console.print(f"{path}: {target}")
     return 0
 

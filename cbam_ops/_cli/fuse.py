@@ -75,11 +75,15 @@ def load_model(path: Path, modules: Sequence[str], trust: bool, compiled: bool =
                 names.update(vars(importlib.import_module(module)))
         except Exception as error:  # whatever the user's code raises
             raise CommandError(f"cannot import {module}: {first_line(error)}") from error
-    try:
-        classes = {name: value for name, value in names.items() if callable(value)}
+    classes = {name: value for name, value in names.items() if callable(value)}
+
+    def load(compiled: bool) -> Any:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of optimizers, which start afresh
             return keras.models.load_model(path, classes, compiled, not trust)
+
+    try:
+        return load(compiled)
     except Exception as error:  # of many types, for a file that is damaged or no model
         text = str(error)
         if "safe_mode=False" in text:
@@ -88,6 +92,10 @@ def load_model(path: Path, modules: Sequence[str], trust: bool, compiled: bool =
             ) from error
         if "Could not locate" in text:
             what = text.partition("Could not locate ")[2].partition(".")[0]
+            with contextlib.suppress(Exception):
+                loaded = load(compiled=False)
+                say(f"{path} is compiled with {what}, which --import MODULE imports: left out.")
+                return loaded
             raise CommandError(
                 f"{path} needs {what}; --import MODULE imports the module that has it"
             ) from error
