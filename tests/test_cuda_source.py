@@ -495,8 +495,8 @@ MUTANTS = {
     ),
     "rows: elements of another channel": (
         "maps.cuh",
-        "static_cast<unsigned>(column - begin_column) + i >= size",
-        "static_cast<unsigned>(column - begin_column) + i >= size + V",
+        "column - begin_column + i >= size",
+        "column - begin_column + i >= size + V",
     ),
     "rows: a lane too few": (
         "maps.cuh",
@@ -505,8 +505,8 @@ MUTANTS = {
     ),
     "window: halo one column too narrow": (
         "convolution.cuh",
-        "const int64_t column = patch.column + c - call.kernel_width / 2;",
-        "const int64_t column = patch.column + c - call.kernel_width / 2 + 1;",
+        "const uint32_t column = patch.column + c - call.kernel_width / 2;",
+        "const uint32_t column = patch.column + c - call.kernel_width / 2 + 1;",
     ),
     "window: one row too short": (
         "convolution.cuh",

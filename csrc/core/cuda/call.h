@@ -11,21 +11,23 @@ namespace cuda {
 
 // How a pass cuts a sample, a matrix of rows and columns, into tiles: whole ones but at the ends.
 struct Tiles {
-  int lanes;  // neighbouring threads along the columns
-  int64_t rows;
-  int64_t columns;
-  int64_t across;  // tiles side by side
-  int64_t down;    // tiles one above the other
+  int lane_bits;
+  uint32_t rows;
+  uint32_t columns;
+  uint32_t across;  // tiles side by side
+  uint32_t down;    // tiles one above the other
 
-  CBAM_HOST_DEVICE int64_t count() const { return across * down; }
+  // Neighbouring threads along the columns: a power of 2, nobody divides by it.
+  CBAM_HOST_DEVICE int lanes() const { return 1 << lane_bits; }
+  int64_t count() const { return int64_t{across} * down; }
 };
 
 // How the positions of a sample are cut into patches for the convolution.
 struct Patches {
   int rows;
   int columns;
-  int64_t across;
-  int64_t down;   // in a slice
+  uint32_t across;
+  uint32_t down;  // in a slice
   int64_t count;  // in all slices
   bool staged;    // windows and kernel fit shared memory
 };
@@ -58,14 +60,14 @@ struct Call {
   uint32_t* counters;
 
   int64_t batch;
-  int64_t depth;
-  int64_t height;
-  int64_t width;
+  uint32_t depth;
+  uint32_t height;
+  uint32_t width;
   int64_t positions;
   int64_t channels;
-  int64_t rows;     // NHWC: positions; NCHW: channels
-  int64_t columns;  // the other
-  int fold;         // channels of a row of NCHW: several where one is not of whole vectors
+  uint32_t rows;     // NHWC: positions; NCHW: channels
+  uint32_t columns;  // the other
+  int fold;          // channels of a row of NCHW: several where one is not of whole vectors
   bool channels_last;
   int vector;  // elements that are read at once
   int64_t hidden;

@@ -26,9 +26,9 @@ namespace cbam_ops {
 namespace cuda {
 
 struct Patch {
-  int64_t slice;
-  int64_t row;
-  int64_t column;
+  uint32_t slice;
+  uint32_t row;
+  uint32_t column;
   int rows;
   int columns;
 
@@ -36,10 +36,10 @@ struct Patch {
 };
 
 template <typename A>
-CBAM_DEVICE Patch PatchAt(const Call<A>& call, int64_t index) {
-  const int64_t down = Quotient(index, call.patches.across);
+CBAM_DEVICE Patch PatchAt(const Call<A>& call, uint32_t index) {
+  const uint32_t down = index / call.patches.across;
   Patch patch;
-  patch.slice = Quotient(down, call.patches.down);
+  patch.slice = down / call.patches.down;
   patch.row = (down - patch.slice * call.patches.down) * call.patches.rows;
   patch.column = (index - down * call.patches.across) * call.patches.columns;
   patch.rows = static_cast<int>(Smaller(call.patches.rows, call.height - patch.row));
@@ -83,14 +83,14 @@ struct Windows {
   }
 };
 
+// What lies before the border is beyond it too: the numbers have no sign.
 template <typename A>
-CBAM_DEVICE bool Inside(const Call<A>& call, int64_t slice, int64_t row, int64_t column) {
-  return slice >= 0 && slice < call.depth && row >= 0 && row < call.height && column >= 0 &&
-         column < call.width;
+CBAM_DEVICE bool Inside(const Call<A>& call, uint32_t slice, uint32_t row, uint32_t column) {
+  return slice < call.depth && row < call.height && column < call.width;
 }
 // The index of a position in the map.
 template <typename A>
-CBAM_DEVICE int64_t IndexOf(const Call<A>& call, int64_t slice, int64_t row, int64_t column) {
+CBAM_DEVICE uint32_t IndexOf(const Call<A>& call, uint32_t slice, uint32_t row, uint32_t column) {
   return (slice * call.height + row) * call.width + column;
 }
 
@@ -126,11 +126,11 @@ CBAM_DEVICE void OverWindow(const Call<A>& call, const Patch& patch, const Windo
   const int rows = call.kernel_depth * windows.rows;
   for (int r = ThreadIndex() / kWarp; r < rows; r += kThreads / kWarp) {
     const int above = call.kernel_depth > 1 ? r / windows.rows : 0;
-    const int64_t slice = patch.slice + above - call.kernel_depth / 2;
-    const int64_t row = patch.row + r - above * windows.rows - call.kernel_height / 2;
+    const uint32_t slice = patch.slice + above - call.kernel_depth / 2;
+    const uint32_t row = patch.row + r - above * windows.rows - call.kernel_height / 2;
     CBAM_NO_UNROLL
     for (int c = ThreadIndex() % kWarp; c < windows.stride; c += kWarp) {
-      const int64_t column = patch.column + c - call.kernel_width / 2;
+      const uint32_t column = patch.column + c - call.kernel_width / 2;
       store(r * windows.stride + c, Inside(call, slice, row, column),
             IndexOf(call, slice, row, column));
     }
@@ -176,9 +176,9 @@ CBAM_DEVICE void Convolve(const Call<A>& call, int64_t n, const Patch& patch,
     CBAM_NO_UNROLL
     for (int j = 0; j < 2 * width; ++j) {
       const int k = j / width, tap = j - k * width;
-      const int64_t s = patch.slice + d - call.kernel_depth / 2;
-      const int64_t r = patch.row + row + i - height / 2;
-      const int64_t c = patch.column + column + k + tap - width / 2;
+      const uint32_t s = patch.slice + d - call.kernel_depth / 2;
+      const uint32_t r = patch.row + row + i - height / 2;
+      const uint32_t c = patch.column + column + k + tap - width / 2;
       if (!Inside(call, s, r, c)) continue;
       A mean, maximum;
       Fold<true>(call.spatial_source, n, IndexOf(call, s, r, c), &mean, &maximum);
@@ -203,10 +203,9 @@ CBAM_DEVICE void OverConvolution(const Call<A>& call, int64_t n, const Patch& pa
   OverNeighbours(call, patch, [&](int row, int column, int positions, int64_t first) {
     A z[2];
     Convolve(call, n, patch, windows, row, column, z);
-    CBAM_UNROLL
-    for (int k = 0; k < 2; ++k) {
-      if (k < positions) body(row * windows.stride + column + k, first + k, z[k]);
-    }
+    CBAM_NO_UNROLL
+    for (int k = 0; k < positions; ++k)
+      body(row * windows.stride + column + k, first + k, k == 0 ? z[0] : z[1]);
   });
 }
 
@@ -287,6 +286,7 @@ CBAM_DEVICE A Deviation(const Call<A>& call) {
 template <typename A>
 CBAM_DEVICE void Normalise(const Call<A>& call, int64_t n, int64_t index) {
   const int64_t end = Smaller((index + 1) * kChunk, call.positions);
+  CBAM_NO_UNROLL
   for (int64_t p = index * kChunk + ThreadIndex(); p < end; p += kThreads) {
     const int64_t at = n * call.positions + p;
     const A z = (call.z[at] - call.batch_statistics[0]) / Deviation(call) * call.gamma[0];
@@ -384,9 +384,9 @@ CBAM_DEVICE void ConvolveTransposed(const Call<A>& call, int64_t n, const Patch&
     CBAM_NO_UNROLL
     for (int j = 0; j < 2 * width; ++j) {
       const int k = j / width, tap = j - k * width;
-      const int64_t s = patch.slice - d + call.kernel_depth / 2;
-      const int64_t r = patch.row + row - i + height / 2;
-      const int64_t c = patch.column + column + k - tap + width / 2;
+      const uint32_t s = patch.slice - d + call.kernel_depth / 2;
+      const uint32_t r = patch.row + row - i + height / 2;
+      const uint32_t c = patch.column + column + k - tap + width / 2;
       if (!Inside(call, s, r, c)) continue;
       const A value = ConvolutionGradient(call, n, IndexOf(call, s, r, c));
       (k == 0 ? d_mean[0] : d_mean[1]) += value * weights[2 * tap];
@@ -431,18 +431,22 @@ CBAM_DEVICE void SumTaps(const Call<A>& call, int64_t n, const Patch& patch,
       CBAM_NO_UNROLL
       for (int q = lane; q < patch.size(); q += kWarp) {
         const int row = q / patch.columns, column = q - row * patch.columns;
-        const int64_t r = patch.row + row, c = patch.column + column;
+        const uint32_t r = patch.row + row, c = patch.column + column;
         const A value = ConvolutionGradient(call, n, IndexOf(call, patch.slice, r, c));
         total += value;
-        CBAM_UNROLL
-        for (int j = 0; j < kColumns; ++j) {
-          const int64_t to_s = patch.slice + d - call.kernel_depth / 2;
-          const int64_t to_r = r + i - height / 2, to_c = c + first + j - width / 2;
-          if (first + j >= width || !Inside(call, to_s, to_r, to_c)) continue;
+        CBAM_NO_UNROLL
+        for (int tap = 0; tap < kColumns && first + tap < width; ++tap) {
+          const uint32_t to_s = patch.slice + d - call.kernel_depth / 2;
+          const uint32_t to_r = r + i - height / 2, to_c = c + first + tap - width / 2;
+          if (!Inside(call, to_s, to_r, to_c)) continue;
           A mean, maximum;
           Fold<true>(call.spatial_source, n, IndexOf(call, to_s, to_r, to_c), &mean, &maximum);
-          sums[j][0] += value * mean;
-          sums[j][1] += value * maximum;
+          CBAM_UNROLL
+          for (int j = 0; j < kColumns; ++j) {
+            if (j != tap) continue;
+            sums[j][0] += value * mean;
+            sums[j][1] += value * maximum;
+          }
         }
       }
     }
@@ -482,9 +486,8 @@ CBAM_DEVICE void PositionSides(const Call<A>& call, int64_t n, int64_t index) {
   OverNeighbours(call, patch, [&](int row, int column, int positions, int64_t first) {
     A d_mean[2], d_max[2];
     ConvolveTransposed(call, n, patch, windows, row, column, d_mean, d_max);
-    CBAM_UNROLL
-    for (int k = 0; k < 2; ++k) {
-      if (k >= positions) continue;
+    CBAM_NO_UNROLL
+    for (int k = 0; k < positions; ++k) {
       if (call.patches.staged) {
         windows.corners[row * patch.columns + column + k] = row * windows.stride + column + k;
       }
@@ -492,8 +495,8 @@ CBAM_DEVICE void PositionSides(const Call<A>& call, int64_t n, int64_t index) {
       A t, count;
       Fold<false>(call.spatial_pass, n, p, &t, &count);
       StoreSide(call.position_sides, n, p,
-                MakeSide(call.spatial_gate[n * call.positions + p], d_mean[k],
-                         static_cast<A>(call.channels), true, d_max[k], count,
+                MakeSide(call.spatial_gate[n * call.positions + p], k == 0 ? d_mean[0] : d_mean[1],
+                         static_cast<A>(call.channels), true, k == 0 ? d_max[0] : d_max[1], count,
                          call.position_maximum[n * call.position_stride + p]));
     }
   });

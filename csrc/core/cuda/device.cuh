@@ -382,6 +382,7 @@ CBAM_DEVICE int64_t Remainder(int64_t a, int64_t b) {
 }
 
 CBAM_DEVICE int64_t Smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+CBAM_DEVICE uint32_t Smaller(uint32_t a, uint32_t b) { return a < b ? a : b; }
 CBAM_DEVICE int64_t Larger(int64_t a, int64_t b) { return a > b ? a : b; }
 
 }  // namespace cuda

@@ -127,7 +127,6 @@ CBAM_DEVICE void WithTraits(const Call<Compute<T>>& call, RunPass pass) {
 template <typename T>
 CBAM_KERNEL(kForwardBlocks<Compute<T>>)
 ForwardKernel(CBAM_PARAMETER Call<Compute<T>> call) {
-  constexpr Gradient kNone = Gradient::kNone;
   RunItems(call, [&](Task task, int64_t n, int index) CBAM_INLINE_LAMBDA {
     const auto over_maps = [&](auto pass) CBAM_INLINE_LAMBDA { WithTraits<T>(call, pass); };
     switch (task) {
@@ -141,11 +140,11 @@ ForwardKernel(CBAM_PARAMETER Call<Compute<T>> call) {
         return Statistics(call);
       case Task::kChannelPool:
         return over_maps([&](auto traits) CBAM_INLINE_LAMBDA {
-          Reduce<decltype(traits), Pass::kChannelPool, kNone, false>(call, n, index);
+          Reduce<decltype(traits), Pass::kChannelPool>(call, n, index);
         });
       case Task::kSpatialPool:
         return over_maps([&](auto traits) CBAM_INLINE_LAMBDA {
-          Reduce<decltype(traits), Pass::kSpatialPool, kNone, false>(call, n, index);
+          Reduce<decltype(traits), Pass::kSpatialPool>(call, n, index);
         });
       case Task::kConvolution:
         return Convolution(call, n, index);
@@ -166,11 +165,8 @@ ForwardKernel(CBAM_PARAMETER Call<Compute<T>> call) {
 template <typename T>
 CBAM_KERNEL(kBackwardBlocks<Compute<T>>)
 BackwardKernel(CBAM_PARAMETER Call<Compute<T>> call) {
-  constexpr Gradient kNone = Gradient::kNone, kPlain = Gradient::kPlain,
-                     kMasked = Gradient::kMasked;
   RunItems(call, [&](Task task, int64_t n, int index) CBAM_INLINE_LAMBDA {
     const auto over_maps = [&](auto pass) CBAM_INLINE_LAMBDA { WithTraits<T>(call, pass); };
-    const bool masked = call.mask != nullptr;
     switch (task) {
       case Task::kHidden:
         return Hidden(call, n, index);
@@ -192,25 +188,18 @@ BackwardKernel(CBAM_PARAMETER Call<Compute<T>> call) {
         return Taps(call, index);
       case Task::kSpatialGrad:
         return over_maps([&](auto traits) CBAM_INLINE_LAMBDA {
-          using M = decltype(traits);
-          masked ? Reduce<M, Pass::kSpatialGrad, kMasked, false>(call, n, index)
-                 : Reduce<M, Pass::kSpatialGrad, kPlain, false>(call, n, index);
+          Reduce<decltype(traits), Pass::kSpatialGrad>(call, n, index);
         });
       case Task::kChannelGrad:
         return over_maps([&](auto traits) CBAM_INLINE_LAMBDA {
-          using M = decltype(traits);
-          if (call.serial) {
-            return masked ? Reduce<M, Pass::kChannelGrad, kMasked, true>(call, n, index)
-                          : Reduce<M, Pass::kChannelGrad, kPlain, true>(call, n, index);
-          }
-          return masked ? Reduce<M, Pass::kChannelGrad, kMasked, false>(call, n, index)
-                        : Reduce<M, Pass::kChannelGrad, kPlain, false>(call, n, index);
+          Reduce<decltype(traits), Pass::kChannelGrad>(call, n, index);
         });
       case Task::kMapGrad:
         return over_maps([&](auto traits) CBAM_INLINE_LAMBDA {
           using M = decltype(traits);
-          if (call.pool_maxima != nullptr) return MapGrad<M, kNone>(call, n, index);
-          return masked ? MapGrad<M, kMasked>(call, n, index) : MapGrad<M, kPlain>(call, n, index);
+          if (call.pool_maxima != nullptr) return MapGrad<M, Gradient::kNone>(call, n, index);
+          call.mask != nullptr ? MapGrad<M, Gradient::kMasked>(call, n, index)
+                               : MapGrad<M, Gradient::kPlain>(call, n, index);
         });
       case Task::kNormGrad:
         return NormGrad(call, n, index);

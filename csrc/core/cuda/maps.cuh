@@ -63,6 +63,18 @@ enum class Gradient { kNone, kPlain, kMasked };
 template <Gradient kGradient>
 constexpr int kMaps = kGradient == Gradient::kMasked ? 3 : 2;
 
+// Calls pass(gradient, as a type) with what reaches the maps' gradients in a reduction.
+template <Pass kPass, typename A, typename RunPass>
+CBAM_DEVICE void WithGradient(const Call<A>& call, RunPass pass) {
+  if constexpr (kIsPool<kPass>) {
+    pass(std::integral_constant<Gradient, Gradient::kNone>());
+  } else if (call.mask != nullptr) {
+    pass(std::integral_constant<Gradient, Gradient::kMasked>());
+  } else {
+    pass(std::integral_constant<Gradient, Gradient::kPlain>());
+  }
+}
+
 // V values in the compute type, from wherever they are.
 template <int V, typename A>
 CBAM_DEVICE void LoadOr(const A* values, int64_t at, A otherwise, A (&result)[V]) {
@@ -79,16 +91,17 @@ CBAM_DEVICE void LoadOr(const A* values, int64_t at, A otherwise, A (&result)[V]
 // Where V columns lie: in a row that is several channels, in which of these, at which position;
 // elements from `left` on are the next channel's.
 struct Segment {
-  int64_t channel = 0;  // of the row's
-  int64_t next = 0;
-  int64_t position = 0;
-  int64_t left = 0;
+  uint32_t channel = 0;  // of the row's
+  uint32_t next = 0;
+  uint32_t position = 0;
+  uint32_t left = 0;
 };
 template <typename M>
-CBAM_DEVICE Segment SegmentAt(const Call<typename M::A>& call, int64_t column) {
+CBAM_DEVICE Segment SegmentAt(const Call<typename M::A>& call, uint32_t column) {
   if constexpr (!M::kFolded) return {0, 0, column, M::V};
-  const int64_t channel = Quotient(column, call.positions);
-  const int64_t position = column - channel * call.positions, left = call.positions - position;
+  const auto positions = static_cast<uint32_t>(call.positions);
+  const uint32_t channel = column / positions;
+  const uint32_t position = column - channel * positions, left = positions - position;
   return {channel, channel + (left < M::V ? 1 : 0), position, left};
 }
 
@@ -97,17 +110,17 @@ template <typename M, typename State>
 struct OfRow {
   State state[M::kFolded ? 2 : 1];
 
-  CBAM_DEVICE State At(int i, int64_t left) const {
+  CBAM_DEVICE State At(uint32_t i, uint32_t left) const {
     if constexpr (M::kFolded) return Select(i < left, state[0], state[1]);
     return state[0];
   }
 };
 // load(row), or of a row that is several channels load(channel).
 template <typename M, typename State, typename Load>
-CBAM_DEVICE OfRow<M, State> LoadOfRow(const Call<typename M::A>& call, int64_t row,
+CBAM_DEVICE OfRow<M, State> LoadOfRow(const Call<typename M::A>& call, uint32_t row,
                                       const Segment& segment, Load load) {
   if constexpr (M::kFolded) {
-    const int64_t first = row * call.fold;
+    const int64_t first = int64_t{row} * call.fold;
     return {{load(first + segment.channel), load(first + segment.next)}};
   } else {
     return {{load(row)}};
@@ -120,11 +133,12 @@ CBAM_DEVICE void LoadColumns(const Call<A>& call, const A* values, int64_t n, in
                              const Segment& segment, A otherwise, A (&result)[M::V]) {
   const int64_t start = n * stride;
   if constexpr (M::kFolded) {
-    int64_t position = segment.position;
+    const auto positions = static_cast<uint32_t>(call.positions);
+    uint32_t position = segment.position;
     CBAM_UNROLL
     for (int i = 0; i < M::V; ++i) {
       result[i] = values != nullptr ? values[start + position] : otherwise;
-      position = position + 1 == call.positions ? 0 : position + 1;
+      position = position + 1 == positions ? 0 : position + 1;
     }
   } else {
     LoadOr<M::V>(values, start + segment.position, otherwise, result);
@@ -195,8 +209,8 @@ CBAM_DEVICE Side<A> RowSideOf(const A* sides, int64_t at) {
 
 // What a reduction needs to know of a channel and of a position: only what the pass uses is loaded.
 // As columns.
-template <Pass kPass, typename M, bool kSerial, typename A>
-CBAM_DEVICE ColumnSides<M> ColumnSidesFor(const Call<A>& call, int64_t n, int64_t column) {
+template <Pass kPass, typename M, typename A>
+CBAM_DEVICE ColumnSides<M> ColumnSidesFor(const Call<A>& call, int64_t n, uint32_t column) {
   ColumnSides<M> sides = {};
   const Segment segment = SegmentAt<M>(call, column);
   const auto load = [&](const A* values, int64_t stride, A otherwise, A(&result)[M::V]) {
@@ -209,16 +223,18 @@ CBAM_DEVICE ColumnSides<M> ColumnSidesFor(const Call<A>& call, int64_t n, int64_
       load(call.channel_maximum, call.channels, NotANumber<A>(), sides.maximum);
   } else if constexpr (kPass == Pass::kSpatialGrad) {
     load(call.position_maximum, call.position_stride, NotANumber<A>(), sides.maximum);
-  } else if constexpr (kPass == Pass::kChannelGrad && kSerial) {
-    const Sides<A>& positions = call.position_sides;
-    sides.LoadAll(DataOf(positions, n), positions.stride, column);
   } else if constexpr (kPass == Pass::kChannelGrad) {
-    load(call.spatial_gate, call.positions, A(1), sides.gate);
+    const Sides<A>& positions = call.position_sides;
+    if (call.serial) {
+      sides.LoadAll(DataOf(positions, n), positions.stride, column);
+    } else {
+      load(call.spatial_gate, call.positions, A(1), sides.gate);
+    }
   }
   return sides;
 }
 // As a row.
-template <Pass kPass, typename M, bool kSerial, typename A>
+template <Pass kPass, typename M, typename A>
 CBAM_DEVICE Side<A> RowSideFor(const Call<A>& call, int64_t n, int64_t row) {
   Side<A> side = NeutralSide<A>();
   const int64_t at = n * (M::kChannelsLast ? call.positions : call.channels) + row;
@@ -229,10 +245,12 @@ CBAM_DEVICE Side<A> RowSideFor(const Call<A>& call, int64_t n, int64_t row) {
     if constexpr (kPass == Pass::kChannelGrad) side.maximum = call.channel_maximum[at];
   } else if constexpr (kPass == Pass::kSpatialGrad) {
     side.maximum = call.position_maximum[n * call.position_stride + row];
-  } else if constexpr (kPass == Pass::kChannelGrad && kSerial) {
-    side = RowSideOf(call.position_sides.data, at);
   } else if constexpr (kPass == Pass::kChannelGrad) {
-    if (call.spatial_gate != nullptr) side.gate = call.spatial_gate[at];
+    if (call.serial) {
+      side = RowSideOf(call.position_sides.data, at);
+    } else if (call.spatial_gate != nullptr) {
+      side.gate = call.spatial_gate[at];
+    }
   }
   return side;
 }
@@ -249,7 +267,7 @@ CBAM_DEVICE const Side<A>& PositionOf(const Side<A>& row, const Side<A>& column)
 
 // One element into the two sums. The product that is compared with a maximum is rounded by itself,
 // in forward and backward alike.
-template <typename M, Pass kPass, bool kSerial, typename A>
+template <typename M, Pass kPass, typename A>
 CBAM_DEVICE void Accumulate(A x, A dy, const Side<A>& row, const Side<A>& column, bool serial,
                             A* first, A* second) {
   const Side<A>& channel = ChannelOf<M>(row, column);
@@ -266,10 +284,9 @@ CBAM_DEVICE void Accumulate(A x, A dy, const Side<A>& row, const Side<A>& column
     *first += dy * u;
     *second = CountEqual(serial ? u : x, position.maximum, *second);
   } else {
+    // Of which the shares are 0 where the order is not serial.
     A du = dy * position.gate;
-    if constexpr (kSerial) {
-      du += Multiply(x, channel.gate) == position.maximum ? position.maximum_share : position.share;
-    }
+    du += Multiply(x, channel.gate) == position.maximum ? position.maximum_share : position.share;
     *first += du * x;
     *second = CountEqual(x, channel.maximum, *second);
   }
@@ -290,16 +307,16 @@ CBAM_DEVICE void StoreReduced(const Call<A>& call, int64_t n, int64_t slice, int
 
 // A tile of a sample.
 struct Tile {
-  int64_t down;
-  int64_t across;
-  int64_t row;
-  int64_t end_row;
-  int64_t column;
-  int64_t end_column;
+  uint32_t down;
+  uint32_t across;
+  uint32_t row;
+  uint32_t end_row;
+  uint32_t column;
+  uint32_t end_column;
 };
-CBAM_DEVICE Tile TileAt(int64_t rows, int64_t columns, const Tiles& tiles, int64_t index) {
+CBAM_DEVICE Tile TileAt(uint32_t rows, uint32_t columns, const Tiles& tiles, uint32_t index) {
   Tile tile;
-  tile.down = Quotient(index, tiles.across);
+  tile.down = index / tiles.across;
   tile.across = index - tile.down * tiles.across;
   tile.row = tile.down * tiles.rows;
   tile.end_row = Smaller(tile.row + tiles.rows, rows);
@@ -311,55 +328,57 @@ CBAM_DEVICE Tile TileAt(int64_t rows, int64_t columns, const Tiles& tiles, int64
 // Along the rows: a slice is a tile of columns. Where channels are not of whole vectors the first and
 // the last of each are partly another's, and the channels that a thread has at once are kFold apart,
 // so that their vectors lie alike: columns count from the first of kFold channels.
-template <typename M, Pass kPass, Gradient kGradient, bool kSerial>
+template <typename M, Pass kPass, Gradient kGradient>
 CBAM_DEVICE void ReduceRows(const Call<typename M::A>& call, int64_t n, int64_t index) {
   using T = typename M::T;
   using A = typename M::A;
   constexpr int V = M::V, kRows = RowsAtOnce<T>(V, kIsPool<kPass> ? 1 : kMaps<kGradient>);
   const Tiles& tiles = kOverChannels<kPass> ? call.spatial_tiles : call.channel_tiles;
-  const int lanes = tiles.lanes, lane = ThreadIndex() % lanes, group = ThreadIndex() / lanes;
-  const int batch = kThreads / lanes * kRows;
+  const int lanes = tiles.lanes(), lane = ThreadIndex() & (lanes - 1);
+  const int group = ThreadIndex() >> tiles.lane_bits, batch = (kThreads >> tiles.lane_bits) * kRows;
   constexpr bool kFolded = M::kFolded;
   constexpr int kFold = kFolded ? V : 1;  // channels after which vectors lie alike
   const int part = group % kFold;
-  const int warp_group = ThreadIndex() / kWarp * kWarp / lanes;
-  const int64_t row_count = M::kChannelsLast ? call.positions : call.channels;
-  const int64_t column_count = M::kChannelsLast ? call.channels : call.positions;
+  const int warp_group = ThreadIndex() / kWarp * kWarp >> tiles.lane_bits;
+  const int64_t base = n * call.rows * call.columns;
+  const auto row_count = static_cast<uint32_t>(M::kChannelsLast ? call.positions : call.channels);
+  const auto column_count =
+      static_cast<uint32_t>(M::kChannelsLast ? call.channels : call.positions);
   const Tile tile = TileAt(row_count, column_count, tiles, index);
-  const int64_t begin_column = part * column_count + tile.column;
-  const int64_t end_column = part * column_count + tile.end_column;
-  const int64_t first_column = kFolded ? begin_column / V * V : begin_column;
-  const auto size = static_cast<unsigned>(end_column - begin_column);
+  const uint32_t begin_column = part * column_count + tile.column;
+  const uint32_t end_column = part * column_count + tile.end_column;
+  const uint32_t first_column = kFolded ? begin_column / V * V : begin_column;
+  const uint32_t size = end_column - begin_column;
   const bool serial = call.serial;
   CBAM_NO_UNROLL
-  for (int64_t begin = tile.row; begin < tile.end_row; begin += batch) {
+  for (uint32_t begin = tile.row; begin < tile.end_row; begin += batch) {
     if (begin + warp_group / kFold * kFold * kRows >= tile.end_row) break;  // all of the warp
-    const int64_t row = begin + group / kFold * kFold * kRows + part;
+    const uint32_t row = begin + group / kFold * kFold * kRows + part;
     int64_t offsets[kRows];
     Side<A> row_sides[kRows];
     A first[kRows], second[kRows];
     CBAM_UNROLL
     for (int k = 0; k < kRows; ++k) {
       // Beyond the end: read the last row again, store nothing.
-      const int64_t this_row = Smaller(row + k * kFold, tile.end_row - kFold + part);
-      offsets[k] = (n * row_count + this_row - part) * column_count;
-      row_sides[k] = RowSideFor<kPass, M, kSerial>(call, n, this_row);
+      const uint32_t this_row = Smaller(row + k * kFold, tile.end_row - kFold + part);
+      offsets[k] = base + int64_t{this_row - part} * column_count;
+      row_sides[k] = RowSideFor<kPass, M>(call, n, this_row);
       first[k] = A(0);
       second[k] = kIsPool<kPass> ? Lowest<A>() : A(0);
     }
     CBAM_NO_UNROLL
-    for (int64_t column = first_column + lane * V; column < end_column; column += lanes * V) {
+    for (uint32_t column = first_column + lane * V; column < end_column; column += lanes * V) {
       Elements<M, kGradient, false> elements[kRows];
       CBAM_UNROLL
       for (int k = 0; k < kRows; ++k) elements[k].LoadAt(call, offsets[k] + column);
-      const ColumnSides<M> sides = ColumnSidesFor<kPass, M, kSerial>(call, n, column);
+      const ColumnSides<M> sides = ColumnSidesFor<kPass, M>(call, n, column);
       CBAM_UNROLL
       for (int i = 0; i < V; ++i) {
-        if (kFolded && static_cast<unsigned>(column - begin_column) + i >= size) continue;
+        if (kFolded && column - begin_column + i >= size) continue;
         CBAM_UNROLL
         for (int k = 0; k < kRows; ++k) {
-          Accumulate<M, kPass, kSerial>(elements[k].X(i), elements[k].Dy(i), row_sides[k],
-                                        sides.At(i), serial, &first[k], &second[k]);
+          Accumulate<M, kPass>(elements[k].X(i), elements[k].Dy(i), row_sides[k], sides.At(i),
+                               serial, &first[k], &second[k]);
         }
       }
     }
@@ -381,19 +400,49 @@ CBAM_DEVICE void ReduceRows(const Call<typename M::A>& call, int64_t n, int64_t 
   }
 }
 
-// Across the rows: a slice is a tile of rows, or where a row is several channels a tile.
-template <typename M, Pass kPass, Gradient kGradient, bool kSerial>
-CBAM_DEVICE void ReduceColumns(const Call<typename M::A>& call, int64_t n, int64_t index) {
-  using T = typename M::T;
-  using A = typename M::A;
-  constexpr int V = M::V, kRows = RowsAtOnce<T>(V, kIsPool<kPass> ? 1 : kMaps<kGradient>);
-  constexpr int kWarps = kThreads / kWarp;
-  const Tiles& tiles = kOverChannels<kPass> ? call.spatial_tiles : call.channel_tiles;
-  const int lanes = tiles.lanes, lane = ThreadIndex() % lanes, row_thread = ThreadIndex() / lanes;
-  const int row_threads = kThreads / lanes;
-  const Tile tile = TileAt(call.rows, call.columns, tiles, index);
-  const int64_t column = tile.column + lane * V;
+// What a thread sums in a tile's rows from `row` on, every row_threads-th of them, of V columns.
+template <typename M, Pass kPass, Gradient kGradient, typename A>
+CBAM_DEVICE void SumColumns(const Call<A>& call, int64_t n, const Tile& tile, uint32_t row,
+                            uint32_t column, int row_threads, A (&first)[M::V], A (&second)[M::V]) {
+  constexpr int V = M::V,
+                kRows = RowsAtOnce<typename M::T>(V, kIsPool<kPass> ? 1 : kMaps<kGradient>);
   const bool serial = call.serial;
+  const ColumnSides<M> sides = ColumnSidesFor<kPass, M>(call, n, column);
+  const Segment segment = SegmentAt<M>(call, column);
+  const int64_t base = n * call.rows * call.columns + column;
+  CBAM_NO_UNROLL
+  for (; row < tile.end_row; row += row_threads * kRows) {
+    Elements<M, kGradient, false> elements[kRows];
+    OfRow<M, Side<A>> row_sides[kRows];
+    CBAM_UNROLL
+    for (int k = 0; k < kRows; ++k) {
+      const uint32_t this_row = Smaller(row + k * row_threads, tile.end_row - 1);
+      elements[k].LoadAt(call, base + int64_t{this_row} * call.columns);
+      row_sides[k] = LoadOfRow<M, Side<A>>(
+          call, this_row, segment,
+          [&](int64_t i) CBAM_INLINE_LAMBDA { return RowSideFor<kPass, M>(call, n, i); });
+    }
+    CBAM_UNROLL
+    for (int k = 0; k < kRows; ++k) {
+      if (row + k * row_threads >= tile.end_row) continue;
+      CBAM_UNROLL
+      for (int i = 0; i < V; ++i) {
+        Accumulate<M, kPass>(elements[k].X(i), elements[k].Dy(i), row_sides[k].At(i, segment.left),
+                             sides.At(i), serial, &first[i], &second[i]);
+      }
+    }
+  }
+}
+
+// Across the rows: a slice is a tile of rows, or where a row is several channels a tile.
+template <typename M, Pass kPass>
+CBAM_DEVICE void ReduceColumns(const Call<typename M::A>& call, int64_t n, int64_t index) {
+  using A = typename M::A;
+  constexpr int V = M::V, kWarps = kThreads / kWarp;
+  const Tiles& tiles = kOverChannels<kPass> ? call.spatial_tiles : call.channel_tiles;
+  const int lanes = tiles.lanes(), lane = ThreadIndex() & (lanes - 1);
+  const Tile tile = TileAt(call.rows, call.columns, tiles, index);
+  const uint32_t column = tile.column + lane * V;
   A first[V], second[V];
   CBAM_UNROLL
   for (int i = 0; i < V; ++i) {
@@ -401,33 +450,11 @@ CBAM_DEVICE void ReduceColumns(const Call<typename M::A>& call, int64_t n, int64
     second[i] = kIsPool<kPass> ? Lowest<A>() : A(0);
   }
   if (column < call.columns) {
-    const ColumnSides<M> sides = ColumnSidesFor<kPass, M, kSerial>(call, n, column);
-    const Segment segment = SegmentAt<M>(call, column);
-    const int64_t base = n * call.rows * call.columns + column;
-    CBAM_NO_UNROLL
-    for (int64_t row = tile.row + row_thread; row < tile.end_row; row += row_threads * kRows) {
-      Elements<M, kGradient, false> elements[kRows];
-      OfRow<M, Side<A>> row_sides[kRows];
-      CBAM_UNROLL
-      for (int k = 0; k < kRows; ++k) {
-        const int64_t this_row = Smaller(row + k * row_threads, tile.end_row - 1);
-        elements[k].LoadAt(call, base + this_row * call.columns);
-        row_sides[k] =
-            LoadOfRow<M, Side<A>>(call, this_row, segment, [&](int64_t i) CBAM_INLINE_LAMBDA {
-              return RowSideFor<kPass, M, kSerial>(call, n, i);
-            });
-      }
-      CBAM_UNROLL
-      for (int k = 0; k < kRows; ++k) {
-        if (row + k * row_threads >= tile.end_row) continue;
-        CBAM_UNROLL
-        for (int i = 0; i < V; ++i) {
-          Accumulate<M, kPass, kSerial>(elements[k].X(i), elements[k].Dy(i),
-                                        row_sides[k].At(i, segment.left), sides.At(i), serial,
-                                        &first[i], &second[i]);
-        }
-      }
-    }
+    WithGradient<kPass>(call, [&](auto gradient) CBAM_INLINE_LAMBDA {
+      SumColumns<M, kPass, decltype(gradient)::value>(
+          call, n, tile, tile.row + (ThreadIndex() >> tiles.lane_bits), column,
+          kThreads >> tiles.lane_bits, first, second);
+    });
   }
   // Lanes of a warp that have the same columns, then warps.
   CBAM_NO_UNROLL
@@ -455,14 +482,14 @@ CBAM_DEVICE void ReduceColumns(const Call<typename M::A>& call, int64_t n, int64
   Barrier();
   if constexpr (M::kFolded) {
     // What a tile has of each position: of those it does not have, nothing.
-    const int64_t last = tile.end_column - tile.column;
+    const auto positions = static_cast<uint32_t>(call.positions);
+    const uint32_t last = tile.end_column - tile.column, before = tile.column % positions;
     CBAM_NO_UNROLL
-    for (int64_t position = ThreadIndex(); position < call.positions; position += kThreads) {
+    for (uint32_t position = ThreadIndex(); position < positions; position += kThreads) {
       A sum = A(0), other = kIsPool<kPass> ? Lowest<A>() : A(0);
-      const int64_t before = Remainder(tile.column, call.positions);
       CBAM_NO_UNROLL
-      for (int64_t c = position - before + (position < before ? call.positions : 0); c < last;
-           c += call.positions) {
+      for (uint32_t c = position - before + (position < before ? positions : 0); c < last;
+           c += positions) {
         for (int w = 0; w < kWarps; ++w) {
           sum += firsts[w * width + c];
           other = Join<kPass>(other, seconds[w * width + c]);
@@ -484,12 +511,14 @@ CBAM_DEVICE void ReduceColumns(const Call<typename M::A>& call, int64_t n, int64
   }
 }
 
-template <typename M, Pass kPass, Gradient kGradient, bool kSerial>
+template <typename M, Pass kPass>
 CBAM_DEVICE void Reduce(const Call<typename M::A>& call, int64_t n, int64_t index) {
   if constexpr (kOverChannels<kPass> == M::kChannelsLast) {
-    ReduceRows<M, kPass, kGradient, kSerial>(call, n, index);
+    WithGradient<kPass>(call, [&](auto gradient) CBAM_INLINE_LAMBDA {
+      ReduceRows<M, kPass, decltype(gradient)::value>(call, n, index);
+    });
   } else {
-    ReduceColumns<M, kPass, kGradient, kSerial>(call, n, index);
+    ReduceColumns<M, kPass>(call, n, index);
   }
 }
 
@@ -498,8 +527,8 @@ template <typename M, int kRows, typename State>
 struct Rows {
   OfRow<M, State> state[kRows];
   int64_t offset[kRows];
-  int64_t left;  // rows until the tile's end
-  int step;      // from one of these to the next
+  uint32_t left;  // rows until the tile's end
+  uint32_t step;  // from one of these to the next
 
   CBAM_DEVICE bool Has(int k) const { return k * step < left; }
 };
@@ -516,39 +545,41 @@ CBAM_DEVICE void OverTile(const Call<typename M::A>& call, int64_t n, int64_t in
   constexpr int V = M::V, kVectors = kSector / (V * static_cast<int>(sizeof(typename M::T)));
   constexpr int kApart = M::kChannelsLast || V == 1 ? 1 : kVectors;
   const Tiles& tiles = call.map_tiles;
-  const int lanes = tiles.lanes, lane = ThreadIndex() % lanes, group = ThreadIndex() / lanes;
-  const int groups = kThreads / lanes;
+  const int lanes = tiles.lanes(), lane = ThreadIndex() & (lanes - 1);
+  const int group = ThreadIndex() >> tiles.lane_bits, groups = kThreads >> tiles.lane_bits;
   const Tile tile = TileAt(call.rows, call.columns, tiles, index);
-  const auto load_rows = [&](int64_t row, const Segment& segment) CBAM_INLINE_LAMBDA {
+  const int64_t base = n * call.rows * call.columns;
+  const auto load_rows = [&](uint32_t row, const Segment& segment) CBAM_INLINE_LAMBDA {
     Rows<M, kRows, State> rows;
     rows.left = tile.end_row - row;
     rows.step = M::kFolded ? groups : kApart;
     CBAM_UNROLL
     for (int k = 0; k < kRows; ++k) {
-      const int64_t this_row = Smaller(row + k * rows.step, tile.end_row - 1);
+      const uint32_t this_row = Smaller(row + k * rows.step, tile.end_row - 1);
       rows.state[k] = LoadOfRow<M, State>(call, this_row, segment, load_row);
-      rows.offset[k] = (n * call.rows + this_row) * call.columns;
+      rows.offset[k] = base + int64_t{this_row} * call.columns;
     }
     return rows;
   };
-  const int64_t first = tile.column + lane * V;
+  const uint32_t first = tile.column + lane * V;
   if constexpr (M::kFolded) {
     if (first >= tile.end_column) return;
     const Segment segment = SegmentAt<M>(call, first);
     const auto column_state = load_column(segment);
     CBAM_NO_UNROLL
-    for (int64_t row = tile.row + group; row < tile.end_row; row += groups * kRows)
+    for (uint32_t row = tile.row + group; row < tile.end_row; row += groups * kRows)
       body(load_rows(row, segment), first, column_state, segment);
   } else {
-    const int64_t begin = tile.row + group / kApart * kApart * kRows + group % kApart;
+    const uint32_t begin = tile.row + group / kApart * kApart * kRows + group % kApart;
     CBAM_NO_UNROLL
-    for (int64_t row = begin; row < tile.end_row; row += groups * kRows) {
+    for (uint32_t row = begin; row < tile.end_row; row += groups * kRows) {
       const auto rows = load_rows(row, {});
-      const int64_t early = kApart > 1 ? rows.offset[0] % (kApart * V) : 0;
-      const int64_t end = tile.across + 1 == tiles.across ? call.columns : tile.end_column - early;
+      const uint32_t early = kApart > 1 ? static_cast<uint32_t>(rows.offset[0]) % (kApart * V) : 0;
+      const uint32_t end = tile.across + 1 == tiles.across ? call.columns + early : tile.end_column;
       CBAM_NO_UNROLL
-      for (int64_t column = first - early; column < end; column += lanes * V) {
-        if (kApart > 1 && column < 0) continue;
+      for (uint32_t at = first; at < end; at += lanes * V) {
+        const uint32_t column = at - early;
+        if (column > at) continue;  // before the row
         const Segment segment = SegmentAt<M>(call, column);
         body(rows, column, load_column(segment), segment);
       }
@@ -579,7 +610,7 @@ CBAM_DEVICE void Apply(const Call<typename M::A>& call, int64_t n, int64_t index
         LoadColumns<M>(call, column_gates, n, column_count, segment, A(1), gates.value);
         return gates;
       },
-      [&](const Rows<M, kRows, A>& rows, int64_t column, const Gates& gates,
+      [&](const Rows<M, kRows, A>& rows, uint32_t column, const Gates& gates,
           const Segment& segment) {
         Vec<T, V> xs[kRows], residuals[kRows];
         CBAM_UNROLL
@@ -641,7 +672,7 @@ CBAM_DEVICE void MapGrad(const Call<typename M::A>& call, int64_t n, int64_t ind
         sides.LoadAll(column_data, stride, part + segment.position);
         return sides;
       },
-      [&](const Rows<M, kRows, Side<A>>& rows, int64_t column, const ColumnSides<M>& sides,
+      [&](const Rows<M, kRows, Side<A>>& rows, uint32_t column, const ColumnSides<M>& sides,
           const Segment& segment) {
         Elements<M, kGradient, true> elements[kRows];
         CBAM_UNROLL

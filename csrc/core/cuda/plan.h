@@ -43,15 +43,15 @@ inline bool ChannelsLast(const Problem& problem) { return problem.layout == Layo
 inline Tiles RowTiles(int64_t rows, int64_t columns, int vector, int at_once, int64_t elements,
                       int64_t widest) {
   Tiles tiles = {};
-  tiles.lanes = 8;
-  const int64_t unit = int64_t{tiles.lanes} * vector, most = AtLeast(1, widest / unit);
+  tiles.lane_bits = 3;
+  const int64_t unit = int64_t{tiles.lanes()} * vector, most = AtLeast(1, widest / unit);
   const int64_t units = AtLeast(1, CeilDiv(columns, unit));
   tiles.columns = CeilDiv(units, AtLeast(1, (units + most / 2) / most)) * unit;
   tiles.across = AtLeast(1, CeilDiv(columns, tiles.columns));
-  const auto batch = [&] { return int64_t{kThreads} / tiles.lanes * at_once; };
-  while (tiles.lanes < kWarp && int64_t{2} * tiles.lanes * vector < tiles.columns &&
+  const auto batch = [&] { return int64_t{kThreads} / tiles.lanes() * at_once; };
+  while (tiles.lanes() < kWarp && int64_t{2} * tiles.lanes() * vector < tiles.columns &&
          batch() * tiles.columns > elements) {
-    tiles.lanes *= 2;
+    ++tiles.lane_bits;
   }
   const int64_t batches = AtLeast(1, elements / (batch() * tiles.columns));
   tiles.rows = batch() * AtMost(batches, AtLeast(1, CeilDiv(rows, batch())));
@@ -64,14 +64,14 @@ inline Tiles RowTiles(int64_t rows, int64_t columns, int vector, int at_once, in
 inline Tiles ColumnTiles(int64_t rows, int64_t columns, int vector, int element_bytes,
                          int64_t elements) {
   Tiles tiles = {};
-  tiles.lanes = kWarp;
-  while (tiles.lanes > 1 && int64_t{tiles.lanes} / 2 * vector >= columns) tiles.lanes /= 2;
-  while (int64_t{tiles.lanes} * vector * element_bytes > 128 &&
-         rows * tiles.lanes * vector > elements) {
-    tiles.lanes /= 2;
+  tiles.lane_bits = 5;  // a warp
+  while (tiles.lanes() > 1 && int64_t{tiles.lanes()} / 2 * vector >= columns) --tiles.lane_bits;
+  while (int64_t{tiles.lanes()} * vector * element_bytes > 128 &&
+         rows * tiles.lanes() * vector > elements) {
+    --tiles.lane_bits;
   }
-  tiles.columns = int64_t{tiles.lanes} * vector;
-  const int64_t row_threads = kThreads / tiles.lanes;
+  tiles.columns = int64_t{tiles.lanes()} * vector;
+  const int64_t row_threads = kThreads / tiles.lanes();
   tiles.down = AtLeast(1, CeilDiv(rows * tiles.columns, elements));
   tiles.rows = CeilDiv(AtLeast(1, CeilDiv(rows, tiles.down)), row_threads) * row_threads;
   tiles.down = AtLeast(1, CeilDiv(rows, tiles.rows));
@@ -117,9 +117,11 @@ inline Patches MakePatches(const Problem& problem, int value_bytes) {
   }
   patches.staged = fits();
   if (!patches.staged) patches = whole;
-  patches.across = CeilDiv(problem.width, patches.columns);
-  patches.down = CeilDiv(problem.height, patches.rows);
-  patches.count = patches.across * patches.down * problem.depth;
+  const int64_t across = CeilDiv(problem.width, patches.columns);
+  const int64_t down = CeilDiv(problem.height, patches.rows);
+  patches.across = static_cast<uint32_t>(across);
+  patches.down = static_cast<uint32_t>(down);
+  patches.count = across * down * problem.depth;
   return patches;
 }
 
@@ -149,14 +151,16 @@ class Plan {
     call.vector = vector;
     call.channels_last = ChannelsLast(problem);
     call.batch = problem.batch;
-    call.depth = problem.depth;
-    call.height = problem.height;
-    call.width = problem.width;
+    call.depth = static_cast<uint32_t>(problem.depth);
+    call.height = static_cast<uint32_t>(problem.height);
+    call.width = static_cast<uint32_t>(problem.width);
     call.positions = Positions(problem);
     call.channels = problem.channels;
     call.fold = FoldOf(problem, vector, sizeof(T));
-    call.rows = ChannelsLast(problem) ? call.positions : call.channels / call.fold;
-    call.columns = ChannelsLast(problem) ? call.channels : call.positions * call.fold;
+    call.rows =
+        static_cast<uint32_t>(ChannelsLast(problem) ? call.positions : call.channels / call.fold);
+    call.columns =
+        static_cast<uint32_t>(ChannelsLast(problem) ? call.channels : call.positions * call.fold);
     call.hidden = problem.hidden;
     call.kernel_depth = static_cast<uint16_t>(problem.kernel_depth);
     call.kernel_height = static_cast<uint16_t>(problem.kernel_height);
