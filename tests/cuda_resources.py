@@ -3,7 +3,7 @@
     python tests/cuda_resources.py            compares all architectures with the committed table
     python tests/cuda_resources.py --write    replaces the table (csrc/core/cuda/resources.csv)
 
-Needs nvcc, no GPU; about four minutes on two cores.
+Needs nvcc, no GPU; about a minute on two cores.
 """
 
 from __future__ import annotations
