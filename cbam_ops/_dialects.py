@@ -7,8 +7,8 @@ it is asked for, as in the fused ops.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from types import MappingProxyType
+import copy
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 __all__ = ["Dialect", "dialects"]
@@ -24,7 +24,7 @@ class Dialect(dict[str, Any]):
         about: what the code does, in a sentence.
         source: where it is.
         maximum_first: whether it stacks the maximum over channels before the mean. Here the mean is
-            first, so that a spatial kernel of that code is to be copied with its two planes
+            first, so that a spatial kernel of that code is to be copied with its two input channels
             swapped.
         layer: the layer whose arguments these are, "CBAM" or "ChannelAttention".
     """
@@ -49,7 +49,26 @@ def _squeeze_excite(about: str, source: str, **options: Any) -> Dialect:
     return Dialect(about, source, layer="ChannelAttention", pooling="avg", **options)
 
 
-dialects: Mapping[str, Dialect] = MappingProxyType(
+class _Table(Mapping[str, Dialect]):
+    """Dialects by name, each given as a copy: what a user changes in it is the user's alone."""
+
+    def __init__(self, dialects: dict[str, Dialect]) -> None:
+        self._dialects = dialects
+
+    def __getitem__(self, name: str) -> Dialect:
+        return copy.copy(self._dialects[name])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._dialects)
+
+    def __len__(self) -> int:
+        return len(self._dialects)
+
+    def __repr__(self) -> str:
+        return repr(self._dialects)
+
+
+dialects: Mapping[str, Dialect] = _Table(
     {
         "paper": Dialect(
             "The module as the paper describes it; the layers' defaults.",

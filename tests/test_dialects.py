@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import pickle
 import re
 
 import keras
@@ -249,6 +250,17 @@ def test_dialects_differ_where_their_code_does():
     assert shapes["efficientnet"] == [(72, 3), (3,), (3, 72), (72,)]
     first = {name for name, dialect in dialects.items() if dialect.maximum_first}
     assert first == {"official", "pytorchcv", "tf2cv"}
+
+
+def test_a_dialect_may_be_changed_by_who_asked_for_it():
+    """Fails when a ratio that a user puts into his options becomes everybody's."""
+    options = dialects["timm"]
+    before = dict(options)
+    options["ratio"] = 8
+    assert cbam_ops.CBAM(**options).ratio == 8
+    assert dialects["timm"] == before and dialects["timm"].about == options.about
+    again = pickle.loads(pickle.dumps(dialects))
+    assert again == dialects and again["official"].source == dialects["official"].source
 
 
 def test_the_halves_take_their_part_of_a_dialect():
