@@ -482,10 +482,16 @@ def test_the_command_on_files(tmp_path, capsys):
 def test_the_command_says_in_one_sentence_what_is_wrong(tmp_path, capsys, small):
     small.save(tmp_path / "model.keras")
     (tmp_path / "bad.npy").write_bytes(b"nothing")
+    (tmp_path / "empty.npy").touch()
+    (tmp_path / "cut.npz").write_bytes(b"PK\x03\x04")
+    np.savez(tmp_path / "objects.npz", image=np.array([None]))
     model, out = str(tmp_path / "model.keras"), str(tmp_path / "out")
     for arguments, words in (
         ([model, out, "--format", "nnx"], "`format` must be one of"),
         ([model, out, "--data", str(tmp_path / "bad.npy")], "cannot read"),
+        ([model, out, "--data", str(tmp_path / "empty.npy")], "cannot read"),
+        ([model, out, "--data", str(tmp_path / "cut.npz")], "cannot read"),
+        ([model, out, "--data", str(tmp_path / "objects.npz")], "cannot read"),
         ([str(tmp_path / "gone"), out], "there is no file"),
         ([model, str(tmp_path)], "exists; --overwrite replaces it"),
     ):

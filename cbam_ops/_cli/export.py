@@ -51,7 +51,8 @@ def _arrays(path: Path) -> Any:
     import numpy as np
 
     try:
-        content = np.load(path)
-    except (OSError, ValueError) as error:
+        with path.open("rb") as file:
+            content = np.load(file)
+            return content if isinstance(content, np.ndarray) else dict(content)
+    except Exception as error:  # of many types, for a damaged file
         raise CommandError(f"cannot read {path} as a .npy or .npz file: {error}") from error
-    return content if isinstance(content, np.ndarray) else dict(content)
