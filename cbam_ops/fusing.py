@@ -605,7 +605,7 @@ def _near(region: _Region, candidates: Iterable[_Candidate]) -> Iterator[_Candid
                     f"it does not run on a probe: {_console.first_line(error)}"
                 ) from error
             layer = candidate.make(region.map.shape, dtype=probe.dtype)
-            possible = _may_be(region, candidate, probe.inputs[0], expected["output"])
+            possible = _is_possible(region, candidate, probe.inputs[0], expected["output"])
         elif not possible:
             continue  # the first stands for all with these weights
         for name in _call.WORDS.keys() & candidate.options.keys() - {"data_format"}:
@@ -626,7 +626,7 @@ def _near(region: _Region, candidates: Iterable[_Candidate]) -> Iterator[_Candid
     )
 
 
-def _may_be(region: _Region, candidate: _Candidate, x: tf.Tensor, y: tf.Tensor) -> bool:
+def _is_possible(region: _Region, candidate: _Candidate, x: tf.Tensor, y: tf.Tensor) -> bool:
     """False if the candidate multiplies each channel by one number, and the region does not.
 
     As where an activation comes before squeeze and excitation: it spares sixty candidates' trials.

@@ -76,13 +76,6 @@ def parser() -> argparse.ArgumentParser:
         help="fewer epochs, under 30 seconds; no accuracy is asked for",
     )
     demo.add_argument(
-        "--output",
-        type=Path,
-        default=Path("cbam_ops_demo"),
-        metavar="DIR",
-        help="folder for the model and the picture, made if it is not there (default: %(default)s)",
-    )
-    demo.add_argument(
         "--epochs",
         type=_positive,
         default=None,
@@ -185,13 +178,6 @@ def parser() -> argparse.ArgumentParser:
         "--model", type=Path, required=True, metavar="MODEL.keras", help="the model"
     )
     explain.add_argument(
-        "--output",
-        type=Path,
-        default=Path("cbam_ops_explain"),
-        metavar="DIR",
-        help="folder for the pictures, made if it is not there (default: %(default)s)",
-    )
-    explain.add_argument(
         "--pixels",
         choices=("torch", "caffe", "tf", "unit", "raw"),
         help="how the model takes pixels: torch, caffe and tf as in keras.applications, unit is 0 "
@@ -249,6 +235,14 @@ def parser() -> argparse.ArgumentParser:
     )
     export.add_argument("--overwrite", action="store_true", help="replace what is at OUT")
 
+    for command, made in ((demo, "the model and the picture"), (explain, "the pictures")):
+        command.add_argument(
+            "--output",
+            type=Path,
+            default=Path(f"cbam_ops_{command.prog.split()[-1]}"),
+            metavar="DIR",
+            help=f"folder for {made}, made if it is not there (default: %(default)s)",
+        )
     for command in (fuse, explain, export):
         command.add_argument(
             "--import",
