@@ -65,7 +65,7 @@ CBAM_INLINE auto LoadSome(const T* p, int64_t n) -> decltype(Load(p)) {
   }
 }
 
-// Of a map.
+// Of a map, telling the caches ahead where that is not 0.
 template <bool kTail, typename T>
 CBAM_INLINE auto LoadMap(const T* p, int64_t ahead, int64_t n) -> decltype(Load(p)) {
   if constexpr (!kTail) {

@@ -17,7 +17,7 @@ struct Tiles {
   uint32_t across;  // tiles side by side
   uint32_t down;    // tiles one above the other
 
-  // Neighbouring threads along the columns: a power of 2, nobody divides by it.
+  // Neighbouring threads along the columns: a power of 2, so that nothing is divided by it.
   CBAM_HOST_DEVICE int lanes() const { return 1 << lane_bits; }
   int64_t count() const { return int64_t{across} * down; }
 };
@@ -60,7 +60,7 @@ struct Call {
   uint32_t* counters;
 
   int64_t batch;
-  uint32_t depth;
+  uint32_t depth;  // as rows and columns below 2^31, which kernels.cu has checked
   uint32_t height;
   uint32_t width;
   int64_t positions;

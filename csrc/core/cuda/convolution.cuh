@@ -441,6 +441,7 @@ CBAM_DEVICE void SumTaps(const Call<A>& call, int64_t n, const Patch& patch,
           if (!Inside(call, to_s, to_r, to_c)) continue;
           A mean, maximum;
           Fold<true>(call.spatial_source, n, IndexOf(call, to_s, to_r, to_c), &mean, &maximum);
+          // Which of the sums is known when compiled, so that they are registers.
           CBAM_UNROLL
           for (int j = 0; j < kColumns; ++j) {
             if (j != tap) continue;
