@@ -55,7 +55,7 @@ CBAM_INLINE void ProductBlock(const Product<A>& p, Range inner, int64_t row, int
   for (int64_t k = inner.begin; k < inner.end; ++k, a += p.a_inner_stride) {
     V right[kVectors];
     for (int v = 0; v < kVectors; ++v) {
-      if constexpr (kVectors == 2 || kVectors == 4)
+      if constexpr (kTellsOfRuns && (kVectors == 2 || kVectors == 4))
         FetchAhead(b + v * kLanes, kProductAhead * p.b_stride);
       right[v] = load(b, v);
     }
@@ -148,7 +148,8 @@ CBAM_INLINE void DotBlock(const DotProducts<A>& p, int64_t row, int64_t column) 
     for (int i = 0; i < kRows; ++i) left[i] = load(a + i * p.a_stride + k);
     for (int j = 0; j < kColumns; ++j) {
       const V right = load(b + j * p.b_stride + k);
-      if constexpr (kRows > 1) FetchAhead(b + j * p.b_stride + k, kColumns * p.b_stride);
+      if constexpr (kTellsOfRuns && kRows > 1)
+        FetchAhead(b + j * p.b_stride + k, kColumns * p.b_stride);
       for (int i = 0; i < kRows; ++i) sum[i][j] = Fma(left[i], right, sum[i][j]);
     }
   };

@@ -37,7 +37,9 @@ template <typename T>
 CBAM_INLINE int64_t Ahead(const Sample& sample, int64_t columns, int64_t stride) {
   if (!sample.from_memory) return 0;
   constexpr int64_t kAhead = kAheadBytes / int64_t{sizeof(T)};
-  return columns == stride || columns > kAhead || sample.layout == Layout::kNHWC ? kAhead : stride;
+  const bool is_run = columns == stride || columns > kAhead || sample.layout == Layout::kNHWC;
+  if (is_run) return kTellsOfRuns ? kAhead : 0;
+  return stride;
 }
 
 template <typename T>

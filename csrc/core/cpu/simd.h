@@ -470,6 +470,11 @@ CBAM_INLINE typename Simd<A>::I FirstLanes(int64_t n) {
   return lane < static_cast<Scalar>(n);
 }
 
+// Whether the caches are told of what processors could see coming. With AVX-512 that gained on an
+// Intel Xeon; at the other levels it takes as many instructions for fewer bytes, and lost on a Zen 3
+// (benchmarks/NOTES.md).
+constexpr bool kTellsOfRuns = CBAM_VECTOR_BYTES == 64;
+
 // Asks for what lies `elements` after p, which may be past the end of what p points into, to be in
 // the second-level cache.
 template <typename T>
