@@ -107,7 +107,7 @@ struct ForwardArgs {
   const void* bias = nullptr;      // [1], optional
   const void* gamma = nullptr;     // [1], with batch_norm
 
-  void* y = nullptr;  // like x
+  void* y = nullptr;  // like x; on CPUs it may be x or the residual
   void* channel_descriptors =
       nullptr;  // [2, N, C]: mean, max over positions (a descriptor that `pooling` leaves out is 0)
   void* channel_gate = nullptr;         // [N, C]
@@ -138,7 +138,7 @@ struct BackwardArgs {
   const void* d_channel_gate = nullptr;
   const void* d_spatial_gate = nullptr;
 
-  void* dx = nullptr;
+  void* dx = nullptr;  // on CPUs it may be dy or y, as may d_residual, but not both the same
   // Only with activation == kRelu and a residual; without an activation the residual's gradient is
   // dy itself. Optional.
   void* d_residual = nullptr;

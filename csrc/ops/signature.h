@@ -134,10 +134,13 @@ struct Input {
   Argument argument;
   const void* Args::* pointer;
 };
+// `takes_over` names the inputs in whose memory the CPU kernels may be told to write an output.
+inline constexpr int kMostTakenOver = 2;
 template <typename Args>
 struct Output {
   Argument argument;
   void* Args::* pointer;
+  const char* takes_over[kMostTakenOver] = {};
 };
 
 namespace internal {
@@ -169,7 +172,7 @@ inline constexpr Input<F> kForwardInputs[] = {
     {{"residual", kT, kMap, kNone, Presence::kResidual}, &F::residual},
 };
 inline constexpr Output<F> kForwardOutputs[] = {
-    {{"y", kT, kMap}, &F::y},
+    {{"y", kT, kMap}, &F::y, {"x", "residual"}},
     {{"channel_gate", kU, kPerChannel, kChannel}, &F::channel_gate},
     {{"spatial_gate", kU, kPerPosition, kSpatial}, &F::spatial_gate},
     {{"channel_descriptors", kU, kChannelDescriptors, kChannel}, &F::channel_descriptors},
@@ -197,7 +200,7 @@ inline constexpr Input<B> kBackwardInputs[] = {
     {{"d_spatial_gate", kU, kPerPosition, kSpatial, kNullable}, &B::d_spatial_gate},
 };
 inline constexpr Output<B> kBackwardOutputs[] = {
-    {{"dx", kT, kMap}, &B::dx},
+    {{"dx", kT, kMap}, &B::dx, {"dy", "y"}},
     {{"dw0", kU, kW0, kChannel}, &B::dw0},
     {{"db0", kU, kB0, kChannel}, &B::db0},
     {{"dw1", kU, kW1, kChannel}, &B::dw1},
@@ -205,7 +208,7 @@ inline constexpr Output<B> kBackwardOutputs[] = {
     {{"dkernel", kU, kConvolution, kSpatial}, &B::dkernel},
     {{"dbias", kU, kScalar, kSpatial}, &B::dbias},
     {{"dgamma", kU, kScalar, kSpatial, kWithBatchNorm}, &B::dgamma},
-    {{"d_residual", kT, kMap, kNone, Presence::kResidualGradient}, &B::d_residual},
+    {{"d_residual", kT, kMap, kNone, Presence::kResidualGradient}, &B::d_residual, {"dy", "y"}},
 };
 
 inline constexpr Input<CP> kChannelPoolInputs[] = {{{"x", kT, kMap}, &CP::x}};

@@ -2,9 +2,9 @@
 //
 //   core_test [count [first]]    default 1500 1
 //
-// First what has its own test, then `count` random calls of every op (random_calls.h), at
-// instruction sets and thread counts that are as random: each follows from its number alone, from
-// `first` on.
+// First what has its own test, then `count` random calls of every op (random_calls.h) and one large
+// for every 32, at instruction sets and thread counts that are as random: each follows from its
+// number alone, from `first` on.
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
@@ -42,6 +42,7 @@ struct CpuKernels {
     return {1, 2 + pick(3)};
   }
   static std::string Name() { return cpu::Name(cpu::ActiveInstructionSet()); }
+  static constexpr bool kTakesOver = true;
   static bool Holds(Fill /*fill*/) { return true; }
 
   template <typename Args>
@@ -212,6 +213,8 @@ void TestWorkspace() {
   }
 }
 
+constexpr uint64_t kCallsPerLarge = 32;
+
 int RunAll(int64_t count, uint64_t first) {
   TestWorkSharing();
   TestStatuses();
@@ -220,6 +223,7 @@ int RunAll(int64_t count, uint64_t first) {
   for (uint64_t number = first; number < first + static_cast<uint64_t>(count); ++number) {
     RandomCall<CpuKernels>(number).Check();
     if (failures > 20) break;
+    if (number % kCallsPerLarge == 0) RandomCall<CpuKernels>(number, /*is_large=*/true).Check();
   }
   for (const cpu::InstructionSet set :
        {cpu::InstructionSet::kBaseline, cpu::InstructionSet::kAvx2, cpu::InstructionSet::kAvx512}) {

@@ -33,6 +33,7 @@ struct CudaKernels {
     return {1, 2 + pick(3)};
   }
   static std::string Name() { return "CUDA"; }
+  static constexpr bool kTakesOver = false;
   // Derivatives of sigmoids are g (1 - g), which has few digits where g is near 1
   // (docs/numerics.md).
   static bool Holds(Fill fill) { return fill != Fill::kSaturated; }

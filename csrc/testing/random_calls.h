@@ -17,6 +17,7 @@
 #include <map>
 #include <memory>
 #include <random>
+#include <set>
 #include <string>
 #include <utility>
 #include <vector>
@@ -171,10 +172,11 @@ inline size_t SizeOf(const ops::Argument& argument, const ops::Dimensions& dimen
 }
 
 // Calls an op with what `tensors` has of its inputs, and adds its outputs. The kernels' `way` of
-// running it is theirs to interpret.
-template <typename Kernels, typename Args>
+// running it is theirs to interpret. `takes_over(output, input)` says which outputs lie where an
+// input was.
+template <typename Kernels, typename Args, typename TakesOver>
 void Call(const ops::Signature<Args>& signature, const ops::Options& options, int way,
-          Tensors* tensors) {
+          Tensors* tensors, const TakesOver& takes_over) {
   const Problem& p = options.problem;
   const ops::Dimensions dimensions = DimensionsOf(p);
   using Block = std::vector<unsigned char>;
@@ -195,9 +197,21 @@ void Call(const ops::Signature<Args>& signature, const ops::Options& options, in
       Store(values[i], type, to->data() + i * FormatOf(type).bytes);
     args.*input.pointer = to->data();
   }
+  std::map<std::string, const Block*> results;
+  std::set<std::string> taken;
   for (const auto& output : signature.outputs) {
-    Block* const to = block(output.argument);
-    if (to != nullptr) args.*output.pointer = to->data();
+    if (!ops::IsPresent(output.argument, options)) continue;
+    Block* to = nullptr;
+    for (const char* name : output.takes_over) {
+      if (to == nullptr && name != nullptr && blocks.count(name) > 0 && taken.count(name) == 0 &&
+          takes_over(output.argument.name, name)) {
+        to = &blocks[name];
+        taken.insert(name);
+      }
+    }
+    if (to == nullptr) to = block(output.argument);
+    args.*output.pointer = to->data();
+    results[output.argument.name] = to;
   }
 
   Workspace workspace(Kernels::template WorkspaceBytes<Args>(p, way));
@@ -205,13 +219,18 @@ void Call(const ops::Signature<Args>& signature, const ops::Options& options, in
   Expect(status.ok(), std::string(signature.op) + " of " + Describe(p) + ": " + status.message);
 
   for (const auto& output : signature.outputs) {
-    const auto from = blocks.find(output.argument.name);
-    if (from == blocks.end()) continue;
+    const auto from = results.find(output.argument.name);
+    if (from == results.end()) continue;
     const DataType type = ops::TypeOf(output.argument, p.dtype);
     Values& values = (*tensors)[output.argument.name];
-    for (size_t i = 0; i < from->second.size(); i += FormatOf(type).bytes)
-      values.push_back(Load(from->second.data() + i, type));
+    for (size_t i = 0; i < from->second->size(); i += FormatOf(type).bytes)
+      values.push_back(Load(from->second->data() + i, type));
   }
+}
+template <typename Kernels, typename Args>
+void Call(const ops::Signature<Args>& signature, const ops::Options& options, int way,
+          Tensors* tensors) {
+  Call<Kernels>(signature, options, way, tensors, [](const char*, const char*) { return false; });
 }
 
 // Whether an input of a gradient's op comes from above, and not from the forward pass.
@@ -226,6 +245,9 @@ constexpr int64_t kLong[][4] = {{1, 1, 1009, 2}, {1, 601, 1, 2}, {5, 1, 1, 1031}
                                 {9, 1, 2, 600},  {67, 1, 2, 5},  {150, 2, 1, 3},
                                 {1, 2, 143, 9},  {90, 1, 1, 7},  {0, 3, 4, 5}};
 constexpr size_t kMapValues = 4000;
+// More work than the CPU kernels do on one thread, of one sample and of many.
+constexpr int64_t kLarge[][4] = {{1, 61, 23, 128}, {1, 130, 40, 33}, {2, 40, 41, 64},
+                                 {5, 30, 30, 65},  {16, 14, 14, 64}, {3, 9, 7, 1031}};
 
 enum class Fill {
   kNormal,
@@ -241,16 +263,19 @@ enum class Fill {
 };
 constexpr int kFills = 10;
 
-// A call and its gradient's, which follow from a number. `Kernels` has
+// A call and its gradient's, which follow from a number; of a large one only bits are compared, as
+// the definition takes long. `Kernels` has
 //   Choose(pick)          what it may choose at random for all that follows; pick(n) is below n
 //   kTypes                of maps
 //   Ways(pick)            two ways of running a call, which are to give the same bits
 //   WorkspaceBytes, Run   the entry points of a core, with a way
+//   kTakesOver            whether outputs may lie where inputs were
 //   Holds(fill)           whether gradients with such maps are within the bounds
 template <typename Kernels>
 class RandomCall {
  public:
-  explicit RandomCall(uint64_t number) : engine_(number), number_(number) {
+  explicit RandomCall(uint64_t number, bool is_large = false)
+      : engine_(number), number_(number), is_large_(is_large) {
     const auto pick = [this](size_t count) { return Pick(count); };
     Kernels::Choose(pick);
     Problem& p = options_.problem;
@@ -271,8 +296,9 @@ class RandomCall {
       p.width = kSides[Pick(std::size(kSides))];
       p.channels = kChannels[Pick(std::size(kChannels))];
     } while (MapSize(p) > kMapValues);
-    if (Pick(8) == 0) {
-      const auto& sizes = kLong[Pick(std::size(kLong))];
+    if (is_large_ || Pick(8) == 0) {
+      const auto& sizes =
+          is_large_ ? kLarge[Pick(std::size(kLarge))] : kLong[Pick(std::size(kLong))];
       p.batch = sizes[0];
       p.height = sizes[1];
       p.width = sizes[2];
@@ -311,8 +337,8 @@ class RandomCall {
     return values.begin()[Pick(values.size())];
   }
   std::string Text(const std::string& name) const {
-    return name + " of call " + std::to_string(number_) + ", " + Describe(options_.problem) + " (" +
-           Kernels::Name() + ")";
+    return name + " of " + (is_large_ ? "large call " : "call ") + std::to_string(number_) + ", " +
+           Describe(options_.problem) + " (" + Kernels::Name() + ")";
   }
 
   Values Draw(const ops::Argument& argument) {
@@ -385,11 +411,16 @@ class RandomCall {
       Call<Kernels>(signature, options_, way, tensors);
       Call<Kernels>(gradient, options_, way, tensors);
     }
-    for (const auto& [name, values] : results) {
-      const bool same = std::equal(values.begin(), values.end(), again[name].begin(),
-                                   [](double a, double b) { return a == b || (a != a && b != b); });
-      Expect(same, Text("another way of running it changes " + name));
+    ExpectSame(results, again, "another way of running it changes ");
+    if (Kernels::kTakesOver) {
+      Tensors in_place = given;
+      const int way = Pick(2) == 0 ? ways.first : ways.second;
+      const auto some = [this](const char*, const char*) { return Pick(3) > 0; };
+      Call<Kernels>(signature, options_, way, &in_place, some);
+      Call<Kernels>(gradient, options_, way, &in_place, some);
+      ExpectSame(results, in_place, "outputs where inputs were change ");
     }
+    if (is_large_) return;
     if (fill_ == Fill::kNotFinite && !options_.problem.batch_norm) {
       Tensors calm = given;
       for (double& value : calm["x"]) value = std::isfinite(value) ? value : 1;
@@ -398,6 +429,14 @@ class RandomCall {
       CompareSamples(given.at("x"), results.at("dx"), calm.at("dx"));
     }
     Compare(signature, given, results);
+  }
+
+  void ExpectSame(const Tensors& results, const Tensors& others, const std::string& what) const {
+    for (const auto& [name, values] : results) {
+      const bool same = std::equal(values.begin(), values.end(), others.at(name).begin(),
+                                   [](double a, double b) { return a == b || (a != a && b != b); });
+      Expect(same, Text(what + name));
+    }
   }
 
   // What is not finite stays in its sample.
@@ -504,6 +543,7 @@ class RandomCall {
 
   std::mt19937_64 engine_;
   const uint64_t number_;
+  const bool is_large_;
   ops::Options options_;
   Fill fill_ = Fill::kNormal;
 };

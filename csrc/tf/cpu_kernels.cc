@@ -20,6 +20,7 @@ namespace tf {
 namespace {
 
 struct CpuDevice {
+  static constexpr bool kTakesOver = true;
   static void PrepareOutput(void* data, size_t bytes) { cpu::PreferLargePages(data, bytes); }
 
   template <typename Args>

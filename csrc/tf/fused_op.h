@@ -5,6 +5,7 @@
 
 #include <type_traits>
 
+#include "absl/container/inlined_vector.h"
 #include "absl/status/status.h"
 #include "core/contract.h"
 #include "ops/dimensions.h"
@@ -20,7 +21,8 @@ namespace tf {
 
 // `Device` has a static `Launch(context, problem, args, &status)` for each of the core's argument
 // structs, which allocates the workspace and runs; it returns TensorFlow's errors and leaves the
-// core's in `status`. Its static `PrepareOutput(data, bytes)` sees every output before that.
+// core's in `status`. Its static `PrepareOutput(data, bytes)` sees every new output before that;
+// `kTakesOver` says whether an output may lie where an input was that nobody else needs.
 template <const auto& kSignature, typename Device>
 class FusedOp final : public tensorflow::OpKernel {
  public:
@@ -48,15 +50,22 @@ class FusedOp final : public tensorflow::OpKernel {
           kSignature.op, dimensions.Learn(input.argument, shape.dim_sizes().data(), shape.dims())));
       if (input.pointer != nullptr) args.*input.pointer = tensor->data();
     }
-    // An output never takes over an input's buffer: kernels read x after they began to write y, and
-    // the gradient reads x again.
     for (const auto& output : kSignature.outputs) {
       if (!ops::IsPresent(output.argument, options_)) continue;
+      int index = 0, index_end = 0, taken = -1;
+      TF_RETURN_IF_ERROR(OutputRange(output.argument.name, &index, &index_end));
+      absl::InlinedVector<int, ops::kMostTakenOver> inputs;
+      for (const char* name : output.takes_over) {
+        if (!Device::kTakesOver || name == nullptr) continue;
+        int input = 0, end = 0;
+        TF_RETURN_IF_ERROR(InputRange(name, &input, &end));
+        if (input < end) inputs.push_back(input);  // a list may be empty
+      }
       tensorflow::Tensor* tensor = nullptr;
-      TF_RETURN_IF_ERROR(context->allocate_output(
-          output.argument.name, tensorflow::TensorShape(dimensions.ShapeOf(output.argument)),
-          &tensor));
-      Device::PrepareOutput(tensor->data(), tensor->TotalBytes());
+      TF_RETURN_IF_ERROR(context->forward_input_or_allocate_output(
+          inputs, index, tensorflow::TensorShape(dimensions.ShapeOf(output.argument)), &tensor,
+          &taken));
+      if (taken < 0) Device::PrepareOutput(tensor->data(), tensor->TotalBytes());
       args.*output.pointer = tensor->data();
     }
     Status status;

@@ -22,6 +22,9 @@ namespace tf {
 // stream of the device that is current meanwhile.
 template <typename Stream>
 struct GpuDevice {
+  // A block may read what another has written by then.
+  static constexpr bool kTakesOver = false;
+
   static void PrepareOutput(void* /*data*/, size_t /*bytes*/) {}
 
   template <typename Args>

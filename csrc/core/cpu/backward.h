@@ -13,6 +13,8 @@
 //
 // so x and dy come from memory once each and dx goes there once. With batch norm every sample's
 // pass A must precede any pass B, and x and dy are read from memory twice.
+//
+// dx may be where dy or the rectified y is: pass C is the last that reads a wave.
 #ifndef CBAM_OPS_CORE_CPU_BACKWARD_H_
 #define CBAM_OPS_CORE_CPU_BACKWARD_H_
 
@@ -571,7 +573,7 @@ class BackwardPipeline {
       const Range positions = g_.RowPositions({row, std::min(g_.height, row + g_.step_rows)});
       map_.backward_map(g_.sample, module_, g_.At(args.x, n), g_.At(dy_, n),
                         PositionsAt(args, wave, n, positions.begin), ChannelsAt(args, wave, n),
-                        positions, stream_, g_.At(args.dx, n));
+                        positions, stream_ && args.dx != dy_, g_.At(args.dx, n));
     });
   }
 

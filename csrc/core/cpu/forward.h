@@ -10,6 +10,8 @@
 //
 // so x comes from memory once and y goes there once. With batch norm the statistics need every
 // sample's convolution before any gate, so pass 3 starts over and x is read from memory twice.
+//
+// y may be where x or the residual is: no row is read after pass 3 has been there.
 #ifndef CBAM_OPS_CORE_CPU_FORWARD_H_
 #define CBAM_OPS_CORE_CPU_FORWARD_H_
 
@@ -114,8 +116,7 @@ class ForwardPipeline {
       int64_t rows = 0;
       for (int64_t b = 0; b < blocks_; ++b) rows = std::max(rows, g_.BlockRows(b, blocks_).size());
       plane_size_ = PaddedPlane<A>::Size(g_, dense_.lanes, rows + 2 * g_.half_rows);
-      halo_size_ = 2 * g_.step_rows * g_.width;
-      scratch_size_ = RoundUp(2 * plane_size_ + halo_size_, 64);
+      scratch_size_ = RoundUp(2 * plane_size_ + 2 * g_.step_rows * g_.width, 64);
       slots_ = g_.is_own ? 1 : Slots::Count(parallel, g_.wave * blocks_);
       scratch_ = arena_.Take<A>(g_.slots * slots_, scratch_size_);
     }
@@ -129,6 +130,7 @@ class ForwardPipeline {
       if (problem_.batch_norm) {
         SpatialDescriptors(args, wave);
       } else if (HasSpatialGate(problem_)) {
+        if (IsInPlace(args) && blocks_ > 1) PoolAtBorders(args, wave);
         A* const scratch = scratch_ + wave.slot * slots_ * scratch_size_;
         ForEachWithSlot(
             wave.parallel, wave.samples * blocks_, slots_, [&](int64_t task, int64_t slot) {
@@ -239,21 +241,43 @@ class ForwardPipeline {
     const int64_t tasks = CeilDiv(g_.height, g_.step_rows);
     ForEach(wave.parallel, wave.samples * tasks, [&](int64_t task) {
       const int64_t n = wave.first + task / tasks, row = task % tasks * g_.step_rows;
-      const Range positions = g_.RowPositions({row, std::min(g_.height, row + g_.step_rows)});
-      A* mean = static_cast<A*>(args.spatial_descriptors) + 2 * n * g_.positions + positions.begin;
-      map_.spatial_pool(g_.sample, g_.At(args.x, n), PoolGateOf(args, n), positions, mean,
-                        mean + g_.positions);
+      Pool(args, n, {row, std::min(g_.height, row + g_.step_rows)});
+    });
+  }
+
+  // The spatial descriptors of rows of sample n.
+  void Pool(const ForwardArgs& args, int64_t n, Range rows) {
+    const Range positions = g_.RowPositions(rows);
+    A* mean = static_cast<A*>(args.spatial_descriptors) + 2 * n * g_.positions + positions.begin;
+    Pool(args, n, positions, mean, mean + g_.positions);
+  }
+  void Pool(const ForwardArgs& args, int64_t n, Range positions, A* mean, A* maximum) {
+    map_.spatial_pool(g_.sample, g_.At(args.x, n), PoolGateOf(args, n), positions, mean, maximum);
+  }
+
+  // Where y is x, the rows that two blocks need are pooled before any block is written. Else each
+  // block pools those of its neighbours too, and no thread waits for another.
+  static bool IsInPlace(const ForwardArgs& args) { return args.y == args.x; }
+
+  // The rows of a block that no other block's convolution reaches.
+  Range InnerRows(Range rows) const {
+    const int64_t begin = rows.begin > 0 ? std::min(rows.end, rows.begin + g_.half_rows) : 0;
+    const int64_t end = rows.end < g_.height ? rows.end - g_.half_rows : rows.end;
+    return {begin, std::max(begin, end)};
+  }
+  void PoolAtBorders(const ForwardArgs& args, const Wave& wave) {
+    ForEach(wave.parallel, wave.samples * blocks_, [&](int64_t task) {
+      const Range rows = g_.BlockRows(task % blocks_, blocks_), inner = InnerRows(rows);
+      Pool(args, wave.first + task / blocks_, {rows.begin, inner.begin});
+      Pool(args, wave.first + task / blocks_, {inner.end, rows.end});
     });
   }
 
   // Rows of one sample through passes 2 and 3.
   void SpatialBlock(const ForwardArgs& args, int64_t n, Range rows, A* scratch) {
-    const void* x = g_.At(args.x, n);
     const A* channel_gate = ChannelGateOf(args, n);
-    const A* pool_gate = PoolGateOf(args, n);
-    A* descriptors[2];
-    descriptors[0] = static_cast<A*>(args.spatial_descriptors) + n * 2 * g_.positions;
-    descriptors[1] = descriptors[0] + g_.positions;
+    const A* const descriptors =
+        static_cast<const A*>(args.spatial_descriptors) + n * 2 * g_.positions;
     A* gate = static_cast<A*>(args.spatial_gate) + n * g_.positions;
     const A bias = args.bias == nullptr ? A{0} : *static_cast<const A*>(args.bias);
 
@@ -262,25 +286,33 @@ class ForwardPipeline {
         PaddedPlane<A>::Make(g_, dense_.lanes, plane_rows, scratch),
         PaddedPlane<A>::Make(g_, dense_.lanes, plane_rows, scratch + plane_size_)};
     const Taps<A> taps = g_.TapsOf(static_cast<const A*>(args.kernel));
-    A* halo = scratch + 2 * plane_size_;
     const int64_t first_row = rows.begin - g_.half_rows;  // of the planes; may lie above the map
 
+    A* const halo = scratch + 2 * plane_size_;
+
+    const bool in_place = IsInPlace(args);
+    const Range own = in_place ? InnerRows(rows) : rows;  // what is pooled here
     int64_t described = std::max<int64_t>(0, first_row);
     const int64_t last = std::min(g_.height, rows.end + g_.half_rows);
     for (int64_t row = rows.begin; row < rows.end; row += g_.step_rows) {
       const int64_t end = std::min(rows.end, row + g_.step_rows);
       while (described < std::min(last, end + g_.half_rows)) {
-        // Own rows go to the output; a neighbour writes the halo's.
-        const bool own = described >= rows.begin && described < rows.end;
-        const int64_t limit = own ? rows.end : described < rows.begin ? rows.begin : last;
-        const int64_t stop = std::min(limit, described + g_.step_rows);
-        const Range positions = g_.RowPositions({described, stop});
-        A* mean = own ? descriptors[0] + positions.begin : halo;
-        A* maximum = own ? descriptors[1] + positions.begin : halo + positions.size();
-        map_.spatial_pool(g_.sample, x, pool_gate, positions, mean, maximum);
-        CopyRows(g_, mean, {described, stop}, first_row, planes[0]);
-        CopyRows(g_, maximum, {described, stop}, first_row, planes[1]);
-        described = stop;
+        const bool is_own = described >= own.begin && described < own.end;
+        const int64_t limit = is_own ? own.end : described < own.begin ? own.begin : last;
+        const Range next{described, std::min(limit, described + g_.step_rows)};
+        const Range positions = g_.RowPositions(next);
+        const A* mean = descriptors + positions.begin;
+        const A* maximum = mean + g_.positions;
+        if (is_own) {
+          Pool(args, n, next);
+        } else if (!in_place) {
+          mean = halo;  // its owner writes it
+          maximum = halo + positions.size();
+          Pool(args, n, positions, halo, halo + positions.size());
+        }
+        CopyRows(g_, mean, next, first_row, planes[0]);
+        CopyRows(g_, maximum, next, first_row, planes[1]);
+        described = next.end;
       }
       g_.ForConvolved({row, end}, first_row,
                       [&](int64_t r, int64_t count, int64_t width, int64_t p) {
@@ -295,9 +327,10 @@ class ForwardPipeline {
   void Apply(const ForwardArgs& args, int64_t n, const A* channel_gate, const A* gate,
              Range positions) {
     const void* residual = args.residual == nullptr ? nullptr : g_.At(args.residual, n);
+    const bool is_new = args.y != args.x && args.y != args.residual;
     map_.apply(g_.sample, g_.At(args.x, n), channel_gate,
                gate == nullptr ? nullptr : gate + positions.begin, residual, problem_.activation,
-               positions, stream_, g_.At(args.y, n));
+               positions, stream_ && is_new, g_.At(args.y, n));
   }
 
   void ApplyAll(const ForwardArgs& args, const Wave& wave) {
@@ -345,7 +378,7 @@ class ForwardPipeline {
   A* hidden_sum_ = nullptr;  // [g.slots * wave, hidden], where the branches meet early
   A* logits_[2] = {};        // [g.slots * wave, C]
   int64_t blocks_ = 0, slots_ = 0;
-  int64_t plane_size_ = 0, halo_size_ = 0, scratch_size_ = 0;
+  int64_t plane_size_ = 0, scratch_size_ = 0;
   A* scratch_ = nullptr;  // [g.slots * slots, scratch_size]
 };
 

@@ -385,7 +385,8 @@ void ForEachWave(const Geometry& g, const Parallel& parallel, const Body& body) 
 }
 
 // Outputs larger than a wave are stored past the caches, where they would take the place of what
-// the next passes read.
+// the next passes read. Not those that lie where a map is that the same pass reads: that is in a
+// cache.
 inline bool ShouldStream(const Geometry& g) {
   return g.batch * g.sample_bytes > Geometry::kWaveBytes;
 }
