@@ -274,6 +274,92 @@ def test_inputs_stay_as_they_are():
         assert_same_bits(value.numpy(), (tensors[name] * 2.0).numpy(), name)
 
 
+def run_traced(fetches, tensors):
+    """The values of tensors of a graph, and where each of its ops' outputs was, by label and slot.
+
+    `fetches(temporaries)` builds what follows from temporaries of twice the given tensors.
+    """
+    with tf.Graph().as_default(), tf.device("CPU:0"):
+        given = {
+            name: tf.compat.v1.placeholder(value.dtype, value.shape)
+            for name, value in tensors.items()
+        }
+        wanted = fetches({name: tf.multiply(x, 2.0, name=name) for name, x in given.items()})
+        metadata = tf.compat.v1.RunMetadata()
+        with tf.compat.v1.Session() as session:
+            values = session.run(
+                wanted,
+                {given[name]: value.numpy() for name, value in tensors.items()},
+                tf.compat.v1.RunOptions(trace_level=tf.compat.v1.RunOptions.FULL_TRACE),
+                metadata,
+            )
+    return values, {
+        (node.node_name.rpartition(">")[2], output.slot):
+            output.tensor_description.allocation_description.ptr
+        for device in metadata.step_stats.dev_stats
+        for node in device.node_stats
+        for output in node.output
+    }  # fmt: skip
+
+
+# Of one sample that threads share in blocks, whose rows near a border both need; and of many.
+SHARED = [(1, 61, 23, 128), (16, 14, 14, 64)]
+
+
+@pytest.mark.parametrize("size", SHARED, ids=str)
+@pytest.mark.parametrize("kept", ["", "x", "x, residual"])
+def test_y_lies_where_an_input_was(size, kept, data_format):
+    """Fails where y takes memory of its own, or memory that somebody still reads."""
+    case = Case(size=size, residual=True, data_format=data_format)
+    tensors = case.draw()
+    names = kept.split(", ") if kept else []
+
+    def fetches(temporaries):
+        y, *gates = case.call(ops, temporaries)
+        with tf.control_dependencies([y]):
+            return [y, *gates], [temporaries[name] * 2.0 for name in names]
+
+    (outputs, others), places = run_traced(fetches, tensors)
+    free = [name for name in ("x", "residual") if name not in names]
+    at = {name: places[name, 0] for name in ("x", "residual")}
+    if free:
+        assert places["Cbam", 0] == at[free[0]]
+    else:
+        assert places["Cbam", 0] not in at.values()
+    for name, value in zip(names, others, strict=True):
+        assert_same_bits(value, (tensors[name] * 4.0).numpy(), name)
+    expected = case.call(ops, {name: value * 2.0 for name, value in tensors.items()})
+    for name, ours, theirs in zip(case.output_names(), outputs, expected, strict=True):
+        assert_same_bits(ours, theirs.numpy(), name)
+
+
+@pytest.mark.parametrize("size", SHARED, ids=str)
+@pytest.mark.parametrize("activation", [None, "relu"])
+def test_gradients_lie_where_dy_and_y_were(size, activation, data_format):
+    """Fails where they take memory of their own, or are wrong there."""
+    case = Case(
+        size=size, residual=True, options=options(activation=activation), data_format=data_format
+    )
+    tensors = case.draw()
+    dy = tf.constant(case.cotangents(case.call(ops, tensors))[0])
+    names = ["x", "w0", "kernel", *(["residual"] if activation == "relu" else [])]
+
+    def gradients(tensors):
+        y = case.call(ops, tensors)[0]
+        return tf.gradients(y, [tensors[name] for name in names], tensors["dy"])
+
+    ours, places = run_traced(gradients, {**tensors, "dy": dy})
+    slots = sorted(slot for name, slot in places if name == "CbamGrad")
+    assert places["CbamGrad", 0] == places["dy", 0]
+    if activation == "relu":
+        assert places["CbamGrad", slots[-1]] == places["Cbam", 0]
+    expected = tf.function(gradients)(
+        {name: value * 2.0 for name, value in {**tensors, "dy": dy}.items()}
+    )
+    for name, mine, theirs in zip(names, ours, expected, strict=True):
+        assert_same_bits(mine, theirs.numpy(), name)
+
+
 # --- graphs ---------------------------------------------------------------------------------------
 
 
