@@ -3,7 +3,7 @@
 //   core_test [count [first]]    default 1500 1
 //
 // First what has its own test, then `count` random calls of every op (random_calls.h) and one large
-// for every 32, at instruction sets and thread counts that are as random: each follows from its
+// for every 64, at instruction sets and thread counts that are as random: each follows from its
 // number alone, from `first` on.
 #include <algorithm>
 #include <cstddef>
@@ -213,7 +213,7 @@ void TestWorkspace() {
   }
 }
 
-constexpr uint64_t kCallsPerLarge = 32;
+constexpr uint64_t kCallsPerLarge = 64;
 
 int RunAll(int64_t count, uint64_t first) {
   TestWorkSharing();
