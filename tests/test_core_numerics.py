@@ -141,7 +141,7 @@ def test_batch_norm_of_descriptors_with_a_large_mean(
         function, size=(4, 8, 8, 16), hidden=2, kernel_size=kernel_size, data_format=data_format
     )
     draws = []
-    for seed in range(4):
+    for seed in range(8):  # of a single number, dbeta, most of the error is in one draw of several
         tensors = with_large_mean(case.replace(seed=seed), offset)
         magnitudes = gradient_magnitudes(case, tensors)
         draws.append(case.compare(case.evaluate(ops, tensors), tensors, magnitudes=magnitudes))
