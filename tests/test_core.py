@@ -266,7 +266,7 @@ def test_batch_larger_than_a_sum(
 
 # More values than the kernels take on one thread whatever they are given (IsSmall in kernels.cc):
 # where a thread has samples of its own, and where all share a sample.
-SHARED = [
+THREADED = [
     (3, 23, 17, 130), (1, 61, 41, 61), (33, 5, 4, 230), (8, 12, 13, 121), (1, 9, 12, 14, 100),
 ]  # fmt: skip
 
@@ -274,7 +274,7 @@ SHARED = [
 @pytest.mark.parametrize("module", MODULES)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", SHARED)
+@pytest.mark.parametrize("shape", THREADED)
 def test_same_bits_for_any_threads(
     instruction_set: str, shape: tuple[int, ...], dtype: str, layout: str, module: str
 ) -> None:

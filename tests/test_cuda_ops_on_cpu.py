@@ -62,7 +62,7 @@ def passed(library: Path, *arguments: str) -> int:
 # All but what is about CPUs, about other processes, or about the reference.
 SELECTED = {
     "test_ops.py": "not instruction_set and not threads and not fresh_process and not quiet "
-    "and not reference and not empty_batch and not lie",
+    "and not reference and not empty_batch and not taken_over",
     "test_gradients.py": "",
     "test_bad_input.py": "not reference",
     "test_gpu.py": "not every_option and not every_size and not xla",

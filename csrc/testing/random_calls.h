@@ -172,8 +172,8 @@ inline size_t SizeOf(const ops::Argument& argument, const ops::Dimensions& dimen
 }
 
 // Calls an op with what `tensors` has of its inputs, and adds its outputs. The kernels' `way` of
-// running it is theirs to interpret. `takes_over(output, input)` says which outputs lie where an
-// input was.
+// running it is theirs to interpret. `takes_over()` says, of an output and an input in whose memory
+// it may lie, whether it does.
 template <typename Kernels, typename Args, typename TakesOver>
 void Call(const ops::Signature<Args>& signature, const ops::Options& options, int way,
           Tensors* tensors, const TakesOver& takes_over) {
@@ -204,7 +204,7 @@ void Call(const ops::Signature<Args>& signature, const ops::Options& options, in
     Block* to = nullptr;
     for (const char* name : output.takes_over) {
       if (to == nullptr && name != nullptr && blocks.count(name) > 0 && taken.count(name) == 0 &&
-          takes_over(output.argument.name, name)) {
+          takes_over()) {
         to = &blocks[name];
         taken.insert(name);
       }
@@ -230,7 +230,7 @@ void Call(const ops::Signature<Args>& signature, const ops::Options& options, in
 template <typename Kernels, typename Args>
 void Call(const ops::Signature<Args>& signature, const ops::Options& options, int way,
           Tensors* tensors) {
-  Call<Kernels>(signature, options, way, tensors, [](const char*, const char*) { return false; });
+  Call<Kernels>(signature, options, way, tensors, [] { return false; });
 }
 
 // Whether an input of a gradient's op comes from above, and not from the forward pass.
@@ -415,7 +415,7 @@ class RandomCall {
     if (Kernels::kTakesOver) {
       Tensors in_place = given;
       const int way = Pick(2) == 0 ? ways.first : ways.second;
-      const auto some = [this](const char*, const char*) { return Pick(3) > 0; };
+      const auto some = [this] { return Pick(3) > 0; };
       Call<Kernels>(signature, options_, way, &in_place, some);
       Call<Kernels>(gradient, options_, way, &in_place, some);
       ExpectSame(results, in_place, "outputs where inputs were change ");

@@ -50,6 +50,8 @@ class FusedOp final : public tensorflow::OpKernel {
           kSignature.op, dimensions.Learn(input.argument, shape.dim_sizes().data(), shape.dims())));
       if (input.pointer != nullptr) args.*input.pointer = tensor->data();
     }
+    // Of the inputs that an output may take over TensorFlow gives one that nothing else refers to: x
+    // is not such where the gradient reads it again.
     for (const auto& output : kSignature.outputs) {
       if (!ops::IsPresent(output.argument, options_)) continue;
       int index = 0, index_end = 0, taken = -1;

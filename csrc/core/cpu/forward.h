@@ -116,7 +116,8 @@ class ForwardPipeline {
       int64_t rows = 0;
       for (int64_t b = 0; b < blocks_; ++b) rows = std::max(rows, g_.BlockRows(b, blocks_).size());
       plane_size_ = PaddedPlane<A>::Size(g_, dense_.lanes, rows + 2 * g_.half_rows);
-      scratch_size_ = RoundUp(2 * plane_size_ + 2 * g_.step_rows * g_.width, 64);
+      const int64_t halo_size = 2 * g_.step_rows * g_.width;
+      scratch_size_ = RoundUp(2 * plane_size_ + halo_size, 64);
       slots_ = g_.is_own ? 1 : Slots::Count(parallel, g_.wave * blocks_);
       scratch_ = arena_.Take<A>(g_.slots * slots_, scratch_size_);
     }
@@ -130,7 +131,7 @@ class ForwardPipeline {
       if (problem_.batch_norm) {
         SpatialDescriptors(args, wave);
       } else if (HasSpatialGate(problem_)) {
-        if (IsInPlace(args) && blocks_ > 1) PoolAtBorders(args, wave);
+        if (OverwritesX(args) && blocks_ > 1) PoolAtBorders(args, wave);
         A* const scratch = scratch_ + wave.slot * slots_ * scratch_size_;
         ForEachWithSlot(
             wave.parallel, wave.samples * blocks_, slots_, [&](int64_t task, int64_t slot) {
@@ -257,7 +258,7 @@ class ForwardPipeline {
 
   // Where y is x, the rows that two blocks need are pooled before any block is written. Else each
   // block pools those of its neighbours too, and no thread waits for another.
-  static bool IsInPlace(const ForwardArgs& args) { return args.y == args.x; }
+  static bool OverwritesX(const ForwardArgs& args) { return args.y == args.x; }
 
   // The rows of a block that no other block's convolution reaches.
   Range InnerRows(Range rows) const {
@@ -290,8 +291,8 @@ class ForwardPipeline {
 
     A* const halo = scratch + 2 * plane_size_;
 
-    const bool in_place = IsInPlace(args);
-    const Range own = in_place ? InnerRows(rows) : rows;  // what is pooled here
+    const bool overwrites_x = OverwritesX(args);
+    const Range own = overwrites_x ? InnerRows(rows) : rows;  // what is pooled here
     int64_t described = std::max<int64_t>(0, first_row);
     const int64_t last = std::min(g_.height, rows.end + g_.half_rows);
     for (int64_t row = rows.begin; row < rows.end; row += g_.step_rows) {
@@ -305,7 +306,7 @@ class ForwardPipeline {
         const A* maximum = mean + g_.positions;
         if (is_own) {
           Pool(args, n, next);
-        } else if (!in_place) {
+        } else if (!overwrites_x) {
           mean = halo;  // its owner writes it
           maximum = halo + positions.size();
           Pool(args, n, positions, halo, halo + positions.size());
