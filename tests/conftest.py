@@ -19,7 +19,11 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 os.environ.setdefault("MPLBACKEND", "Agg")
 os.environ.setdefault("TF_FORCE_GPU_ALLOW_GROWTH", "true")  # the workers share it
 os.environ.setdefault("CBAM_OPS_GPU_CHECK", "skip")  # the tests are one
-os.environ["PYTHONSAFEPATH"] = "1"  # programs that the tests start: no current folder on the path
+# Programs that the tests start: no current folder on the path, no packages that nobody needs.
+os.environ["PYTHONSAFEPATH"] = "1"
+os.environ["PYTHONPATH"] = os.pathsep.join(
+    filter(None, [str(Path(__file__).parent / "lean"), os.environ.get("PYTHONPATH", "")])
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:] = [entry for entry in sys.path if Path(entry or os.curdir).resolve() != ROOT]
@@ -61,7 +65,7 @@ def _other_library() -> str:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
-        "--seconds", type=float, default=60.0, help="how long the random tests go on (-m fuzz)"
+        "--seconds", type=float, default=30.0, help="how long the random tests go on (-m fuzz)"
     )
 
 

@@ -16,7 +16,7 @@ import shutil
 import subprocess
 import sysconfig
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
@@ -61,7 +61,8 @@ def _compile(source: Path, csrc: Path, flags: Sequence[str]) -> Path:
         folders = ("core",)
     digest = hashlib.sha256(repr((compiler, flags, source.name)).encode())
     for path in sorted(p for folder in folders for p in (csrc / folder).rglob("*.*")):
-        if path.suffix in (".h", ".cuh") or path == source:
+        read = (".h", ".cuh") if source.suffix == ".cu" else (".h",)
+        if path.suffix in read or path == source:
             digest.update(path.read_bytes())
     target = CACHE / f"{source.stem}-{digest.hexdigest()[:20]}.o"
     if not target.exists():
@@ -74,7 +75,8 @@ def _compile(source: Path, csrc: Path, flags: Sequence[str]) -> Path:
 
 def _build(
     name: str, csrc: Path, kernels: Sequence[Path] = (), nvcc_flags: Sequence[str] = ()
-) -> ModuleType:
+) -> Path:
+    """The Python module `name`."""
     import pybind11
 
     folder = csrc / "testing" / "ptx"
@@ -97,6 +99,10 @@ def _build(
         with tempfile.TemporaryDirectory(dir=CACHE) as building:
             _run([COMPILER, "-shared", *objects, "-o", f"{building}/{name}.so"])
             os.replace(f"{building}/{name}.so", library)
+    return library
+
+
+def _load(name: str, library: Path) -> ModuleType:
     # In a package of its own: of two modules of one name pybind11 gives the first again.
     full_name = f"{library.stem}.{name}"
     loader = importlib.machinery.ExtensionFileLoader(full_name, str(library))
@@ -108,7 +114,7 @@ def _build(
 @functools.cache
 def machine() -> ModuleType:
     """The machine alone."""
-    return _build("ptx_machine", CSRC)
+    return _load("ptx_machine", _build("ptx_machine", CSRC))
 
 
 class PtxKernels(cuda_on_cpu.Kernels):
@@ -118,10 +124,16 @@ class PtxKernels(cuda_on_cpu.Kernels):
       csrc: the source tree; a changed copy of it for planted faults.
       only_float32: leaves out the other types, which takes a quarter of the time.
       capability: for which compute capability, 10 * major + minor.
+      change: makes another library of the bytes of what was built, of which the PTX is a part.
     """
 
     def __init__(
-        self, csrc: Path = CSRC, *, only_float32: bool = False, capability: int = 90
+        self,
+        csrc: Path = CSRC,
+        *,
+        only_float32: bool = False,
+        capability: int = 90,
+        change: Callable[[bytes], bytes] | None = None,
     ) -> None:
         # The machine's memory is the host's.
         sources = [source for source in cuda_sources(csrc) if source.stem != "memory"]
@@ -130,7 +142,14 @@ class PtxKernels(cuda_on_cpu.Kernels):
         if only_float32:
             sources = [s for s in sources if s.stem == "kernels" or "float32" in s.stem]
             flags.append("-DCBAM_OPS_CUDA_FLOAT32_ONLY=1")
-        super().__init__(_build("ptx_kernels", csrc, sources, flags))
+        library = _build("ptx_kernels", csrc, sources, flags)
+        if change is None:
+            super().__init__(_load("ptx_kernels", library))
+            return
+        with tempfile.TemporaryDirectory() as folder:
+            changed = Path(folder, f"{library.stem}_{Path(folder).name}.so")
+            changed.write_bytes(change(library.read_bytes()))
+            super().__init__(_load("ptx_kernels", changed))
 
     def _announce(
         self, inputs: dict[str, Array], outputs: dict[str, Array], workspace: Array

@@ -12,7 +12,7 @@ import os
 import re
 import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -470,156 +470,169 @@ def test_sanitizer(sanitizer: str) -> None:
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
 
 
-# Faults put into a copy of the sources: file, text, replacement. Each must be noticed by the
-# results or by a sanitizer, or the tests above would not notice it either.
+# Faults put into a copy of the sources: file, text, and what it is with FAULT, which is whether the
+# fault is the one that a process is to have. Each must be noticed by the results or by a sanitizer,
+# or the tests above would not notice it either.
 MUTANTS = {
     "columns: barrier before the fold removed": (
         "maps.cuh",
         "  Barrier();\n  if constexpr (M::kFolded) {\n    // What a tile has",
-        "  if constexpr (M::kFolded) {\n    // What a tile has",
+        "  if (!FAULT) Barrier();\n  if constexpr (M::kFolded) {\n    // What a tile has",
     ),
     "columns: one warp too few": (
         "maps.cuh",
         "for (int w = 1; w < kWarps; ++w)",
-        "for (int w = 1; w < kWarps - 1; ++w)",
+        "for (int w = 1; w < kWarps - FAULT; ++w)",
     ),
     "columns: tail rows counted twice": (
         "maps.cuh",
         "if (row + k * row_threads >= tile.end_row) continue;",
-        "",
+        "if (!FAULT && row + k * row_threads >= tile.end_row) continue;",
     ),
     "columns: the next channel's share is the last one's": (
         "maps.cuh",
         "return Select(i < left, state[0], state[1]);",
-        "return Select(i < left + M::V, state[0], state[1]);",
+        "return Select(i < left + FAULT * M::V, state[0], state[1]);",
     ),
     "rows: elements of another channel": (
         "maps.cuh",
         "column - begin_column + i >= size",
-        "column - begin_column + i >= size + V",
+        "column - begin_column + i >= size + FAULT * V",
     ),
     "rows: a lane too few": (
         "maps.cuh",
         "for (int mask = lanes / 2; mask > 0; mask /= 2)",
-        "for (int mask = lanes / 2; mask > 1; mask /= 2)",
+        "for (int mask = lanes / 2; mask > FAULT; mask /= 2)",
     ),
     "window: halo one column too narrow": (
         "convolution.cuh",
         "const uint32_t column = patch.column + c - call.kernel_width / 2;",
-        "const uint32_t column = patch.column + c - call.kernel_width / 2 + 1;",
+        "const uint32_t column = patch.column + c - call.kernel_width / 2 + FAULT;",
     ),
     "window: one row too short": (
         "convolution.cuh",
         "const int rows = call.kernel_depth * windows.rows;",
-        "const int rows = call.kernel_depth * windows.rows - 1;",
+        "const int rows = call.kernel_depth * windows.rows - FAULT;",
     ),
     "window: used before it is filled": (
         "convolution.cuh",
         "FillDescriptors(call, n, patch, windows);\n  Barrier();\n",
-        "FillDescriptors(call, n, patch, windows);\n",
+        "FillDescriptors(call, n, patch, windows);\n  if (!FAULT) Barrier();\n",
     ),
     "convolution: kernel not flipped": (
         "convolution.cuh",
         "const A value = last[-j];",
-        "const A value = last[j - width + 1];",
+        "const A value = last[FAULT ? j - width + 1 : -j];",
     ),
     "mlp: barrier after a slice removed": (
         "mlp.cuh",
         "    Barrier();\n  }\n  // One more than there are threads",
-        "  }\n  // One more than there are threads",
+        "    if (!FAULT) Barrier();\n  }\n  // One more than there are threads",
     ),
     "map: ties get the whole gradient": (
         "sides.cuh",
         "side.share + d_max / count;",
-        "side.share + d_max;",
+        "side.share + (FAULT ? d_max : d_max / count);",
     ),
     # The protocol between blocks: each wait, each release, each barrier that they rely on.
     "tickets: nobody waits": (
         "kernel.cuh",
         "    WaitAcquire(address, wanted);",
-        "    (void)address, (void)wanted;",
+        "    if (!FAULT) WaitAcquire(address, wanted);",
     ),
     "tickets: the own last item is not waited for": (
         "kernel.cuh",
         "      if (WaitUnless(address, wanted, &control->finished, fetched)) return;",
-        "      return;",
+        "      if (FAULT) return;\n"
+        "      if (WaitUnless(address, wanted, &control->finished, fetched)) return;",
     ),
     "tickets: counted before it is finished": (
         "kernel.cuh",
         "      if (WaitUnless(address, wanted, &control->finished, fetched)) return;",
-        "",
+        "      if (!FAULT && WaitUnless(address, wanted, &control->finished, fetched)) return;",
     ),
     "tickets: finished before all threads are": (
         "kernel.cuh",
         "      Barrier();\n      if (ThreadIndex() == 0) Publish",
-        "      if (ThreadIndex() == 0) Publish",
+        "      if (!FAULT) Barrier();\n      if (ThreadIndex() == 0) Publish",
     ),
     "tickets: the next item is not waited for": (
         "kernel.cuh",
         "      BlockBarrier();  // the last item is finished, the next one known\n",
-        "      if (fetched == 0) BlockBarrier();\n",
+        "      if (!FAULT || fetched == 0) BlockBarrier();\n",
     ),
     "tickets: what an item is after is forgotten": (
         "kernel.cuh",
         "if (stage.after >> s & 1) wait",
-        "if (stage.after >> s & 1 && s != next.stage - 1) wait",
+        "if ((stage.after >> s & 1) && !(FAULT && s == next.stage - 1)) wait",
     ),
     "tickets: what a stage is after is forgotten": (
         "kernel.cuh",
         "if (stage.after_all >> s & 1) wait",
-        "if (false) wait",
+        "if (!FAULT && (stage.after_all >> s & 1)) wait",
     ),
 }
-
-
-def noticed(csrc: Path, **environment: str) -> bool:
-    """Whether a changed tree of sources fails: in its results, by a deadlock or a data race."""
-    try:
-        done = _run_check(build(csrc, only=FLOAT32, main=CHECK), "200", limit=180, **environment)
-        if done.returncode == 0 and sanitizer_works("thread"):
-            checked = build(csrc, sanitizer="thread", only=FLOAT32, main=CHECK)
-            done = _run_check(checked, "25", limit=180, **environment)
-    except subprocess.TimeoutExpired:  # a fault may make a loop endless
-        return True
-    return done.returncode != 0
-
-
-def changed(folder: Path, name: str, text: str, replacement: str) -> Path:
-    """A tree of sources in which one text is another."""
-    csrc = folder / "csrc"
-    for part in ("core", "ops", "testing"):
-        shutil.copytree(CSRC / part, csrc / part)
-    target = csrc / "core" / "cuda" / name
-    source = target.read_text()
-    assert text in source, "the mutation no longer applies: update it"
-    target.write_text(source.replace(text, replacement))
-    return csrc
-
-
-@pytest.mark.long
-@pytest.mark.parametrize("mutant", list(MUTANTS))
-def test_mutants_are_caught(mutant: str, tmp_path: Path) -> None:
-    """A fault in the sources is noticed by the results, by the scheduler or by ThreadSanitizer."""
-    assert noticed(changed(tmp_path, *MUTANTS[mutant])), "nobody noticed"
-
 
 TASKS = re.findall(r"^  (k\w+),", (CSRC / "core/cuda/schedule.h").read_text(), re.MULTILINE)
 # What these are after is all that they are: nothing in the call comes before.
 FIRST = ("kChannelPool", "kSpatialGrad", "kPoolMaxima")
+# A task does not wait for what it is after.
+FORGOTTEN = {
+    f"forgotten: {task}": (
+        "schedule.h",
+        "    const int s = schedule_.stage_count++;\n",
+        f"    if (FAULT && task == Task::{task}) after = after_all = 0;\n"
+        "    const int s = schedule_.stage_count++;\n",
+    )
+    for task in TASKS
+    if task not in FIRST
+}
+FAULTS = MUTANTS | FORGOTTEN
+
+
+@pytest.fixture(scope="module")
+def faulty(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """The check of a tree with all faults, which has the one that CBAM_OPS_FAULT says; plain, and
+    under ThreadSanitizer."""
+    csrc = tmp_path_factory.mktemp("faulty") / "csrc"
+    for part in ("core", "ops", "testing"):
+        shutil.copytree(CSRC / part, csrc / part)
+
+    def change(name: str, text: str, replacement: str) -> None:
+        source = (csrc / name).read_text()
+        assert text in source, f"the fault no longer applies, update it: {text}"
+        (csrc / name).write_text(source.replace(text, replacement))
+
+    for number, (name, text, replacement) in enumerate(FAULTS.values(), 1):
+        change(f"core/cuda/{name}", text, replacement.replace("FAULT", f"(cbam_fault == {number})"))
+    read = 'inline const int cbam_fault = std::atoi(std::getenv("CBAM_OPS_FAULT"));'
+    change("core/contract.h", "namespace cbam_ops {", f"{read}\n\nnamespace cbam_ops {{")
+    change("core/contract.h", "#include <cstdint>", "#include <cstdint>\n#include <cstdlib>")
+    sanitizers = ["", *(["thread"] if sanitizer_works("thread") else [])]
+    return [build(csrc, sanitizer=s, only=FLOAT32, main=CHECK) for s in sanitizers]
+
+
+def noticed(faulty: Sequence[Path], fault: int) -> bool:
+    """Whether a fault is noticed: in the results, by the scheduler or by ThreadSanitizer."""
+    for binary, calls in zip(faulty, ("200", "25"), strict=False):
+        try:
+            if _run_check(binary, calls, limit=180, CBAM_OPS_FAULT=str(fault)).returncode != 0:
+                return True
+        except subprocess.TimeoutExpired:  # a fault may make a loop endless
+            return True
+    return False
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("task", [task for task in TASKS if task not in FIRST])
-def test_every_dependency_is_needed(task: str, tmp_path: Path) -> None:
-    """Fails: nobody would notice if the items of a task did not wait for what they are after."""
-    text = "    const int s = schedule_.stage_count++;\n"
-    forget = '    if (static_cast<int>(task) == std::atoi(std::getenv("CBAM_OPS_FORGET")))\n'
-    csrc = changed(tmp_path, "schedule.h", text, f"{forget}      after = after_all = 0;\n{text}")
-    header = csrc / "core" / "cuda" / "schedule.h"
-    header.write_text(
-        header.read_text().replace("#include <cstdint>", "#include <cstdint>\n#include <cstdlib>")
-    )
-    assert noticed(csrc, CBAM_OPS_FORGET=str(TASKS.index(task))), "nobody noticed"
+@pytest.mark.parametrize("name", FAULTS)
+def test_faults_are_noticed(name: str, faulty: list[Path]) -> None:
+    assert noticed(faulty, list(FAULTS).index(name) + 1), "nobody noticed"
+
+
+@pytest.mark.long
+def test_without_a_fault_nothing_is_noticed(faulty: list[Path]) -> None:
+    """Else the test above could not fail."""
+    assert not noticed(faulty, 0)
 
 
 # ---- nvcc ----------------------------------------------------------------------------------------
