@@ -168,7 +168,8 @@ def interruptible() -> Iterator[None]:
 
     TensorFlow, interrupted while it calls Python, ends with an error of its own. In a destructor,
     or where everything is caught, a KeyboardInterrupt is lost: it comes again while the block goes
-    on.
+    on. Destructors of what it leaves half done fail, at any time until the process ends: from then
+    on nothing is said of these.
     """
     before = signal.getsignal(signal.SIGINT)
     in_main_thread = threading.current_thread() is threading.main_thread()
@@ -181,6 +182,7 @@ def interruptible() -> Iterator[None]:
         nonlocal interrupted
         interrupted = True
         signal.setitimer(signal.ITIMER_REAL, _AGAIN_SECONDS)
+        sys.unraisablehook = lambda unraisable: None
         signal.default_int_handler(number, frame)
 
     handlers = {

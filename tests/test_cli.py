@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import keras
@@ -250,6 +251,16 @@ def test_an_interrupt_while_tensorflow_is_imported_is_a_sentence(tmp_path, becom
     assert (result.returncode, result.stderr) == (130, "\ncbam-ops: interrupted\n")
 
 
+@pytest.fixture
+def ctrl_c(monkeypatch) -> Iterator[None]:
+    """SIGINT as in a program in the foreground; what a command changes for it is undone."""
+    monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("ctrl_c")
 def test_an_interrupt_that_becomes_another_error_is_one(monkeypatch, capsys):
     """TensorFlow, interrupted while it traces or compiles, raises an error of its own."""
 
@@ -261,13 +272,9 @@ def test_an_interrupt_that_becomes_another_error_is_one(monkeypatch, capsys):
         return 0
 
     monkeypatch.setattr(check, "run", run)
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        result = _here(capsys, "check")
-        assert (result.returncode, result.stderr) == (130, "\ncbam-ops check: interrupted\n")
-        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    finally:
-        signal.signal(signal.SIGINT, before)
+    result = _here(capsys, "check")
+    assert (result.returncode, result.stderr) == (130, "\ncbam-ops check: interrupted\n")
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_a_path_that_the_output_cannot_spell(monkeypatch):
@@ -279,6 +286,28 @@ def test_a_path_that_the_output_cannot_spell(monkeypatch):
     assert shown.buffer.getvalue() == b"m\\xf6del \\udcff\n"
 
 
+@pytest.mark.usefixtures("ctrl_c")
+def test_an_interrupt_hides_what_it_left_half_done(monkeypatch, capsys):
+    """TensorFlow's generators, torn down while it traces, fail once more when they are deleted."""
+
+    class HalfDone:
+        def __del__(self):
+            raise RuntimeError("shown as 'Exception ignored in'")
+
+    def run(quick: bool) -> int:
+        half_done = HalfDone()
+        signal.raise_signal(signal.SIGINT)
+        return id(half_done)
+
+    monkeypatch.setattr(check, "run", run)
+    ignored = []
+    monkeypatch.setattr(sys, "unraisablehook", ignored.append)
+    result = _here(capsys, "check")
+    assert (result.returncode, result.stderr) == (130, "\ncbam-ops check: interrupted\n")
+    assert not ignored
+
+
+@pytest.mark.usefixtures("ctrl_c")
 def test_an_interrupt_that_is_lost_comes_again(monkeypatch, capsys):
     """Fails when a command goes on after a Ctrl-C that came where errors are swallowed."""
 
@@ -292,14 +321,10 @@ def test_an_interrupt_that_is_lost_comes_again(monkeypatch, capsys):
     monkeypatch.setattr(check, "run", run)
     monkeypatch.setattr(console, "_AGAIN_SECONDS", 0.1)
     alarm = signal.getsignal(signal.SIGALRM)
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        result = _here(capsys, "check")
-        assert (result.returncode, result.stderr) == (130, "\ncbam-ops check: interrupted\n")
-        assert signal.getitimer(signal.ITIMER_REAL) == (0, 0)
-        assert signal.getsignal(signal.SIGALRM) is alarm
-    finally:
-        signal.signal(signal.SIGINT, before)
+    result = _here(capsys, "check")
+    assert (result.returncode, result.stderr) == (130, "\ncbam-ops check: interrupted\n")
+    assert signal.getitimer(signal.ITIMER_REAL) == (0, 0)
+    assert signal.getsignal(signal.SIGALRM) is alarm
 
 
 @pytest.fixture
