@@ -54,14 +54,15 @@ def built(name: str, source: Path, settings: dict[str, object], *targets: str) -
 
 
 @pytest.mark.parametrize(
-    ("sanitizer", "instruction_sets"), [("address,undefined", "AUTO"), ("thread", "")]
+    ("sanitizer", "instruction_sets", "calls"),
+    [("address,undefined", "AUTO", "1500"), ("thread", "", "500")],
 )
-def test_core_under_a_sanitizer(sanitizer: str, instruction_sets: str) -> None:
+def test_core_under_a_sanitizer(sanitizer: str, instruction_sets: str, calls: str) -> None:
     """address, undefined: what lies outside of memory or of the language. thread: data races."""
     if not sanitizer_works(sanitizer):
         pytest.skip(f"-fsanitize={sanitizer} does not work with {COMPILER} here")
     name = f"core_{sanitizer.replace(',', '_')}"
     settings = {"CBAM_OPS_SANITIZE": sanitizer, "CBAM_OPS_INSTRUCTION_SETS": instruction_sets}
     folder = built(name, CSRC / "testing", settings)
-    output = run(folder / "core_test", UBSAN_OPTIONS="print_stacktrace=1")
+    output = run(folder / "core_test", calls, UBSAN_OPTIONS="print_stacktrace=1")
     assert "tested: baseline" in output
