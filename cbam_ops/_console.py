@@ -168,8 +168,8 @@ def interruptible() -> Iterator[None]:
 
     TensorFlow, interrupted while it calls Python, ends with an error of its own. In a destructor,
     or where everything is caught, a KeyboardInterrupt is lost: it comes again while the block goes
-    on. Destructors of what it leaves half done fail, at any time until the process ends: from then
-    on nothing is said of these.
+    on. Destructors of what it leaves half done fail, at any time until the process ends: their
+    errors are no longer shown.
     """
     before = signal.getsignal(signal.SIGINT)
     in_main_thread = threading.current_thread() is threading.main_thread()

@@ -65,7 +65,7 @@ def _other_library() -> str:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
-        "--seconds", type=float, default=30.0, help="how long the random tests go on (-m fuzz)"
+        "--seconds", type=float, default=60.0, help="how long the random tests go on (-m fuzz)"
     )
 
 

@@ -39,6 +39,17 @@ def cuda_sources(csrc: Path) -> list[Path]:
     return sorted(p for p in (csrc / "core" / "cuda").glob("*.cu"))
 
 
+def changed_sources(folder: Path, *changes: tuple[str, str, str]) -> Path:
+    """A copy of the sources in `folder`, changed in turn: file, text, replacement."""
+    csrc = folder / "csrc"
+    shutil.copytree(CSRC, csrc)
+    for name, text, replacement in changes:
+        source = (csrc / name).read_text()
+        assert text in source, f"{name} has no longer, so update it: {text}"
+        (csrc / name).write_text(source.replace(text, replacement))
+    return csrc
+
+
 def _fingerprint(csrc: Path, folders: Sequence[str], flags: Sequence[str]) -> str:
     digest = hashlib.sha256()
     for folder in folders:

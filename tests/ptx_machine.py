@@ -60,9 +60,9 @@ def _compile(source: Path, csrc: Path, flags: Sequence[str]) -> Path:
     elif source.suffix == ".cu":
         folders = ("core",)
     digest = hashlib.sha256(repr((compiler, flags, source.name)).encode())
+    headers = (".h", ".cuh") if source.suffix == ".cu" else (".h",)
     for path in sorted(p for folder in folders for p in (csrc / folder).rglob("*.*")):
-        read = (".h", ".cuh") if source.suffix == ".cu" else (".h",)
-        if path.suffix in read or path == source:
+        if path.suffix in headers or path == source:
             digest.update(path.read_bytes())
     target = CACHE / f"{source.stem}-{digest.hexdigest()[:20]}.o"
     if not target.exists():
@@ -76,7 +76,7 @@ def _compile(source: Path, csrc: Path, flags: Sequence[str]) -> Path:
 def _build(
     name: str, csrc: Path, kernels: Sequence[Path] = (), nvcc_flags: Sequence[str] = ()
 ) -> Path:
-    """The Python module `name`."""
+    """The file of the Python module `name`."""
     import pybind11
 
     folder = csrc / "testing" / "ptx"
@@ -124,7 +124,7 @@ class PtxKernels(cuda_on_cpu.Kernels):
       csrc: the source tree; a changed copy of it for planted faults.
       only_float32: leaves out the other types, which takes a quarter of the time.
       capability: for which compute capability, 10 * major + minor.
-      change: makes another library of the bytes of what was built, of which the PTX is a part.
+      change: makes of the bytes of what was built, with the PTX as text, those that are loaded.
     """
 
     def __init__(
@@ -143,13 +143,12 @@ class PtxKernels(cuda_on_cpu.Kernels):
             sources = [s for s in sources if s.stem == "kernels" or "float32" in s.stem]
             flags.append("-DCBAM_OPS_CUDA_FLOAT32_ONLY=1")
         library = _build("ptx_kernels", csrc, sources, flags)
-        if change is None:
-            super().__init__(_load("ptx_kernels", library))
-            return
         with tempfile.TemporaryDirectory() as folder:
-            changed = Path(folder, f"{library.stem}_{Path(folder).name}.so")
-            changed.write_bytes(change(library.read_bytes()))
-            super().__init__(_load("ptx_kernels", changed))
+            if change is not None:
+                changed = change(library.read_bytes())
+                library = Path(folder, f"{library.stem}_{Path(folder).name}.so")
+                library.write_bytes(changed)
+            super().__init__(_load("ptx_kernels", library))
 
     def _announce(
         self, inputs: dict[str, Array], outputs: dict[str, Array], workspace: Array

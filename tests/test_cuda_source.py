@@ -10,7 +10,6 @@ from __future__ import annotations
 import functools
 import os
 import re
-import shutil
 import subprocess
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -19,7 +18,7 @@ from typing import Any
 import cuda_resources
 import numpy as np
 import pytest
-from cuda_on_cpu import COMPILER, CSRC, Kernels, build, sanitizer_works
+from cuda_on_cpu import COMPILER, CSRC, Kernels, build, changed_sources, sanitizer_works
 from kernel_calls import DTYPES, LAYOUTS, MODULES, Problem, Tensors, check
 
 from cbam_ops import _core, testing
@@ -594,20 +593,20 @@ FAULTS = MUTANTS | FORGOTTEN
 def faulty(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     """The check of a tree with all faults, which has the one that CBAM_OPS_FAULT says; plain, and
     under ThreadSanitizer."""
-    csrc = tmp_path_factory.mktemp("faulty") / "csrc"
-    for part in ("core", "ops", "testing"):
-        shutil.copytree(CSRC / part, csrc / part)
-
-    def change(name: str, text: str, replacement: str) -> None:
-        source = (csrc / name).read_text()
-        assert text in source, f"the fault no longer applies, update it: {text}"
-        (csrc / name).write_text(source.replace(text, replacement))
-
-    for number, (name, text, replacement) in enumerate(FAULTS.values(), 1):
-        change(f"core/cuda/{name}", text, replacement.replace("FAULT", f"(cbam_fault == {number})"))
+    # Read once, where all of the sources see it.
     read = 'inline const int cbam_fault = std::atoi(std::getenv("CBAM_OPS_FAULT"));'
-    change("core/contract.h", "namespace cbam_ops {", f"{read}\n\nnamespace cbam_ops {{")
-    change("core/contract.h", "#include <cstdint>", "#include <cstdint>\n#include <cstdlib>")
+    csrc = changed_sources(
+        tmp_path_factory.mktemp("faulty"),
+        (
+            "core/contract.h",
+            "#include <cstdint>",
+            f"#include <cstdint>\n#include <cstdlib>\n{read}",
+        ),
+        *(
+            (f"core/cuda/{name}", text, replacement.replace("FAULT", f"(cbam_fault == {number})"))
+            for number, (name, text, replacement) in enumerate(FAULTS.values(), 1)
+        ),
+    )
     sanitizers = ["", *(["thread"] if sanitizer_works("thread") else [])]
     return [build(csrc, sanitizer=s, only=FLOAT32, main=CHECK) for s in sanitizers]
 
@@ -626,6 +625,7 @@ def noticed(faulty: Sequence[Path], fault: int) -> bool:
 @pytest.mark.long
 @pytest.mark.parametrize("name", FAULTS)
 def test_faults_are_noticed(name: str, faulty: list[Path]) -> None:
+    """Fails: nobody would notice a barrier, a wait or a bound that is wrong or missing."""
     assert noticed(faulty, list(FAULTS).index(name) + 1), "nobody noticed"
 
 

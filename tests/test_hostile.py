@@ -40,4 +40,4 @@ def test_hostile_calls_end_in_words(kind):
 @pytest.mark.long
 @pytest.mark.parametrize("kind", KINDS)
 def test_more_hostile_calls_end_in_words(kind):
-    make_calls(kind, 2 * KINDS[kind], seed=1)
+    make_calls(kind, 5 * KINDS[kind], seed=1)

@@ -10,13 +10,12 @@ from __future__ import annotations
 
 import itertools
 import re
-import shutil
 from pathlib import Path
 
 import numpy as np
 import ptx_counts
 import pytest
-from cuda_on_cpu import COMPILER, CSRC, KernelError, Kernels
+from cuda_on_cpu import COMPILER, KernelError, Kernels, changed_sources
 from kernel_calls import DTYPES, LAYOUTS, MODULES, Problem, check
 from ptx_counts import KEYS
 from ptx_machine import PtxKernels, nvcc
@@ -211,12 +210,8 @@ def test_counts_scale_with_the_batch(compiled: PtxKernels, stage: str, batch: in
 
 def test_counts_notice_a_bank_conflict(tmp_path: Path) -> None:
     """Rows of inputs without the vectors between them: as right, and slower."""
-    shutil.copytree(CSRC, tmp_path / "csrc")
-    mlp = tmp_path / "csrc" / "core" / "cuda" / "mlp.cuh"
-    row = "kInputs<A> + 2 * kBlockSide"
-    assert row in mlp.read_text(), "the fault no longer applies: update it"
-    mlp.write_text(mlp.read_text().replace(row, "kInputs<A>"))
-    broken = PtxKernels(tmp_path / "csrc", only_float32=True)
+    fault = ("core/cuda/mlp.cuh", "kInputs<A> + 2 * kBlockSide", "kInputs<A>")
+    broken = PtxKernels(changed_sources(tmp_path, fault), only_float32=True)
     rows = ptx_counts.count(broken, "14x14x1024", "float32", "NHWC")
     found = ptx_counts.differences(rows, ptx_counts.read_table())
     assert [text for text in found if "MLP: conflicts" in text], found
