@@ -289,6 +289,7 @@ COUNTERS = {
     "registers": "launch__registers_per_thread",
     "blocks_by_registers": "launch__occupancy_limit_registers",
     "blocks_by_shared_memory": "launch__occupancy_limit_shared_mem",
+    "shared_memory": "launch__shared_mem_config_size",
     "active_warps": "sm__warps_active.avg.per_cycle_active",
     "issued_percent": "smsp__issue_active.avg.pct_of_peak_sustained_active",
     # Warps that wait, for each that issues.

@@ -62,10 +62,11 @@ def recorder(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
 
 @pytest.fixture
 def quiet(recorder: ModuleType) -> ModuleType:
-    """The recorder on a device that has been asked what it is."""
+    """The recorder on a device that has been asked what it is, and has made room for blocks."""
     recorder.set_devices(0, 0)
     recorder.fail("")
     call(recorder, "cbam")
+    call(recorder, "cbam_grad")
     recorder.take_records()
     return recorder
 
@@ -81,8 +82,8 @@ def call(recorder: ModuleType, op: str, **arguments: Any) -> None:
 
 @pytest.mark.parametrize("op", list(_core.signatures()))
 def test_a_call_is_one_memset_and_one_launch(quiet: ModuleType, op: str) -> None:
-    """Two nodes in a graph; nothing is asked of the device again, no attribute of a kernel is set,
-    none is launched to see whether it works."""
+    """Two nodes in a graph; nothing is asked of the device again, no attribute of a kernel is set
+    again, none is launched to see whether it works."""
     call(quiet, op)
     memset, launch = quiet.take_records().split(" ")
     assert memset.startswith("memset:")
@@ -119,9 +120,30 @@ def test_a_device_is_asked_once(recorder: ModuleType) -> None:
     for device in (5, 6):
         recorder.set_devices(device, device)
         call(recorder, "cbam")
-        assert recorder.take_records().count("query") == 3
+        assert recorder.take_records().count("query") == 3 + 1  # for each kernel one more
         call(recorder, "channel_attention")
         assert "query" not in recorder.take_records()
+
+
+@pytest.mark.parametrize(("op", "blocks"), [("cbam", 4), ("cbam_grad", 3)])
+def test_shared_memory_is_asked_for(recorder: ModuleType, op: str, blocks: int) -> None:
+    """Fails: the driver may give it to the cache, and fewer blocks run at once than shall. Of each
+    device once, in front of the first launch; where it fails that is launched all the same."""
+    carveout = 9  # cudaFuncAttributePreferredSharedMemoryCarveout
+    for device, failing in ((7, ""), (8, "attribute")):
+        recorder.set_devices(device, device)
+        recorder.fail(failing)
+        call(recorder, op)
+        first = recorder.take_records().split(" ")
+        (attribute,) = (record for record in first if record.startswith("attribute"))
+        assert first[-2:] == [attribute, first[-1]] and first[-1].startswith("launch")
+        _, name, percent = map(int, attribute.replace("attribute", "0").split(":"))
+        shared = int(first[-1].split(":")[-1]) + 1024  # with the driver's own
+        assert name == carveout
+        assert percent * 228 * 1024 / 100 >= blocks * shared > (percent - 1) * 228 * 1024 / 100
+        call(recorder, op)
+        assert "attribute" not in recorder.take_records()
+    recorder.fail("")
 
 
 def test_kernels_are_loaded_before_a_first_launch(quiet: ModuleType) -> None:

@@ -570,6 +570,11 @@ MUTANTS = {
         "if (stage.after_all >> s & 1) wait",
         "if (!FAULT && (stage.after_all >> s & 1)) wait",
     ),
+    "tickets: what others wait for is not waited for": (
+        "schedule.h",
+        "before |= before_[d];",
+        "before |= before_[d] | (FAULT ? uint32_t{1} << d : 0);",
+    ),
 }
 
 TASKS = re.findall(r"^  (k\w+),", (CSRC / "core/cuda/schedule.h").read_text(), re.MULTILINE)

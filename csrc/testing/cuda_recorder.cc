@@ -48,14 +48,15 @@ cudaError_t __wrap_cudaStreamGetDevice(cudaStream_t, int* device) {
   return cudaSuccess;
 }
 cudaError_t __wrap_cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int /*device*/) {
-  *value = attribute == cudaDevAttrComputeCapabilityMajor   ? 9
-           : attribute == cudaDevAttrComputeCapabilityMinor ? 0
-                                                            : 132;
+  *value = attribute == cudaDevAttrComputeCapabilityMajor             ? 9
+           : attribute == cudaDevAttrComputeCapabilityMinor           ? 0
+           : attribute == cudaDevAttrMaxSharedMemoryPerMultiprocessor ? 228 * 1024
+                                                                      : 132;
   return Record("query");
 }
 cudaError_t __wrap_cudaGetLastError() { return cudaSuccess; }
-cudaError_t __wrap_cudaFuncSetAttribute(const void*, cudaFuncAttribute, int) {
-  return Record("attribute");
+cudaError_t __wrap_cudaFuncSetAttribute(const void*, cudaFuncAttribute attribute, int value) {
+  return Record("attribute", ":" + std::to_string(attribute) + ":" + std::to_string(value));
 }
 cudaError_t __wrap_cudaFuncGetAttributes(cudaFuncAttributes*, const void* kernel) {
   const cudaError_t error = Record("load");

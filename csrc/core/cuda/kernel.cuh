@@ -31,18 +31,23 @@ static_assert(sizeof(Control) <= kControlBytes, "more than is set aside");
 
 template <typename A>
 CBAM_DEVICE void CountAsDone(const Call<A>& call, const Item& item) {
-  AddRelease(call.counters + call.schedule.TotalOf(item.stage));
-  AddRelease(call.counters + call.schedule.CounterOf(item.stage, item.group));
+  const Schedule& schedule = call.schedule;
+  if (schedule.awaited_all >> item.stage & 1)
+    AddRelease(call.counters + schedule.TotalOf(item.stage));
+  if (schedule.awaited >> item.stage & 1)
+    AddRelease(call.counters + schedule.CounterOf(item.stage, item.group));
 }
 
 // Puts the next item where the block finds it, when all is done that it depends on. That may be the
 // last item, `fetched` before it: when the block has finished that, it must be counted before more
-// is waited for. Returns whether it was.
+// is waited for. Returns whether it was. `ticket` is the item's, and then that of the one after it:
+// it is on its way while this one is waited for and worked on.
 template <typename A>
 CBAM_DEVICE bool Fetch(const Call<A>& call, Control* control, const Item& last, uint32_t fetched,
-                       int* section) {
+                       uint64_t* ticket, int* section) {
   const Schedule& schedule = call.schedule;
-  const Item next = schedule.At(TakeTicket(call.next_ticket), section);
+  const Item next = schedule.At(*ticket, section);
+  *ticket = TakeTicket(call.next_ticket);
   bool counted = last.stage < 0;
   const auto wait = [&](int64_t counter, int64_t target) {
     const uint32_t* const address = call.counters + counter;
@@ -97,10 +102,12 @@ CBAM_DEVICE void RunItems(const Call<A>& call, Run run) {
       if (ThreadIndex() == 0) Publish(&control->finished, fetched + 1);
     }
   }
+  const bool fetches = ThreadIndex() == kThreads;
   Item last = {-1, 0, 0};
+  uint64_t ticket = fetches ? TakeTicket(call.next_ticket) : 0;
   int section = 0;
   for (uint32_t fetched = 0;; ++fetched) {
-    const bool counted = ThreadIndex() != kThreads || Fetch(call, control, last, fetched, &section);
+    const bool counted = !fetches || Fetch(call, control, last, fetched, &ticket, &section);
     ConvergeWarp();
     BlockBarrier();
     if (!counted) CountAsDone(call, last);

@@ -19,6 +19,7 @@ namespace cbam_ops {
 namespace cuda {
 
 struct DeviceInfo {
+  int index = 0;
   int capability = 0;  // 10 * major + minor
   int64_t multiprocessors = 1;
 };
@@ -66,6 +67,7 @@ inline Status QueryDevice(DeviceInfo* info) {
         static_cast<uint32_t>(10 * major + minor) << 16 | static_cast<uint32_t>(multiprocessors);
     if (known != nullptr) known->store(answer);
   }
+  info->index = device;
   info->capability = static_cast<int>(answer >> 16);
   info->multiprocessors = answer & 0xffff;
 #else
@@ -83,15 +85,16 @@ class Launcher {
 
   const DeviceInfo& device() const { return device_; }
 
-  // `call` begins its counters at next_ticket.
-  template <typename Call>
-  Status Run(void (*kernel)(Call), int64_t blocks, const Call& call, int64_t counter_bytes) const {
+  // `call` begins its counters at next_ticket. A multiprocessor shall hold `at_once` of the blocks.
+  template <auto kernel, int at_once, typename Call>
+  Status Run(int64_t blocks, const Call& call, int64_t counter_bytes) const {
     if (call.schedule.tickets == 0) return {};
     if (static_cast<uint64_t>(blocks) > call.schedule.tickets)
       blocks = static_cast<int64_t>(call.schedule.tickets);
     const Status zeroed = ZeroBytes(call.next_ticket, counter_bytes);
     if (!zeroed.ok()) return zeroed;
 #if defined(__CUDACC__)
+    MakeRoom<kernel, at_once>();
     void* arguments[] = {const_cast<Call*>(&call)};
     return FromCudaError(
         cudaLaunchKernel(reinterpret_cast<const void*>(kernel), dim3(static_cast<unsigned>(blocks)),
@@ -123,6 +126,30 @@ class Launcher {
   }
 
  private:
+#if defined(__CUDACC__)
+  // Asks, once for a kernel and a device, for shared memory for `at_once` blocks: of what it has in
+  // common with the first-level cache the driver may otherwise leave it less, and fewer would run.
+  // This is a hint, whose failure is none of the call's.
+  template <auto kernel, int at_once>
+  void MakeRoom() const {
+    static std::atomic<uint64_t> devices;  // that have been asked, a bit each
+    const uint64_t device = device_.index < 64 ? uint64_t{1} << device_.index : 0;
+    if ((devices.load() & device) != 0) return;
+    devices |= device;
+    constexpr int kReserved = 1024;  // of a block, for the driver, on the machines that have most
+    constexpr int kWanted = at_once * (kSharedBytes + kReserved);
+    int most = 0;
+    cudaError_t error =
+        cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device_.index);
+    if (error == cudaSuccess && most > 0) {
+      const int percent = kWanted < most ? (100 * kWanted + most - 1) / most : 100;
+      error = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
+                                   cudaFuncAttributePreferredSharedMemoryCarveout, percent);
+    }
+    if (error != cudaSuccess) cudaGetLastError();
+  }
+#endif
+
   Status ZeroBytes(void* data, int64_t bytes) const {
     if (data == nullptr || bytes == 0) return {};
 #if defined(__CUDACC__)

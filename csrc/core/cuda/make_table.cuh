@@ -78,12 +78,12 @@ Status RunCall(const Problem& problem, const Args& args, void* workspace,
     Plan<T> plan(problem, vector, workspace);
     plan.Fill(args);
     if (!plan.Fits()) continue;
-    const int64_t blocks =
-        launcher.device().multiprocessors *
-        (kIsForward<Args> ? kForwardBlocks<Compute<T>> : kBackwardBlocks<Compute<T>>);
+    constexpr int kAtOnce =
+        kIsForward<Args> ? kForwardBlocks<Compute<T>> : kBackwardBlocks<Compute<T>>;
+    const int64_t blocks = launcher.device().multiprocessors * kAtOnce;
     if (!MakeOrder(&plan, problem, args, blocks)) break;
-    return launcher.Run(kIsForward<Args> ? &ForwardKernel<T> : &BackwardKernel<T>, blocks,
-                        plan.call, plan.counter_bytes);
+    return launcher.Run<kIsForward<Args> ? &ForwardKernel<T> : &BackwardKernel<T>, kAtOnce>(
+        blocks, plan.call, plan.counter_bytes);
   }
   return {StatusCode::kUnsupported, "more tiles than the counters of a GPU can count", ""};
 }

@@ -89,6 +89,9 @@ struct Schedule {
   uint64_t tickets = 0;
   int64_t groups = 0;         // of the stages that go by groups; others have one
   int64_t group_samples = 1;  // samples of a group; the last may have fewer
+  // Stages for whose group, and for all of whose items, another one waits, a bit each.
+  uint32_t awaited = 0;
+  uint32_t awaited_all = 0;
   Stage stages[kMaxStages] = {};
   Section sections[2 * kMaxStages] = {};
 
@@ -111,7 +114,8 @@ struct Schedule {
             sections[s].first_step + static_cast<int64_t>(step) - stages[stage].first_step};
   }
 
-  // Counters of items that are done: one for each group of each stage, and one for each stage.
+  // Counters of items that are done: one for each group of each stage, and one for each stage. Only
+  // what is awaited is counted.
   CBAM_HOST_DEVICE int64_t CounterOf(int stage, int64_t group) const {
     return kMaxStages + stage * groups + group;
   }
@@ -186,6 +190,15 @@ class ScheduleBuilder {
                     uint32_t after_all) {
     too_many_ = too_many_ || items > 0x7fffffff;
     const int s = schedule_.stage_count++;
+    // What is done before those that it comes after needs no wait of its own.
+    uint32_t before = 0;
+    for (int d = 0; d < s; ++d) {
+      if ((after | after_all) >> d & 1) before |= before_[d];
+    }
+    after &= ~before;
+    before_[s] = before | after | after_all;
+    schedule_.awaited |= after;
+    schedule_.awaited_all |= after_all;
     schedule_.stages[s] = {
         task,     static_cast<int32_t>(items), static_cast<int32_t>(sample_items), groups, 0, after,
         after_all};
@@ -221,6 +234,7 @@ class ScheduleBuilder {
   }
 
   Schedule& schedule_;
+  uint32_t before_[Schedule::kMaxStages] = {};  // of each stage: those that are done for its group
   bool too_many_ = false;
 };
 
