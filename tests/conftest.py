@@ -80,6 +80,13 @@ def pytest_report_header(config: pytest.Config) -> str:
 _HEADER = pytest.StashKey[str]()
 
 
+@pytest.fixture(autouse=True)
+def _same_weights_every_time() -> None:
+    """What a test lets Keras draw is the same in every run, and does not depend on other tests."""
+    if keras := sys.modules.get("keras"):
+        keras.utils.set_random_seed(0)
+
+
 @pytest.fixture(params=["native", "reference"])
 def implementation(request: pytest.FixtureRequest) -> Iterator[str]:
     """Runs the test once with the compiled kernels and once with plain TensorFlow."""
