@@ -9,6 +9,8 @@ import textwrap
 from pathlib import Path
 
 TESTS = Path(__file__).parent
+# Seconds after which a program is taken to hang. None takes so long on a slow machine under load.
+HANGS = 1200
 
 
 def run_python(code: str, *arguments: str, cwd: Path = TESTS, **environment: str) -> list[str]:

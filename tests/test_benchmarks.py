@@ -28,6 +28,7 @@ import run
 import tensorflow as tf
 from cases import NetworkCase
 from network import ARCHITECTURES, measure_network
+from programs import HANGS
 
 from cbam_ops import __main__ as command
 from cbam_ops import _bench, _loader, testing
@@ -366,15 +367,15 @@ def test_a_process_that_dies_hangs_or_fails():
     """A crash in one framework must neither end the run nor hang it."""
     worker = run.Worker(1, run.redirect)
     with pytest.raises(CommandError, match="ValueError: invalid literal"):
-        worker.ask(60, int, "x")
-    assert worker.alive and worker.ask(60, int, "7") == 7
-    worker.ask(60, os.write, 2, b"a last word\n")
+        worker.ask(HANGS, int, "x")
+    assert worker.alive and worker.ask(HANGS, int, "7") == 7
+    worker.ask(HANGS, os.write, 2, b"a last word\n")
     with pytest.raises(CommandError, match="the process ended: a last word"):
-        worker.ask(60, os._exit, 3)
+        worker.ask(HANGS, os._exit, 3)
     assert not worker.alive
     worker.close()
     worker = run.Worker(1, run.redirect)
-    assert worker.ask(60, int, "7") == 7
+    assert worker.ask(HANGS, int, "7") == 7
     with pytest.raises(CommandError, match="no answer within 0 s"):
         worker.ask(0.2, time.sleep, 600)
     assert not worker.alive

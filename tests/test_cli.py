@@ -18,6 +18,7 @@ from pathlib import Path
 import keras
 import numpy as np
 import pytest
+from programs import HANGS
 
 from cbam_ops import __main__ as command
 from cbam_ops import __version__, _loader, options, testing
@@ -53,7 +54,7 @@ def _run(*arguments: str, cwd: Path, program: tuple[str, ...] = ("-m", "cbam_ops
         env=_environment(),
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=HANGS,
     )
 
 
@@ -202,7 +203,7 @@ def test_demo_is_interrupted_cleanly(tmp_path):
                 break
         time.sleep(2)
         child.send_signal(signal.SIGINT)
-        _, errors = child.communicate(timeout=60)
+        _, errors = child.communicate(timeout=HANGS)
     finally:
         child.kill()
     assert child.returncode == 130
@@ -674,7 +675,7 @@ def test_mistyped_environment_variable(fresh_options, monkeypatch, capsys, varia
 def _shell(command_line: str, cwd: Path) -> subprocess.CompletedProcess:
     return subprocess.run(
         ["bash", "-c", f'"{sys.executable}" {command_line}'],
-        cwd=cwd, env=_environment(), capture_output=True, text=True, timeout=300,
+        cwd=cwd, env=_environment(), capture_output=True, text=True, timeout=HANGS,
     )  # fmt: skip
 
 

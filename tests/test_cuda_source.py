@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 from cuda_on_cpu import COMPILER, CSRC, Kernels, build, changed_sources, sanitizer_works
 from kernel_calls import DTYPES, LAYOUTS, MODULES, Problem, Tensors, check
+from programs import HANGS
 
 from cbam_ops import _core, testing
 from cbam_ops.testing import Case, assert_same_bits
@@ -443,7 +444,7 @@ FLOAT32 = ("kernels", "float32")
 
 
 def _run_check(
-    binary: Path, *arguments: str, limit: int = 600, **environment: str
+    binary: Path, *arguments: str, limit: int = HANGS, **environment: str
 ) -> subprocess.CompletedProcess[str]:
     environment = {
         **os.environ,
@@ -616,11 +617,11 @@ def faulty(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     return [build(csrc, sanitizer=s, only=FLOAT32, main=CHECK) for s in sanitizers]
 
 
-def noticed(faulty: Sequence[Path], fault: int) -> bool:
+def noticed(faulty: Sequence[Path], fault: int, limit: int = 180) -> bool:
     """Whether a fault is noticed: in the results, by the scheduler or by ThreadSanitizer."""
     for binary, calls in zip(faulty, ("200", "25"), strict=False):
         try:
-            if _run_check(binary, calls, limit=180, CBAM_OPS_FAULT=str(fault)).returncode != 0:
+            if _run_check(binary, calls, limit=limit, CBAM_OPS_FAULT=str(fault)).returncode != 0:
                 return True
         except subprocess.TimeoutExpired:  # a fault may make a loop endless
             return True
@@ -637,7 +638,7 @@ def test_faults_are_noticed(name: str, faulty: list[Path]) -> None:
 @pytest.mark.long
 def test_without_a_fault_nothing_is_noticed(faulty: list[Path]) -> None:
     """Else the test above could not fail."""
-    assert not noticed(faulty, 0)
+    assert not noticed(faulty, 0, limit=HANGS)
 
 
 # ---- nvcc ----------------------------------------------------------------------------------------

@@ -26,6 +26,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from programs import HANGS
 
 import cbam_ops
 from cbam_ops.testing import MODEL_GRADIENT, assert_close, assert_same_bits
@@ -55,7 +56,7 @@ def start(
 
 
 def end(process: subprocess.Popen[str], code: int = 0) -> str:
-    out, _ = process.communicate(timeout=300)
+    out, _ = process.communicate(timeout=HANGS)
     assert process.returncode == code, out[-4000:]
     return out
 
@@ -296,7 +297,7 @@ def test_a_killed_worker_goes_on(tmp_path):
     whole = workers(2, tmp_path / "whole")
     killed = tmp_path / "killed"
     with running({"worker": 2}, killed, *SHORT, "--epochs", "200") as processes:
-        deadline = time.time() + 200
+        deadline = time.time() + HANGS
         while not (state := tf.train.latest_checkpoint(killed / "checkpoints")):
             assert time.time() < deadline and processes["worker", 0].poll() is None
             time.sleep(0.05)

@@ -12,6 +12,7 @@ import textwrap
 from pathlib import Path
 
 import pytest
+from programs import HANGS
 
 TRAINING = """
     import hashlib, os, sys, time
@@ -59,7 +60,7 @@ def start(code: str, *arguments: str | Path, **environment: str) -> subprocess.P
 
 
 def last_line(process: subprocess.Popen[str]) -> str:
-    out, err = process.communicate(timeout=300)
+    out, err = process.communicate(timeout=HANGS)
     assert process.returncode == 0, f"{out[-2000:]}\n{err[-4000:]}"
     return out.splitlines()[-1]
 

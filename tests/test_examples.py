@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from programs import HANGS
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 NOTEBOOK = EXAMPLES / "tour.ipynb"
@@ -46,7 +47,7 @@ def test_the_notebook_runs(tmp_path, monkeypatch):
         if cell.cell_type == "code":
             cell.outputs, cell.execution_count = [], None
     resources = {"metadata": {"path": str(tmp_path)}}
-    nbclient.NotebookClient(notebook, timeout=600, resources=resources).execute()
+    nbclient.NotebookClient(notebook, timeout=HANGS, resources=resources).execute()
     _assert_whole(notebook.cells)
 
 

@@ -21,6 +21,7 @@ import pytest
 import report
 import results
 from gpu_model import COUNTS
+from programs import HANGS
 
 from cbam_ops import _bench, testing
 from cbam_ops._cli import gpu_kernels
@@ -97,6 +98,16 @@ def test_on_a_cpu_the_steps_with_pytorch_run(tmp_path):
     assert done.returncode == 0, done.stderr
     assert re.search(r"correctness: \d{3} checks, 0 wrong", done.stdout), done.stdout
     assert "streams: ok" in done.stdout
+
+
+def test_on_a_cpu_what_is_checked_takes_its_time(monkeypatch):
+    """On a slow machine the first check took longer than a GPU machine is there for all of them."""
+    pytest.importorskip("torch")
+    plans: list[dict[str, int]] = []
+    monkeypatch.setattr(gpu_check, "_everything", lambda *given: plans.append(given[1]) or 0)
+    monkeypatch.setattr(os, "environ", {**os.environ})
+    gpu_check.main(["--device", "cpu"])
+    assert min(plans[0][step] for step in ("correctness", "streams")) >= HANGS
 
 
 @pytest.mark.parametrize(
@@ -295,7 +306,7 @@ def test_a_crash_is_a_wrong_row_and_the_checks_go_on(monkeypatch, tmp_path):
 
     some = checks_for_a_test()[:3]
     monkeypatch.setattr(gpu_check, "checks", lambda quick: iter(some))
-    rows = gpu_check.check_all(worker, True, tmp_path / "checks.csv")
+    rows = gpu_check.check_all(worker, True, tmp_path / "checks.csv", 60)
     assert [bool(row["wrong"]) for row in rows] == [True, False, False]
     assert asked[0] is not asked[1] and asked[1] is asked[2]
     assert "illegal memory access" in (tmp_path / "checks.csv").read_text()

@@ -16,6 +16,7 @@ import pretended_gpu
 import pytest
 import tensorflow as tf
 from cuda_on_cpu import COMPILER
+from programs import HANGS
 
 import cbam_ops
 from cbam_ops import __main__ as command
@@ -211,7 +212,7 @@ def test_eight_processes_that_start_at_once_make_one_check(machine):
     """Seven wait for the record of the first."""
     program = [*pretended_gpu.command("", machine.log), "ask"]
     started = [subprocess.Popen(program, stdout=subprocess.PIPE, text=True) for _ in range(8)]
-    said = [json.loads(process.communicate(timeout=120)[0]) for process in started]
+    said = [json.loads(process.communicate(timeout=HANGS)[0]) for process in started]
     assert [outcome["verdict"] for outcome in said] == ["passed"] * 8
     assert machine.checks() == 1
 

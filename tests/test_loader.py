@@ -13,7 +13,7 @@ import threading
 from pathlib import Path
 
 import pytest
-from programs import run_python
+from programs import HANGS, run_python
 
 import cbam_ops
 from cbam_ops import _loader
@@ -197,7 +197,7 @@ def test_the_library_is_loaded_once_for_all_threads(monkeypatch):
     monkeypatch.setattr(_loader, "_loaded", None)
     monkeypatch.setattr(_loader, "load_from", lambda directory: calls.append(directory) or "ops")
     monkeypatch.setattr(_loader, "load_xla_from", lambda directory: None)
-    start = threading.Barrier(8, timeout=60)
+    start = threading.Barrier(8, timeout=HANGS)
 
     def load() -> None:
         start.wait()

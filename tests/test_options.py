@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from programs import HANGS
 
 import cbam_ops
 from cbam_ops import _loader, options
@@ -87,7 +88,7 @@ def test_the_process_s_choice_made_inside_a_block_holds_after_it():
 def test_overlapping_blocks_of_many_threads_do_not_meet():
     """Blocks that end in another order than they began must not leak a choice."""
     count = 16
-    all_inside = threading.Barrier(count, timeout=60)
+    all_inside = threading.Barrier(count, timeout=HANGS)
     left = [threading.Event() for _ in range(count)]
 
     def work(i: int) -> list[str]:
@@ -98,7 +99,7 @@ def test_overlapping_blocks_of_many_threads_do_not_meet():
             with cbam_ops.use_implementation("native"):
                 all_inside.wait()
             # The first to come are the first to go.
-            assert i == 0 or left[i - 1].wait(60)
+            assert i == 0 or left[i - 1].wait(HANGS)
             seen.append(options.implementation())
         left[i].set()
         return [*seen, options.implementation()]
