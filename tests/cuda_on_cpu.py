@@ -81,6 +81,14 @@ def sanitizer_works(name: str) -> bool:
     return True
 
 
+def sanitizer_flags(name: str) -> list[str]:
+    """What compiles with -fsanitize=`name`."""
+    flags = [f"-fsanitize={name}", "-g1", "-fno-omit-frame-pointer"]
+    if "address" in name:  # checks that are calls compile in half the time of code in place
+        flags += ["--param", "asan-instrumentation-with-call-threshold=0"]
+    return flags
+
+
 def build(
     csrc: Path = CSRC,
     *,
@@ -109,9 +117,10 @@ def build(
         flags.append("-DCBAM_OPS_CUDA_FLOAT32_ONLY=1")
     runtime_flags = list(flags)
     if sanitizer:
-        flags += [f"-fsanitize={sanitizer}", "-g1", "-fno-omit-frame-pointer"]
+        instrumented = sanitizer_flags(sanitizer)
+        flags += instrumented
         # The runtime itself is not instrumented for threads: see cuda_on_cpu.cc.
-        runtime_flags += ["-DCBAM_TSAN=1", "-g1"] if sanitizer == "thread" else flags[-3:]
+        runtime_flags += ["-DCBAM_TSAN=1", "-g1"] if sanitizer == "thread" else instrumented
     folders = ["core", "ops", "testing", *(["python", "tf"] if glue else [])]
     key = [*flags, str(only), str(main and main.read_text()), *glue, *glue_flags, *glue_link]
     folder = CACHE / _fingerprint(csrc, folders, key)

@@ -19,6 +19,7 @@ CROSS = {
     "CMAKE_SYSTEM_NAME": "Linux",
     "CMAKE_SYSTEM_PROCESSOR": "aarch64",
     "CMAKE_CXX_COMPILER": f"{TARGET}-g++",
+    "CMAKE_BUILD_TYPE": "Release",  # what a debugger reads takes as long to compile as the code
 }
 
 pytestmark = [

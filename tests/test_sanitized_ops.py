@@ -11,7 +11,7 @@ from pathlib import Path
 import pybind11
 import pytest
 import tensorflow as tf
-from cuda_on_cpu import COMPILER, sanitizer_works
+from cuda_on_cpu import COMPILER, sanitizer_flags, sanitizer_works
 from test_core_sanitized import built
 from test_hostile import SCRIPT
 
@@ -30,7 +30,7 @@ def libraries() -> Path:
     assert tensorflow is not None and tensorflow.origin is not None
     settings = {
         "CMAKE_BUILD_TYPE": "Release",
-        "CMAKE_CXX_FLAGS": "-fsanitize=address -fno-omit-frame-pointer -g1",
+        "CMAKE_CXX_FLAGS": " ".join(sanitizer_flags("address")),
         "CMAKE_CXX_FLAGS_RELEASE": "-O1 -DNDEBUG",
         "CBAM_OPS_INSTRUCTION_SETS": "",  # the kernels of each are test_core_sanitized.py's
         "CBAM_OPS_CUDA": "OFF",
