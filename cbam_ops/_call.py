@@ -57,6 +57,7 @@ WORDS: dict[str, tuple[str | None, ...]] = {
     # Those that the native ops do not know: see `is_fused`.
     "hidden_activation": ("relu", "swish", "gelu", "elu", "mish"),
     "gate_activation": ("sigmoid", "hard_sigmoid"),
+    "mlp_merge": ("logits", "hidden", "gates"),
     "ties": ("even", "first"),
 }
 
@@ -85,6 +86,7 @@ class Arguments(SimpleNamespace):
     order = "channel_first"
     hidden_activation = "relu"
     gate_activation = "sigmoid"
+    mlp_merge = "logits"
     ties = "even"
 
     @property
@@ -304,6 +306,8 @@ def _check_shapes(function: str, args: Arguments) -> None:
     one_layer = hasattr(args, "w0") and args.w1 is None
     if one_layer and args.b1 is not None:
         _refuse(function, "b1", f"be None as `w1` is, got shape {_text(args.b1.shape.as_list())}")
+    if one_layer and args.mlp_merge == "hidden":
+        _refuse(function, "mlp_merge", "be 'logits' or 'gates' where `w1` is None, got 'hidden'")
     for name, dimensions in (DIMENSIONS | (_NO_HIDDEN_LAYER if one_layer else {})).items():
         tensor = getattr(args, name, None)
         if tensor is None or tensor.shape.rank is None:
@@ -477,7 +481,11 @@ def is_fused(op: str, args: Arguments) -> bool:
         return False
     if op not in ("CbamOps>Cbam", "CbamOps>ChannelAttention"):
         return True
-    return args.hidden_activation == "relu" and args.w1 is not None
+    if args.hidden_activation != "relu" or args.w1 is None:
+        return False
+    if args.mlp_merge == "hidden" and args.mlp_activation is None:
+        return True  # see `_fused`
+    return args.mlp_merge == "logits" or args.pooling != "avg+max"
 
 
 def halves(op: str, args: Arguments) -> tuple[str, ...]:
@@ -544,6 +552,9 @@ def _fused(native: ModuleType, op: str, args: Arguments) -> Outputs:
                 values[name] = tf.cast(value, compute_type)
     if args.gamma is not None:
         values.update(gamma=[values["gamma"]], bias=values["beta"])
+    is_merged = args.mlp_merge == "hidden" and args.pooling == "avg+max"
+    if is_merged and args.b1 is not None and op != "CbamOps>SpatialAttention":
+        values["b1"] = values["b1"] * 0.5  # the op adds one to each branch
     outputs = run(native, op, values)
     if args.gamma is not None and "batch_statistics" in outputs:
         outputs["batch_statistics"] = tf.split(tf.stop_gradient(outputs["batch_statistics"]), 2)

@@ -108,6 +108,7 @@ _FUNCTION = (
     "mlp_activation",
     "hidden_activation",
     "gate_activation",
+    "mlp_merge",
     "spatial_batch_norm",
     "batch_norm_epsilon",
 )

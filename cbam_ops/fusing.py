@@ -365,7 +365,7 @@ def _with_options(weights: dict[str, Any], common: dict[str, Any]) -> Iterator[_
         layer = layers.ChannelAttention
         hidden = weights["w0"].shape[-1] if "w1" in weights else 0
         common = {"hidden": hidden, "use_bias": "b0" in weights, **common}
-        words += ["pooling", "mlp_activation", *["hidden_activation"] * bool(hidden)]
+        words += ["pooling", "mlp_activation", "mlp_merge", *["hidden_activation"] * bool(hidden)]
     if "spatial_kernel" in weights:
         sides = tuple(weights["spatial_kernel"].shape[:-2])
         size = sides if len(set(sides)) > 1 else sides[0]
@@ -379,6 +379,11 @@ def _with_options(weights: dict[str, Any], common: dict[str, Any]) -> Iterator[_
     for place in sorted(places, key=lambda place: len(place) - place.count(0)):
         *chosen, maximum_first = (choice[i] for choice, i in zip(choices, place, strict=True))
         options = {**common, **dict(zip(words, chosen, strict=True))}
+        merge = options.get("mlp_merge", "logits")
+        if merge != "logits" and options["pooling"] != "avg+max":
+            continue  # there is one branch
+        if merge == "hidden" and not options["hidden"]:
+            continue
         yield _Candidate(layer, options, weights, bool(maximum_first))
 
 
@@ -784,8 +789,8 @@ class _Found(NamedTuple):
 
 # The options that tell dialects from each other, besides the biases of the convolution.
 _WAY = (
-    "order", "pooling", "hidden_activation", "gate_activation", "mlp_activation", "use_bias",
-    "spatial_batch_norm",
+    "order", "pooling", "hidden_activation", "gate_activation", "mlp_activation", "mlp_merge",
+    "use_bias", "spatial_batch_norm",
 )  # fmt: skip
 
 

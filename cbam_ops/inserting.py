@@ -363,7 +363,11 @@ def _gain(attention: Any, start: str) -> float:
                 f'add_attention: `attention` must have {name}=None with `start`="identity", got '
                 f"{getattr(attention, name)!r}: it would change the map, or never learn"
             )
-    return 4.0 if isinstance(attention, layers.CBAM) else 2.0
+    halves = 2 if isinstance(attention, layers.CBAM) else 1
+    merge = getattr(attention, "mlp_merge", None)
+    if merge == "gates" and attention.pooling == "avg+max":
+        halves -= 1  # two of them are added
+    return 2.0**halves
 
 
 def add_attention(

@@ -119,6 +119,8 @@ class _Attention(keras.layers.Layer):
                 "None or False with spatial_batch_norm=True, whose beta is the bias",
                 self.spatial_use_bias,
             )
+        if "hidden" in self._arguments and (self.hidden, self.mlp_merge) == (0, "hidden"):
+            raise self._error("mlp_merge", "'logits' or 'gates' with hidden=0", self.mlp_merge)
         self.input_spec = keras.layers.InputSpec(min_ndim=3, max_ndim=5)
         self.supports_masking = True
 
@@ -469,6 +471,11 @@ class CBAM(_Attention):
             Defaults to `None` (the paper).
         gate_activation: `"sigmoid"` or `"hard_sigmoid"` (`relu6(z + 3) / 6`), of both gates.
             Defaults to `"sigmoid"`.
+        mlp_merge: Where the MLP's two branches are added: `"logits"` (the paper: one gate of the
+            sum of both outputs), `"hidden"` (both branches' hidden units, before the second layer,
+            whose bias and `mlp_activation` then come once) or `"gates"` (a gate of each output;
+            their sum is between 0 and 2). Of no effect where `pooling` leaves one branch. Defaults
+            to `"logits"`.
         ties: `"even"` or `"first"`: whether equal maxima share the gradient, as in TensorFlow, or
             the first takes it, as in PyTorch's `max_pool2d` and `max` over a dimension. Defaults to
             `"even"`.
@@ -525,9 +532,10 @@ class CBAM(_Attention):
             of a layer called again with more outputs.
 
     Not fused is a part, channel or spatial, with another `hidden_activation` than `"relu"`, another
-    `gate_activation` than `"sigmoid"` or `hidden=0`, and in the order `"parallel"` both parts if
-    one has these or `pooling` is not `"avg+max"`: there the layer is composed of the fused pools
-    and stock TensorFlow. `ties="first"` is stock TensorFlow alone.
+    `gate_activation` than `"sigmoid"`, `hidden=0` or `mlp_merge="gates"` (`"hidden"` only beside an
+    `mlp_activation`), and in the order `"parallel"` both parts if one has these or `pooling` is not
+    `"avg+max"`: there the layer is composed of the fused pools and stock TensorFlow. `ties="first"`
+    is stock TensorFlow alone.
 
     A mask on `inputs` is passed on unchanged and not used.
 
@@ -567,6 +575,7 @@ class CBAM(_Attention):
         hidden_rounding: str = "floor",
         hidden_activation: str = "relu",
         gate_activation: str = "sigmoid",
+        mlp_merge: str = "logits",
         ties: str = "even",
         mlp_activation: str | None = None,
         use_bias: bool = True,
@@ -619,6 +628,7 @@ class ChannelAttention(_Attention):
         mlp_activation: `None` or `"relu"`, applied to each MLP output before their sum. Defaults to
             `None`.
         gate_activation: `"sigmoid"` or `"hard_sigmoid"`. Defaults to `"sigmoid"`.
+        mlp_merge: `"logits"`, `"hidden"` or `"gates"`; see :class:`CBAM`. Defaults to `"logits"`.
         ties: `"even"` or `"first"`; see :class:`CBAM`, also for what is not fused. Defaults to
             `"even"`.
         use_bias: Boolean, whether the MLP has biases. Defaults to `True`.
@@ -677,6 +687,7 @@ class ChannelAttention(_Attention):
         hidden_rounding: str = "floor",
         hidden_activation: str = "relu",
         gate_activation: str = "sigmoid",
+        mlp_merge: str = "logits",
         ties: str = "even",
         mlp_activation: str | None = None,
         use_bias: bool = True,

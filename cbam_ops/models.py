@@ -33,7 +33,6 @@ import operator
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
-from functools import reduce
 from typing import Any, NamedTuple, Protocol
 
 import keras
@@ -275,14 +274,15 @@ def _stock_module(x: Any, shortcut: Any, name: str, out_name: str, options: dict
     maximum = keras.layers.GlobalMaxPooling2D(cbam.data_format, name=f"{name}_channel_max")
     pools = {"avg": [average], "max": [maximum], "avg+max": [average, maximum]}[cbam.pooling]
     hidden = cbam._hidden_units(channels)
-    mlp = [dense(hidden, cbam.hidden_activation, "mlp_0")] if hidden else []
-    mlp.append(dense(channels, cbam.mlp_activation, f"mlp_{len(mlp)}"))
-    branches = [reduce(lambda t, layer: layer(t), [pool, *mlp], x) for pool in pools]
-    logits = branches[0]
-    if len(branches) > 1:
-        logits = keras.layers.Add(name=f"{name}_mlp_sum")(branches)
-    gate = keras.layers.Activation(cbam.gate_activation, name=f"{name}_channel_gate")(logits)
-    gate = keras.layers.Reshape(column, name=f"{name}_channel_gate_map")(gate)
+    steps = {"hidden": dense(hidden, cbam.hidden_activation, "mlp_0")} if hidden else {}
+    steps["logits"] = dense(channels, cbam.mlp_activation, f"mlp_{len(steps)}")
+    steps["gates"] = keras.layers.Activation(cbam.gate_activation, name=f"{name}_channel_gate")
+    branches = [pool(x) for pool in pools]
+    for step, layer in steps.items():
+        branches = [layer(branch) for branch in branches]
+        if step == cbam.mlp_merge and len(branches) > 1:
+            branches = [keras.layers.Add(name=f"{name}_mlp_sum")(branches)]
+    gate = keras.layers.Reshape(column, name=f"{name}_channel_gate_map")(branches[0])
     x = keras.layers.Multiply(name=f"{name}_channel_scale")([x, gate])
 
     descriptors = keras.layers.Concatenate(axis, name=f"{name}_spatial_descriptors")(

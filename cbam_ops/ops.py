@@ -65,6 +65,7 @@ def cbam(
     pooling: str = "avg+max",
     hidden_activation: str = "relu",
     gate_activation: str = "sigmoid",
+    mlp_merge: str = "logits",
     ties: str = "even",
     return_gates: bool = False,
 ) -> Any:
@@ -96,6 +97,10 @@ def cbam(
         hidden_activation: "relu", "swish" (SiLU), "gelu" (by the error function), "elu" or "mish":
             what follows the MLP's first layer.
         gate_activation: "sigmoid" or "hard_sigmoid" (``relu6(z + 3) / 6``), of both gates.
+        mlp_merge: where the MLP's two branches are added: "logits" (the paper: one gate of the sum
+            of both outputs), "hidden" (both branches' hidden units, before the second layer, whose
+            bias and ``mlp_activation`` then come once) or "gates" (a gate of each output; their sum
+            is between 0 and 2, and not fused). Of no effect where ``pooling`` leaves one branch.
         ties: where the gradient of a maximum goes among equals: "even" (split, as
             ``tf.reduce_max``) or "first" (to the first, as PyTorch's ``max_pool2d`` and ``max``
             over a dimension).
@@ -131,6 +136,7 @@ def cbam_with_batch_norm(
     pooling: str = "avg+max",
     hidden_activation: str = "relu",
     gate_activation: str = "sigmoid",
+    mlp_merge: str = "logits",
     ties: str = "even",
     return_gates: bool = False,
 ) -> Any:
@@ -158,6 +164,7 @@ def cbam_with_batch_norm(
         pooling: See :func:`cbam`.
         hidden_activation: See :func:`cbam`.
         gate_activation: See :func:`cbam`.
+        mlp_merge: See :func:`cbam`.
         ties: See :func:`cbam`.
         return_gates: See :func:`cbam`.
 
@@ -187,6 +194,7 @@ def channel_attention(
     activation: str | None = None,
     hidden_activation: str = "relu",
     gate_activation: str = "sigmoid",
+    mlp_merge: str = "logits",
     ties: str = "even",
     return_gates: bool = False,
 ) -> Any:
@@ -207,6 +215,7 @@ def channel_attention(
         activation: None or "relu", applied last.
         hidden_activation: See :func:`cbam`.
         gate_activation: See :func:`cbam`.
+        mlp_merge: See :func:`cbam`.
         ties: See :func:`cbam`.
         return_gates: Whether to return the gate too.
 

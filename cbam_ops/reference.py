@@ -129,18 +129,26 @@ _GATES: dict[str, Callable[[tf.Tensor], tf.Tensor]] = {
 
 
 def _channel_gate(x: tf.Tensor, args: Arguments) -> tf.Tensor:
-    """``[N, C]`` in the weights' type: the gate of the shared MLP's summed logits."""
+    """``[N, C]`` in the weights' type: of the MLP, whose branches meet in one of three places."""
 
-    def mlp(t: tf.Tensor) -> tf.Tensor:
+    def hidden(t: tf.Tensor) -> tf.Tensor:
         t = tf.matmul(tf.cast(t, args.w0.dtype), args.w0)
         t = t if args.b0 is None else t + args.b0
+        return t if args.w1 is None else _HIDDEN[args.hidden_activation](t)
+
+    def logits(t: tf.Tensor) -> tf.Tensor:
         if args.w1 is not None:
-            t = tf.matmul(_HIDDEN[args.hidden_activation](t), args.w1)
+            t = tf.matmul(t, args.w1)
             t = t if args.b1 is None else t + args.b1
         return tf.nn.relu(t) if args.mlp_activation == "relu" else t
 
-    descriptors = _descriptors(x, _position_axes(x, args.data_format), args.pooling, args)
-    return _GATES[args.gate_activation](reduce(tf.add, map(mlp, descriptors)))
+    branches = _descriptors(x, _position_axes(x, args.data_format), args.pooling, args)
+    steps = {"hidden": hidden, "logits": logits, "gates": _GATES[args.gate_activation]}
+    for name, step in steps.items():
+        branches = [step(branch) for branch in branches]
+        if name == args.mlp_merge:
+            branches = [reduce(tf.add, branches)]
+    return branches[0]
 
 
 def _spatial_gate(

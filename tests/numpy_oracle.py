@@ -200,6 +200,7 @@ def forward(
     mlp_activation: str = "none",
     hidden_activation: str = "relu",
     gate_activation: str = "sigmoid",
+    mlp_merge: str = "logits",
     ties: str = "even",
     activation: str = "none",
     batch_norm: bool = False,
@@ -223,7 +224,7 @@ def forward(
             first["y"] if between is None else between, w0, b0, w1, b1, residual=residual,
             layout=layout, gates="channel_only", pooling=pooling, mlp_activation=mlp_activation,
             hidden_activation=hidden_activation, gate_activation=gate_activation,
-            activation=activation, dtype=dtype,
+            mlp_merge=mlp_merge, activation=activation, dtype=dtype,
         )  # fmt: skip
         return {**first, **second}
 
@@ -241,22 +242,27 @@ def forward(
         if pooling == "avg":
             maximum = np.zeros_like(maximum)
         out["channel_descriptors"] = np.stack([mean, maximum])
-        logits = np.zeros_like(mean)
-        for used, name, t in (
-            (pooling != "max", "mean", mean),
-            (pooling != "avg", "max", maximum),
-        ):
-            if used:
-                pre = _affine(t, cast(w0), None if b0 is None else cast(b0))
-                if w1 is None:
-                    branch = pre
-                else:
-                    hidden = _HIDDEN[hidden_activation][0](pre)
-                    branch = _affine(hidden, cast(w1), None if b1 is None else cast(b1))
-                    out["_hidden_" + name] = hidden
-                out["_pre_" + name], out["_branch_" + name] = pre, branch
-                logits = logits + (_relu(branch) if mlp_activation == "relu" else branch)
-        out["channel_gate"], out["_channel_slope"] = gate(logits), slope(logits)
+        branches = {"mean": mean} if pooling != "max" else {}
+        branches |= {"max": maximum} if pooling != "avg" else {}
+        for name, t in branches.items():
+            branches[name] = _affine(t, cast(w0), None if b0 is None else cast(b0))
+            out["_pre_" + name] = branches[name]
+            if w1 is not None:
+                branches[name] = _HIDDEN[hidden_activation][0](branches[name])
+                out["_hidden_" + name] = branches[name]
+        if mlp_merge == "hidden":
+            branches = dict.fromkeys(branches, sum(branches.values()))
+        for name, t in branches.items():
+            if w1 is not None:
+                t = _affine(t, cast(w1), None if b1 is None else cast(b1))
+            out["_branch_" + name] = t
+            branches[name] = _relu(t) if mlp_activation == "relu" else t
+        if mlp_merge == "logits":
+            branches = dict.fromkeys(branches, sum(branches.values()))
+        for name, logits in branches.items():
+            out["_gate_slope_" + name] = slope(logits)
+        gates_of = [gate(logits) for logits in branches.values()]
+        out["channel_gate"] = sum(gates_of) if mlp_merge == "gates" else gates_of[0]
         u = v * _everywhere(out["channel_gate"], v)
     gated = u
     if gates != "channel_only":
@@ -299,6 +305,7 @@ def backward(
     mlp_activation: str = "none",
     hidden_activation: str = "relu",
     gate_activation: str = "sigmoid",
+    mlp_merge: str = "logits",
     ties: str = "even",
     activation: str = "none",
     batch_norm: bool = False,
@@ -332,6 +339,7 @@ def backward(
         "pooling": pooling,
         "mlp_activation": mlp_activation,
         "hidden_activation": hidden_activation,
+        "mlp_merge": mlp_merge,
     }
     norm = {"batch_norm": batch_norm, "epsilon": epsilon}
     if gates == "spatial_first":
@@ -413,7 +421,6 @@ def backward(
         d_gate = np.sum(d_gated * v, axis=_sides(v))
         if d_channel_gate is not None:
             d_gate = d_gate + cast(d_channel_gate)
-        d_logits = d_gate * saved["_channel_slope"]
         for name, source in (("dw0", w0), ("db0", b0), ("dw1", w1), ("db1", b1)):
             if source is not None:
                 out[name] = np.zeros(np.shape(source), dtype)
@@ -421,7 +428,9 @@ def backward(
             if "_branch_" + name not in saved:
                 continue
             pre, branch = saved["_pre_" + name], saved["_branch_" + name]
-            d_hidden = d_logits * (branch > 0) if mlp_activation == "relu" else d_logits
+            d_hidden = d_gate * saved["_gate_slope_" + name]
+            if mlp_activation == "relu":
+                d_hidden = d_hidden * (branch > 0)
             t = absolute(saved["channel_descriptors"][index])
             if w1 is not None:
                 d_branch = d_hidden
@@ -431,7 +440,8 @@ def backward(
                     hidden = _affine(t, cast(w0), None if b0 is None else cast(b0))
                     hidden = hidden * absolute(slope)
                 out["dw1"] += hidden.T @ d_branch
-                if b1 is not None:
+                merged = mlp_merge == "hidden" and name == "max" and "_branch_mean" in saved
+                if b1 is not None and not merged:
                     out["db1"] += d_branch.sum(axis=0)
             out["dw0"] += t.T @ d_hidden
             if b0 is not None:
@@ -449,7 +459,7 @@ def backward(
 def channel_gate_magnitude(values: Tensors, results: Tensors, options: dict[str, Any]) -> Array:
     """What the sums behind a channel gate come to without their signs, at the gate's slope."""
     sizes = {name: np.abs(values[name]) if name in values else None for name in MLP}
-    total = np.zeros_like(results["channel_gate"])
+    total = results["channel_gate"]
     for index, name in enumerate(("mean", "max")):
         if "_branch_" + name not in results:
             continue
@@ -457,8 +467,8 @@ def channel_gate_magnitude(values: Tensors, results: Tensors, options: dict[str,
         if sizes["w1"] is not None:
             slope = _HIDDEN[options.get("hidden_activation", "relu")][1](results["_pre_" + name])
             size = _affine(size * np.abs(slope), sizes["w1"], sizes["b1"])
-        total = total + size
-    return results["channel_gate"] + np.abs(results["_channel_slope"]) * total
+        total = total + np.abs(results["_gate_slope_" + name]) * size
+    return total
 
 
 def options_of(case: Any) -> dict[str, Any]:

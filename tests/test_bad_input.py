@@ -214,6 +214,12 @@ BAD = [
         {},
         "channel_attention: `w0` must have shape [C, C] = [13, 13], got [13, 3]",
     ),
+    (
+        CHANNEL,
+        {"w1": None, "b1": None},
+        {"mlp_merge": "hidden"},
+        "channel_attention: `mlp_merge` must be 'logits' or 'gates' where `w1` is None, got 'hid",
+    ),
     (CHANNEL, {}, {"ties": "last"}, "channel_attention: `ties` must be 'even' or 'first', got 'la"),
     (
         CHANNEL,

@@ -10,7 +10,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from numpy_oracle import evaluate
+from numpy_oracle import evaluate, gradient_magnitudes
 
 import cbam_ops
 from cbam_ops import dialects, reference, testing
@@ -34,13 +34,22 @@ CASES = [
     Case("cbam_with_batch_norm", fill="steps", options=options(ties="first", pooling="avg")),
     Case("cbam_with_batch_norm", hidden=0, options=options(order="spatial_first")),
     Case("cbam_with_batch_norm", options=options(hidden_activation="gelu", order="parallel")),
+    Case("channel_attention", residual=True, options=options(mlp_merge="hidden")),
+    Case("channel_attention", options=options(mlp_merge="gates", gate_activation="hard_sigmoid")),
+    Case("channel_attention", hidden=0, fill="relu", options=options(mlp_merge="gates")),
+    Case(options=options(mlp_merge="hidden", order="parallel", activation="relu")),
+    Case(options=options(mlp_merge="gates", order="spatial_first"), residual=True),
+    Case(options=options(mlp_merge="hidden", mlp_activation="relu", hidden_activation="elu")),
+    Case("cbam_with_batch_norm", options=options(mlp_merge="gates", mlp_activation="relu")),
+    Case("cbam_with_batch_norm", biases=False, options=options(mlp_merge="hidden")),
 ]
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_the_options_by_native_ops_and_by_the_reference(implementation, case):
     """A composition's outputs and gradients are as near the truth as a single op's."""
-    case.check(cbam_ops)
+    tensors = case.draw()
+    case.check(cbam_ops, tensors, magnitudes=gradient_magnitudes(case, tensors))
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -58,7 +67,7 @@ def test_the_options_in_every_type_and_layout(dtype, data_format, case):
     case = case.replace(dtype=dtype, data_format=data_format)
     tensors = case.draw()
     if dtype in ("float32", "float64"):
-        case.check(cbam_ops, tensors)
+        case.check(cbam_ops, tensors, magnitudes=gradient_magnitudes(case, tensors))
         return
     # A composition rounds what it hands on to the type of the map.
     truth, _ = testing.truth_and_stock(case, tensors, "evaluate")
@@ -91,6 +100,9 @@ def test_the_composition_reads_the_map_by_fused_pools():
         assert ops_of() == ["Cbam"]
         assert ops_of(pooling="avg") == ["ChannelAttention", "SpatialAttention"]
         assert ops_of(hidden_activation="swish") == ["ChannelPool", "SpatialAttention"]
+        assert ops_of(mlp_merge="hidden") == ["Cbam"]
+        assert ops_of(mlp_merge="gates") == ["ChannelPool", "SpatialAttention"]
+        assert ops_of(mlp_merge="gates", pooling="max") == ["ChannelAttention", "SpatialAttention"]
         assert ops_of(hidden=0, order="spatial_first") == ["SpatialAttention", "ChannelPool"]
         assert ops_of(hidden=0, pooling="avg") == ["SpatialAttention"]
         assert ops_of(hidden=0, order="parallel") == ["ChannelPool", "SpatialPool"]
@@ -105,15 +117,24 @@ def _keras_cbam(layer: cbam_ops.CBAM, x: tf.Tensor) -> tf.Tensor:
     """The module of stock Keras functions, in the order of the paper."""
     gate = keras.activations.get(layer.gate_activation)
 
-    def mlp(t: tf.Tensor) -> tf.Tensor:
+    def hidden(t: tf.Tensor) -> tf.Tensor:
         t = t @ layer.w0 + layer.b0
-        if layer.w1 is None:
-            return t
-        return keras.activations.get(layer.hidden_activation)(t) @ layer.w1 + layer.b1
+        return t if layer.w1 is None else keras.activations.get(layer.hidden_activation)(t)
 
-    mean, maximum = tf.reduce_mean(x, (1, 2)), tf.reduce_max(x, (1, 2))
-    logits = {"avg": mlp(mean), "max": mlp(maximum), "avg+max": mlp(mean) + mlp(maximum)}
-    u = x * gate(logits[layer.pooling])[:, None, None, :]
+    def last(t: tf.Tensor) -> tf.Tensor:
+        return t if layer.w1 is None else t @ layer.w1 + layer.b1
+
+    mean, maximum = hidden(tf.reduce_mean(x, (1, 2))), hidden(tf.reduce_max(x, (1, 2)))
+    one = {"avg": mean, "max": maximum}.get(layer.pooling)
+    if one is not None:
+        channel_gate = gate(last(one))
+    elif layer.mlp_merge == "hidden":
+        channel_gate = gate(last(mean + maximum))
+    elif layer.mlp_merge == "gates":
+        channel_gate = gate(last(mean)) + gate(last(maximum))
+    else:
+        channel_gate = gate(last(mean) + last(maximum))
+    u = x * channel_gate[:, None, None, :]
     descriptors = tf.stack([tf.reduce_mean(u, 3), tf.reduce_max(u, 3)], 3)
     z = tf.nn.conv2d(descriptors, layer.spatial_kernel, 1, "SAME") + layer.spatial_bias
     return u * gate(z)
@@ -124,8 +145,10 @@ def _keras_cbam(layer: cbam_ops.CBAM, x: tf.Tensor) -> tf.Tensor:
     [
         *({"hidden_activation": name} for name in ("relu", *HIDDEN)),
         {"gate_activation": "hard_sigmoid"},
+        {"mlp_merge": "hidden"},
+        {"mlp_merge": "gates"},
         {"hidden": 0},
-        {"pooling": "avg", "hidden": 0},
+        {"pooling": "avg", "hidden": 0, "mlp_merge": "gates"},
         {"pooling": "max", "hidden_activation": "mish", "gate_activation": "hard_sigmoid"},
     ],
     ids=str,
