@@ -110,7 +110,7 @@ class Call:
     ) -> None:
         self._cuda, self._memory = cuda, memory
         op = case.function.removesuffix("_with_batch_norm")
-        options = {"data_format": case.data_format, **dict(case.options)}
+        options = case.kernel_options
         relu = options.get("activation") == "relu"
         maps = gpu_kernels.maps_of(signatures[op]) | gpu_kernels.maps_of(signatures[f"{op}_grad"])
         offsets = dict.fromkeys(maps, offset)
@@ -193,7 +193,7 @@ def on_the_cpu(case: testing.Case, arrays: Mapping[str, np.ndarray], dtype: str)
     """What `_core` computes of a case on the CPU in another type: outputs and gradients."""
     op = case.function.removesuffix("_with_batch_norm")
     known: dict[str, Any] = {name: array.astype(dtype) for name, array in arrays.items()}
-    options = {"data_format": case.data_format, **dict(case.options), "threads": min(cpus(), 256)}
+    options = case.kernel_options | {"threads": min(cpus(), 256)}
     relu = options.get("activation") == "relu"
     wanted = {"d_residual": True} if relu and "residual" in known else {}
     of_op, of_gradient = (_core.signatures()[name] for name in (op, f"{op}_grad"))

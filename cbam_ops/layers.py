@@ -532,8 +532,8 @@ class CBAM(_Attention):
             of a layer called again with more outputs.
 
     Not fused is a part, channel or spatial, with another `hidden_activation` than `"relu"`, another
-    `gate_activation` than `"sigmoid"`, `hidden=0` or `mlp_merge="gates"` (`"hidden"` only beside an
-    `mlp_activation`), and in the order `"parallel"` both parts if one has these or `pooling` is not
+    `gate_activation` than `"sigmoid"`, `hidden=0` or an `mlp_activation` beside another `mlp_merge`
+    than `"logits"`, and in the order `"parallel"` both parts if one has these or `pooling` is not
     `"avg+max"`: there the layer is composed of the fused pools and stock TensorFlow. `ties="first"`
     is stock TensorFlow alone.
 

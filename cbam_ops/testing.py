@@ -474,8 +474,16 @@ class Case:
     @property
     def is_one_call(self) -> bool:
         """Whether one call of a kernel, with weights of its type, is the whole case."""
-        composed = dict(self.options).get("order") == "spatial_first"
+        composed = {("order", "spatial_first"), ("mlp_merge", "hidden")} & {*self.options}
         return len(self.size) != 3 and not composed and not self.half_weights
+
+    @property
+    def kernel_options(self) -> dict[str, Any]:
+        """The options in the kernels' words, with the layout."""
+        words = {"data_format": self.data_format, **dict(self.options)}
+        if words.pop("mlp_merge", None) == "gates":
+            words["mlp_activation"] = "sigmoid"
+        return words
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """The shape of every argument that some function takes, maps as in NHWC."""
@@ -706,6 +714,9 @@ OPTIONS = [
     Case("channel_attention", fill="relu", residual=True),
     Case("channel_attention", biases=False, options=options(pooling="avg", activation="relu")),
     Case("channel_attention", options=options(pooling="max", mlp_activation="relu")),
+    Case("channel_attention", fill="relu", residual=True, options=options(mlp_merge="gates")),
+    Case("cbam_with_batch_norm", biases=False, options=options(mlp_merge="gates")),
+    Case(options=options(mlp_merge="hidden", activation="relu")),
     Case("spatial_attention", fill="relu", kernel_size=7, biases=False),
     Case("spatial_attention", residual=True, options=options(activation="relu")),
     Case("spatial_attention_with_batch_norm", fill="relu"),

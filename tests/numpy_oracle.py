@@ -215,6 +215,8 @@ def forward(
     underscore are those of the kernels' outputs; those with one are for :func:`backward`. For
     ``between`` see there.
     """
+    if mlp_activation == "sigmoid":  # the kernels' word
+        mlp_activation, mlp_merge = "none", "gates"
     if gates == "spatial_first":
         first = forward(
             x, kernel=kernel, bias=bias, gamma=gamma, layout=layout, gates="spatial_only",
@@ -335,6 +337,8 @@ def backward(
     """
     options: dict[str, Any] = {"layout": layout, "dtype": dtype}
     options["gate_activation"] = gate_activation
+    if mlp_activation == "sigmoid":
+        mlp_activation, mlp_merge = "none", "gates"
     mlp = {
         "pooling": pooling,
         "mlp_activation": mlp_activation,

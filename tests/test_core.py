@@ -66,7 +66,7 @@ def option_cases(dtype: str, layout: str, module: str) -> list[tuple[Case, bool]
     for number, (pooling, mlp_activation, activation, residual, batch_norm, biases) in enumerate(
         itertools.product(
             ("avg+max", "avg", "max") if has_channel else (None,),
-            ("none", "relu") if has_channel else (None,),
+            ("none", "relu", "sigmoid") if has_channel else (None,),
             ("none", "relu"),
             (False, True),
             (False, True) if has_spatial else (False,),
@@ -247,7 +247,7 @@ def test_larger_than_the_caches(
         assert np.isfinite(value.astype(np.float64)).all(), name
 
 
-@pytest.mark.parametrize("mlp_activation", ["none", "relu"])
+@pytest.mark.parametrize("mlp_activation", ["none", "relu", "sigmoid"])
 @pytest.mark.parametrize("pooling", ["avg+max", "avg", "max"])
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_batch_larger_than_a_sum(
@@ -551,7 +551,7 @@ def test_definition_by_finite_differences(layout: str, order: str) -> None:
     """Fails: the definition's gradients are not those of its function, so it proves nothing."""
     module = "channel_first" if order == "spatial_first" else order
     for pooling, mlp_activation, activation, batch_norm in itertools.product(
-        ("avg+max", "avg", "max"), ("none", "relu"), ("none", "relu"), (False, True)
+        ("avg+max", "avg", "max"), ("none", "relu", "sigmoid"), ("none", "relu"), (False, True)
     ):
         if batch_norm and module == "channel_only":
             continue

@@ -70,6 +70,8 @@ SATURATED = [
             {"pooling": "max"},
             {"mlp_activation": "relu"},
             {"mlp_activation": "relu", "pooling": "avg"},
+            {"mlp_merge": "gates"},
+            {"mlp_merge": "hidden"},
         )
     ),
     Case("channel_attention", size=(4, 8, 8, 72), hidden=4, dtype="bfloat16"),

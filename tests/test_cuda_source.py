@@ -66,6 +66,9 @@ OPTIONS = [
         ("avg+max", "none", "none", True, True),
         ("avg+max", "relu", "relu", True, False),
         ("avg+max", "relu", "none", False, True),
+        ("avg+max", "sigmoid", "relu", True, True),
+        ("avg+max", "sigmoid", "none", False, False),
+        ("max", "sigmoid", "none", True, True),
         ("avg", "none", "relu", False, True),
         ("avg", "relu", "relu", True, True),
         ("max", "none", "none", False, False),
@@ -225,7 +228,7 @@ def orders(kernels: Kernels) -> Iterator[tuple[list[Any], list[tuple[int, int, i
         if "order" in names:
             arguments["order"] = str(draw(["channel_first", "parallel"]))
         if "mlp_activation" in names:
-            arguments["mlp_activation"] = str(draw(["none", "relu"]))
+            arguments["mlp_activation"] = str(draw(["none", "relu", "sigmoid"]))
         if "gamma" in {row["name"] for row in _core.signatures()[op]["inputs"]} and trial % 2:
             arguments["gamma"] = 256
         yield getattr(kernels, f"{op}_order")(**arguments)
@@ -291,7 +294,7 @@ def test_nan_and_infinity(kernels: Kernels, module: str, layout: str) -> None:
 
 @pytest.mark.parametrize("infinity", [np.inf, -np.inf, np.nan])
 @pytest.mark.parametrize("pooling", ["avg+max", "avg", "max"])
-@pytest.mark.parametrize("mlp_activation", ["none", "relu"])
+@pytest.mark.parametrize("mlp_activation", ["none", "relu", "sigmoid"])
 def test_infinity_in_the_mlp(
     kernels: Kernels, mlp_activation: str, pooling: str, infinity: float
 ) -> None:

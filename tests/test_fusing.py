@@ -341,7 +341,7 @@ STYLES = {
     "spatial_first": Style(spatial_first, "CBAM", "", {"order": "spatial_first"}, reads=(6, 2)),
     "parallel": Style(parallel, "CBAM", "", {"order": "parallel"}),
     "squeeze_excite": Style(squeeze_excite, SE, "", {"hidden": 2, "use_bias": False}, reads=(2, 1)),
-    "gate_of_each_pool": Style(gate_of_each_pool, "CBAM", "", {"mlp_merge": "gates"}, reads=(6, 3)),
+    "gate_of_each_pool": Style(gate_of_each_pool, "CBAM", "", {"mlp_merge": "gates"}),
     "sum_of_hidden_units": Style(sum_of_hidden_units, "CBAM", "", {"mlp_merge": "hidden"}),
     "efficient_net": Style(efficient_net, SE, "efficientnet", {"hidden": 2}, reads=(2, 2)),
     "mobile_net": Style(mobile_net, SE, "mobilenet_v3", {"hidden": 8}, reads=(2, 2)),

@@ -104,6 +104,7 @@ OPTIONS = (
     {"pooling": "avg", "mlp_activation": "none", "activation": "relu"},
     {"pooling": "max", "activation": "none"},
     {"pooling": "avg+max", "activation": "relu", "mlp_activation": "relu"},
+    {"pooling": "avg+max", "activation": "none", "mlp_activation": "sigmoid"},
 )
 
 

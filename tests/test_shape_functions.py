@@ -221,7 +221,7 @@ GATED = (
     "T: type = None of half, bfloat16, float, double; U: type = None of float, double; "
     "data_format: string = NHWC of NHWC, NCHW; "
 )
-MLP_ACTIVATION = "mlp_activation: string = none of none, relu; "
+MLP_ACTIVATION = "mlp_activation: string = none of none, relu, sigmoid; "
 POOLING = "pooling: string = avg+max of avg+max, avg, max; "
 ORDER = "order: string = channel_first of channel_first, parallel; "
 ACTIVATION = "activation: string = none of none, relu"

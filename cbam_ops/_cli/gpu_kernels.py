@@ -194,7 +194,7 @@ def both_passes(kernels: Any, case: Case, dtype: str | None = None) -> Arrays:
       dtype: the type of all arrays, instead of the case's types.
     """
     op = case.function.removesuffix("_with_batch_norm")
-    options = {"data_format": case.data_format, **dict(case.options)}
+    options = case.kernel_options
     inputs = case.arrays()
     if "beta" in inputs:
         inputs["bias"] = inputs.pop("beta")

@@ -39,7 +39,7 @@ enum class Pooling : int32_t { kAvgMax = 0, kAvg = 1, kMax = 2 };
 constexpr bool UsesMean(Pooling pooling) { return pooling != Pooling::kMax; }
 constexpr bool UsesMax(Pooling pooling) { return pooling != Pooling::kAvg; }
 
-enum class Activation : int32_t { kNone = 0, kRelu = 1 };
+enum class Activation : int32_t { kNone = 0, kRelu = 1, kSigmoid = 2 };
 
 // What is computed.
 enum class Module : int32_t {
@@ -69,7 +69,7 @@ struct Problem {
   int64_t channels = 0;
 
   // The channel gate: sigmoid of the sum over the pooled descriptors t of f(relu(t.W0 + b0).W1 +
-  // b1).
+  // b1). Where f is a sigmoid, the sum itself.
   int64_t hidden = 1;
   Pooling pooling = Pooling::kAvgMax;
   Activation mlp_activation = Activation::kNone;  // f
@@ -83,7 +83,7 @@ struct Problem {
   bool batch_norm = false;
   double epsilon = 1e-5;
 
-  // y = activation(gated x + residual); the residual is there when its pointer is.
+  // y = activation(gated x + residual), no sigmoid; the residual is there when its pointer is.
   Activation activation = Activation::kNone;
 };
 

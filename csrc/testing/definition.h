@@ -180,7 +180,11 @@ class Definition {
       for (int64_t n = 0; used && n < p_.batch; ++n)
         Branch(&pooled[Index(n * p_.channels)], n, &logits);
     }
-    for (const Sum& logit : logits) outputs_["channel_gate"].push_back(Sigmoid(logit.Total()));
+    for (const Sum& logit : logits) {
+      const Number total = logit.Total();
+      const bool is_gate = p_.mlp_activation == Activation::kSigmoid;
+      outputs_["channel_gate"].push_back(is_gate ? total : Sigmoid(total));
+    }
   }
   void Branch(const Number* pooled, int64_t n, std::vector<Sum>* logits) {
     std::vector<Sum> out(Index(p_.channels));
@@ -196,8 +200,11 @@ class Definition {
     for (int64_t c = 0; c < p_.channels; ++c) {
       if (Has("b1")) out[Index(c)].Add(Input("b1", Index(c)));
       const Number logit = out[Index(c)].Total();
-      (*logits)[Index(n * p_.channels + c)].Add(p_.mlp_activation == Activation::kRelu ? Relu(logit)
-                                                                                       : logit);
+      const bool relu = p_.mlp_activation == Activation::kRelu;
+      const bool sigmoid = p_.mlp_activation == Activation::kSigmoid;
+      (*logits)[Index(n * p_.channels + c)].Add(relu      ? Relu(logit)
+                                                : sigmoid ? Sigmoid(logit)
+                                                          : logit);
     }
   }
 

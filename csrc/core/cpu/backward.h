@@ -79,7 +79,7 @@ class BackwardPipeline {
       channel_count_ = arena_.Take<A>(w, c);
       arena_.TakePair(hidden_, n, h);
       arena_.TakePair(d_hidden_, n, h);
-      if (problem.mlp_activation == Activation::kRelu) {
+      if (problem.mlp_activation != Activation::kNone) {
         arena_.TakePair(dz_channel_, n, c);
       } else {
         dz_channel_[0] = dz_channel_[1] = arena_.Take<A>(n, c);
@@ -390,8 +390,10 @@ class BackwardPipeline {
     const A* const channel_count = channel_count_ + wave.row * c;
     A* dz[2] = {dz_channel_[0] + first * c, dz_channel_[1] + first * c};
     const bool relu = problem_.mlp_activation == Activation::kRelu;
+    const bool sigmoid = problem_.mlp_activation == Activation::kSigmoid;
+    const bool by_branch = relu || sigmoid;  // each has a gradient of its logits
 
-    const bool meet_early = mlp.IsUsed(0) && mlp.IsUsed(1) && !relu;
+    const bool meet_early = mlp.IsUsed(0) && mlp.IsUsed(1) && !by_branch;
     A* const hidden_sum = d_hidden_[0] + first * h;  // as in the forward pass; free until later
     const Blocks hidden_blocks = mlp.HiddenBlocks(wave);
     ForEach(wave.parallel, hidden_blocks.count, [&](int64_t i) {
@@ -413,7 +415,7 @@ class BackwardPipeline {
       // Both branches' logits, or their sum, go to d_channel, which is free until the end.
       if (meet_early && saturated) {
         mlp.OutputBlock(hidden_sum, samples, columns, Activation::kNone, d_channel[0]);
-      } else if (relu || saturated) {
+      } else if (by_branch || saturated) {
         for (int q = 0; q < 2; ++q) {
           if (mlp.IsUsed(q))
             mlp.OutputBlock(hidden[q], samples, columns, Activation::kNone, d_channel[q]);
@@ -428,7 +430,18 @@ class BackwardPipeline {
         }
         return sum;
       };
-      for (int64_t s = 0; s < samples; ++s) {
+      for (int64_t s = 0; sigmoid && s < samples; ++s) {
+        const int64_t begin = s * c + columns.begin, end = s * c + columns.end;
+        for (int q = 0; q < 2; ++q) {
+          if (mlp.IsUsed(q))
+            dense_.sigmoid_derivative(d_channel[q] + begin, end - begin, d_channel[q] + begin);
+        }
+        for (int64_t j = begin; j < end; ++j) {
+          const A gradient = dz[0][j];
+          for (int q = 0; q < 2; ++q) dz[q][j] = mlp.IsUsed(q) ? gradient * d_channel[q][j] : A{0};
+        }
+      }
+      for (int64_t s = 0; !sigmoid && s < samples; ++s) {
         constexpr int64_t kColumns = 64;
         for (int64_t begin = columns.begin; begin < columns.end; begin += kColumns) {
           const int64_t end = std::min(columns.end, begin + kColumns);
@@ -459,8 +472,8 @@ class BackwardPipeline {
       for (int q = 0; q < 2; ++q) {
         if (!mlp.IsUsed(q)) continue;
         A* d_hidden = d_hidden_[q] + first * h;
-        // Without the second activation both branches share the product.
-        const bool shared = q == 1 && !relu && mlp.IsUsed(0);
+        // Without a second activation both branches share the product.
+        const bool shared = q == 1 && !by_branch && mlp.IsUsed(0);
         if (!shared) {
           dense_.dot_products({samples, columns.size(), c, dz[q], c, mlp.w1 + columns.begin * c, c,
                                d_hidden + columns.begin, h});
@@ -469,9 +482,9 @@ class BackwardPipeline {
       for (int64_t s = first; s < first + samples; ++s) {
         for (int64_t j = s * h + columns.begin; j < s * h + columns.end; ++j) {
           const A of_mean = mlp.IsUsed(0) ? d_hidden_[0][j] : A{0};
-          const A of_max = !mlp.IsUsed(1)           ? A{0}
-                           : relu || !mlp.IsUsed(0) ? d_hidden_[1][j]
-                                                    : of_mean;
+          const A of_max = !mlp.IsUsed(1)                ? A{0}
+                           : by_branch || !mlp.IsUsed(0) ? d_hidden_[1][j]
+                                                         : of_mean;
           // Multiplied, not selected: as in TensorFlow, a gradient that is NaN or infinite stays
           // NaN.
           if (mlp.IsUsed(0)) d_hidden_[0][j] = of_mean * static_cast<A>(hidden_[0][j] > 0);

@@ -195,10 +195,23 @@ class ForwardPipeline {
     ForEach(wave.parallel, channel_blocks.count, [&](int64_t i) {
       const Range columns = channel_blocks.At(i);
       A* logits = logits_of[branch];
-      mlp.OutputBlock(meet_early ? hidden_sum : hidden[branch], samples, columns,
-                      problem_.mlp_activation, logits);
+      const auto sigmoids = [&](const A* from, A* to) {
+        for (int64_t s = 0; s < samples; ++s) {
+          const int64_t begin = s * c + columns.begin;
+          dense_.sigmoid(from + begin, columns.size(), to + begin);
+        }
+      };
+      const bool sigmoid = problem_.mlp_activation == Activation::kSigmoid;
+      const Activation activation = sigmoid ? Activation::kNone : problem_.mlp_activation;
+      mlp.OutputBlock(meet_early ? hidden_sum : hidden[branch], samples, columns, activation,
+                      logits);
       if (both && !meet_early) {
-        mlp.OutputBlock(hidden[1], samples, columns, problem_.mlp_activation, logits_of[1]);
+        mlp.OutputBlock(hidden[1], samples, columns, activation, logits_of[1]);
+        if (sigmoid) {
+          sigmoids(logits, gate);
+          sigmoids(logits_of[1], logits_of[1]);
+          return AddRows(logits_of[1], samples, c, columns, gate);
+        }
         AddRows(logits_of[1], samples, c, columns, logits);
       }
       bool finite = true;
@@ -222,10 +235,7 @@ class ForwardPipeline {
           }
         }
       }
-      for (int64_t s = 0; s < samples; ++s) {
-        const int64_t begin = s * c + columns.begin;
-        dense_.sigmoid(logits + begin, columns.size(), gate + begin);
-      }
+      sigmoids(logits, gate);
     });
     // A descriptor that the gate does not use must not carry a NaN into a gradient of weights.
     if (!UsesMean(problem_.pooling)) std::fill(mean, mean + samples * c, A{0});

@@ -77,9 +77,10 @@ struct Call {
   bool batch_norm;
   bool use_mean;
   bool use_max;
-  bool mlp_relu;
-  bool serial;  // spatial descriptors of x g_c (channel first), not of x
-  A floor;      // of the results: 0 for a ReLU, else -infinity
+  bool by_branch;     // both branches of the MLP have logits: it ends in an activation,
+  bool sum_of_gates;  // a sigmoid
+  bool serial;        // spatial descriptors of x g_c (channel first), not of x
+  A floor;            // of the results: 0 for a ReLU, else -infinity
   A epsilon;
 
   const void* x;
@@ -125,7 +126,7 @@ struct Call {
   Reduced<A> hidden_slices;  // what these give, where there are several
   A* hidden_values;          // [N, 2, hidden]
   A* logits;                 // [N, 2, C]
-  A* d_logits;               // [N, 2, C], or without the MLP's second ReLU [N, C]
+  A* d_logits;               // [N, 2, C], or without the MLP's last activation [N, C]
   A* d_hidden;               // [N, 2, hidden]
   A* z;                      // [N, P]: the convolution; in backward it normalised
   A* dz;                     // [N, P]

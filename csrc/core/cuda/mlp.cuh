@@ -2,10 +2,11 @@
 //
 //   forward   Hidden          hidden_t = relu(t W0 + b0), of long sums slices
 //             FoldHidden      those of a sample
-//             Gate            g_c = sigmoid(sum_t f(hidden_t W1 + b1))
+//             Gate            g_c = sigmoid(sum_t f(hidden_t W1 + b1)), the sum if f is a sigmoid
 //   backward  Hidden          again
-//             Gate            the logits again, if f is a ReLU
-//             HiddenGrad      dl_t = (dg_c + d_channel_gate) g_c (1 - g_c) f'(...)
+//             Gate            the logits again, if there is an f
+//             HiddenGrad      dl_t = (dg_c + d_channel_gate) g_c (1 - g_c) f'(...), or without
+//                                    g_c (1 - g_c)
 //                             dh_t = (dl_t W1^T) (hidden_t > 0), in slices as Hidden
 //             ChannelSides    dt = dh_t W0^T: what pass C needs of channels
 //             WeightGradient  dW1 = sum hidden_t^T dl_t, db1 = sum dl_t,
@@ -46,7 +47,7 @@ struct Group {
 // What the second layer takes of a sample: both descriptors' values, or without a ReLU their sum.
 template <typename A>
 CBAM_DEVICE int OuterBranches(const Call<A>& call) {
-  return call.mlp_relu ? 2 : 1;
+  return call.by_branch ? 2 : 1;
 }
 
 // Four inputs at an inner index are a vector: of two samples both branches, or of four the only one.
@@ -254,7 +255,7 @@ CBAM_DEVICE void StoreHiddenGrad(const Call<A>& call, int64_t n, int64_t unit, A
   A* const d_hidden = call.d_hidden + at;
   d_hidden[0] = call.use_mean ? Masked(mean, hidden[0]) : A(0);
   d_hidden[call.hidden] =
-      call.use_max ? Masked(call.mlp_relu ? maximum : mean, hidden[call.hidden]) : A(0);
+      call.use_max ? Masked(call.by_branch ? maximum : mean, hidden[call.hidden]) : A(0);
 }
 
 // An item is kChunk hidden units of a sample.
@@ -319,7 +320,7 @@ CBAM_DEVICE void Gate(const Call<A>& call, int64_t group_index, int64_t tile, bo
       call, weights, tile, 0, call.hidden, group.present, OuterBranches(call),
       [&](int s, int64_t j, A* mean, A* maximum) {
         ReadPair(call.hidden_values, call.hidden, group.first + s, j, mean, maximum);
-        if (!call.mlp_relu) *mean += *maximum;  // what is not used is 0
+        if (!call.by_branch) *mean += *maximum;  // what is not used is 0
       },
       [&](int s, int64_t c, A mean, A maximum) {
         const int64_t n = group.first + s;
@@ -330,17 +331,25 @@ CBAM_DEVICE void Gate(const Call<A>& call, int64_t group_index, int64_t tile, bo
           logits[call.channels] = maximum + bias;
           return;
         }
+        A& gate = call.channel_gate[n * call.channels + c];
+        const auto sum = [&](auto activation) {
+          return (call.use_mean ? activation(mean + bias) : A(0)) +
+                 (call.use_max ? activation(maximum + bias) : A(0));
+        };
+        if (call.sum_of_gates) {
+          gate = sum([](A logit) { return Sigmoid(logit); });
+          return;
+        }
         A logit = mean;
-        if (call.mlp_relu) {
-          logit = (call.use_mean ? Relu(mean + bias) : A(0)) +
-                  (call.use_max ? Relu(maximum + bias) : A(0));
+        if (call.by_branch) {
+          logit = sum([](A logit) { return Relu(logit); });
         } else {
           if (call.use_mean) logit += bias;
           if (call.use_max) logit += bias;
           // An infinite weight times 0 is NaN, and with the branches' sum need not be.
           if (!IsFinite(logit)) logit = LogitByBranches(call, n, c, bias);
         }
-        call.channel_gate[n * call.channels + c] = Sigmoid(logit);
+        gate = Sigmoid(logit);
       });
 }
 
@@ -361,14 +370,18 @@ CBAM_DEVICE void HiddenGrad(const Call<A>& call, int64_t group_index, int64_t in
         const A d_logit = d_gate * gate * (A(1) - gate);
         const int64_t to = n * branches * call.channels + c;
         *mean = d_logit;
-        if (call.mlp_relu) {
+        if (call.by_branch) {
+          const auto through = [&](A logit) {
+            return call.sum_of_gates ? d_gate * Sigmoid(logit) * Sigmoid(-logit)
+                                     : Masked(d_logit, logit);
+          };
           const A* const logits = call.logits + to;
-          *mean = call.use_mean ? Masked(d_logit, logits[0]) : A(0);
-          *maximum = call.use_max ? Masked(d_logit, logits[call.channels]) : A(0);
+          *mean = call.use_mean ? through(logits[0]) : A(0);
+          *maximum = call.use_max ? through(logits[call.channels]) : A(0);
         }
         if (part.tile != 0) return;
         call.d_logits[to] = *mean;
-        if (call.mlp_relu) call.d_logits[to + call.channels] = *maximum;
+        if (call.by_branch) call.d_logits[to + call.channels] = *maximum;
       },
       [&](int s, int64_t unit, A mean, A maximum) {
         const int64_t n = group.first + s;
@@ -448,7 +461,7 @@ CBAM_DEVICE void WeightGradient(const Call<A>& call, int64_t tile, bool of_w0) {
       FillTerms<kOuterRight>(right, size, first_b, right_size, [&](int i, int64_t column) {
         const int64_t k = first + i;
         if (of_w0) return call.d_hidden[k * right_size + column];
-        return call.d_logits[(call.mlp_relu ? k : k / branches) * right_size + column];
+        return call.d_logits[(call.by_branch ? k : k / branches) * right_size + column];
       });
       Barrier();
       CBAM_UNROLL_4

@@ -168,7 +168,8 @@ class Plan {
     call.batch_norm = problem.batch_norm;
     call.use_mean = UsesMean(problem.pooling);
     call.use_max = UsesMax(problem.pooling);
-    call.mlp_relu = problem.mlp_activation == Activation::kRelu;
+    call.by_branch = problem.mlp_activation != Activation::kNone;
+    call.sum_of_gates = problem.mlp_activation == Activation::kSigmoid;
     call.serial = problem.module == Module::kChannelFirst;
     call.floor = problem.activation == Activation::kRelu ? A(0) : -static_cast<A>(INFINITY);
     call.epsilon = static_cast<A>(problem.epsilon);
@@ -269,8 +270,8 @@ class Plan {
       TakeHiddenSlices();
       call.hidden_values = Take(problem_.batch, 2, problem_.hidden);
       call.d_hidden = Take(problem_.batch, 2, problem_.hidden);
-      call.d_logits = Take(problem_.batch, call.mlp_relu ? 2 : 1, problem_.channels);
-      if (call.mlp_relu) call.logits = Take(problem_.batch, 2, problem_.channels);
+      call.d_logits = Take(problem_.batch, call.by_branch ? 2 : 1, problem_.channels);
+      if (call.by_branch) call.logits = Take(problem_.batch, 2, problem_.channels);
     }
     if (HasSpatialGate(problem_)) {
       call.kernel = static_cast<const A*>(args.kernel);
@@ -307,7 +308,7 @@ class Plan {
     uint32_t hidden = 0, spatial = 0, hidden_grad = 0, channel = 0;
     if (HasChannelGate(problem_)) {
       hidden = AddHidden(builder, Task::kHidden, Task::kHiddenFold, 0);
-      if (call.mlp_relu) hidden |= builder->Add(Task::kLogits, channels, hidden);
+      if (call.by_branch) hidden |= builder->Add(Task::kLogits, channels, hidden);
     }
     if (HasSpatialGate(problem_)) {
       spatial = builder->AddBySample(Task::kSpatialGrad, call.spatial_tiles.count(), 0);
