@@ -303,7 +303,14 @@ def test_optimizations_of_litert(tmp_path, optimizations):
 @pytest.mark.long
 @needs("ai_edge_litert")
 @pytest.mark.parametrize(
-    "arguments", [{}, {"order": "parallel"}, {"ties": "first"}, {"gate_activation": "hard_sigmoid"}]
+    "arguments",
+    [
+        {},
+        {"order": "parallel"},
+        {"ties": "first"},
+        {"gate_activation": "hard_sigmoid"},
+        {"mlp_merge": "gates"},
+    ],
 )
 def test_int8_does_not_cut_off_the_gated_map(tmp_path, arguments):
     """Stock layers and the definition err by more than half of the largest value here."""
