@@ -108,7 +108,7 @@ def squeeze_excite(x):
 
 
 def gate_of_each_pool(x):
-    """As half of what is written by hand: the sigmoid is the second layer's activation."""
+    """As many write it: the sigmoid is the second layer's activation."""
     mlp = keras.Sequential([kl.Dense(3, "relu"), kl.Dense(C, "sigmoid")])
     gate = kl.Add()([mlp(kl.GlobalAveragePooling2D()(x)), mlp(kl.GlobalMaxPooling2D()(x))])
     u = kl.multiply([x, kl.Reshape((1, 1, C))(gate)])
