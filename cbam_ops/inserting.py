@@ -363,11 +363,9 @@ def _gain(attention: Any, start: str) -> float:
                 f'add_attention: `attention` must have {name}=None with `start`="identity", got '
                 f"{getattr(attention, name)!r}: it would change the map, or never learn"
             )
-    halves = 2 if isinstance(attention, layers.CBAM) else 1
-    merge = getattr(attention, "mlp_merge", None)
-    if merge == "gates" and attention.pooling == "avg+max":
-        halves -= 1  # two of them are added
-    return 2.0**halves
+    gain = 4.0 if isinstance(attention, layers.CBAM) else 2.0
+    is_sum = getattr(attention, "mlp_merge", "") == "gates" and attention.pooling == "avg+max"
+    return gain / 2.0 if is_sum else gain
 
 
 def add_attention(
@@ -396,10 +394,11 @@ def add_attention(
             trained (in a graph, TensorFlow's optimizer may put an addition after the map into
             another order, which changes last bits). The last weights before each gate are zero, so
             that it is a half everywhere; a `keras.layers.Rescaling` behind the layer multiplies by
-            4, for one gate by 2. They learn from the first step, and a gate's factor then goes from
-            0 to 2. The cost is one more pass over the map, per layer and direction. In float16,
-            values below 2.5e-4 are rounded to multiples of 2.4e-7. `"paper"`: gates as the layer's
-            initializers make them, and nothing is scaled.
+            4, for one gate by 2 (half of that where `mlp_merge="gates"` adds two). They learn from
+            the first step, and a gate's factor then goes from 0 to 2. The cost is one more pass
+            over the map, per layer and direction. In float16, values below 2.5e-4 are rounded to
+            multiples of 2.4e-7. `"paper"`: gates as the layer's initializers make them, and nothing
+            is scaled.
         dry_run: Whether to return the places and make no model.
 
     Returns:

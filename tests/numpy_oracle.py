@@ -215,8 +215,6 @@ def forward(
     underscore are those of the kernels' outputs; those with one are for :func:`backward`. For
     ``between`` see there.
     """
-    if mlp_activation == "sigmoid":  # the kernels' word
-        mlp_activation, mlp_merge = "none", "gates"
     if gates == "spatial_first":
         first = forward(
             x, kernel=kernel, bias=bias, gamma=gamma, layout=layout, gates="spatial_only",
@@ -337,8 +335,6 @@ def backward(
     """
     options: dict[str, Any] = {"layout": layout, "dtype": dtype}
     options["gate_activation"] = gate_activation
-    if mlp_activation == "sigmoid":
-        mlp_activation, mlp_merge = "none", "gates"
     mlp = {
         "pooling": pooling,
         "mlp_activation": mlp_activation,
@@ -478,6 +474,8 @@ def channel_gate_magnitude(values: Tensors, results: Tensors, options: dict[str,
 def options_of(case: Any) -> dict[str, Any]:
     """The options of a case of `cbam_ops.testing`, in the words of :func:`forward`."""
     words = dict(case.options)
+    if words.get("mlp_activation") == "sigmoid":  # the kernels' word
+        words.update(mlp_activation="none", mlp_merge="gates")
     order = words.pop("order", "channel_first")
     kind = case.function.removesuffix("_with_batch_norm")
     gates = {"channel_attention": "channel_only", "spatial_attention": "spatial_only"}

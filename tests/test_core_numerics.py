@@ -88,7 +88,8 @@ def test_saturated_gates(instruction_set, case, logit, data_format):
     case = case.replace(data_format=data_format)
     tensors = case.draw()
     if "b1" in tensors:  # added once per branch
-        both = dict(case.options).get("pooling", "avg+max") == "avg+max"
+        words = dict(case.options)
+        both = words.get("pooling", "avg+max") == "avg+max" and "mlp_merge" not in words
         tensors = with_bias(tensors, "b1", logit / 2 if both else logit)
     for name in ("bias", "beta"):
         if name in tensors:

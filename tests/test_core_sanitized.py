@@ -13,7 +13,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from cuda_on_cpu import CACHE, COMPILER, CSRC, sanitizer_works
+from cuda_on_cpu import CACHE, CHECKS_ARE_CALLS, COMPILER, CSRC, sanitizer_works
 
 from cbam_ops import _core
 
@@ -64,6 +64,7 @@ def test_core_under_a_sanitizer(sanitizer: str) -> None:
     available = set(_core.available_instruction_sets())
     settings = {
         "CBAM_OPS_SANITIZE": sanitizer,
+        "CMAKE_CXX_FLAGS": " ".join(CHECKS_ARE_CALLS),
         "CBAM_OPS_INSTRUCTION_SETS": ";".join(sorted(available - {"baseline"})).upper(),
     }
     folder = built(name, CSRC / "testing", settings)

@@ -430,20 +430,10 @@ class BackwardPipeline {
         }
         return sum;
       };
-      for (int64_t s = 0; sigmoid && s < samples; ++s) {
-        const int64_t begin = s * c + columns.begin, end = s * c + columns.end;
-        for (int q = 0; q < 2; ++q) {
-          if (mlp.IsUsed(q))
-            dense_.sigmoid_derivative(d_channel[q] + begin, end - begin, d_channel[q] + begin);
-        }
-        for (int64_t j = begin; j < end; ++j) {
-          const A gradient = dz[0][j];
-          for (int q = 0; q < 2; ++q) dz[q][j] = mlp.IsUsed(q) ? gradient * d_channel[q][j] : A{0};
-        }
-      }
-      for (int64_t s = 0; !sigmoid && s < samples; ++s) {
+      for (int64_t s = 0; s < samples; ++s) {
         constexpr int64_t kColumns = 64;
-        for (int64_t begin = columns.begin; begin < columns.end; begin += kColumns) {
+        // Of the sigmoid of the sum, where it has one.
+        for (int64_t begin = columns.begin; !sigmoid && begin < columns.end; begin += kColumns) {
           const int64_t end = std::min(columns.end, begin + kColumns);
           A derivatives[kColumns];
           if (saturated) {
@@ -457,12 +447,19 @@ class BackwardPipeline {
                                                    : gradient * g * (A{1} - g);
           }
         }
-        if (!relu) continue;
-        // The second activation's mask differs between the mean's and the maximum's branch.
-        for (int64_t j = s * c + columns.begin; j < s * c + columns.end; ++j) {
+        if (!by_branch) continue;
+        // The second activation's derivative differs between the mean's and the maximum's branch.
+        const int64_t begin = s * c + columns.begin, end = s * c + columns.end;
+        for (int q = 0; q < 2; ++q) {
+          if (sigmoid && mlp.IsUsed(q))
+            dense_.sigmoid_derivative(d_channel[q] + begin, end - begin, d_channel[q] + begin);
+        }
+        for (int64_t j = begin; j < end; ++j) {
           const A gradient = dz[0][j];
-          for (int q = 0; q < 2; ++q)
-            dz[q][j] = mlp.IsUsed(q) ? gradient * static_cast<A>(d_channel[q][j] > 0) : A{0};
+          const auto through = [&](A d) {
+            return gradient * (sigmoid ? d : static_cast<A>(d > 0));
+          };
+          for (int q = 0; q < 2; ++q) dz[q][j] = mlp.IsUsed(q) ? through(d_channel[q][j]) : A{0};
         }
       }
     });

@@ -77,8 +77,8 @@ struct Call {
   bool batch_norm;
   bool use_mean;
   bool use_max;
-  bool by_branch;     // both branches of the MLP have logits: it ends in an activation,
-  bool sum_of_gates;  // a sigmoid
+  bool by_branch;     // the MLP ends in an activation: each branch has logits of its own
+  bool sum_of_gates;  // ... in a sigmoid: the gate is the sum of both
   bool serial;        // spatial descriptors of x g_c (channel first), not of x
   A floor;            // of the results: 0 for a ReLU, else -infinity
   A epsilon;

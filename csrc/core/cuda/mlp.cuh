@@ -44,7 +44,7 @@ struct Group {
         present(static_cast<int>(Smaller(call.schedule.group_samples, call.batch - first))) {}
 };
 
-// What the second layer takes of a sample: both descriptors' values, or without a ReLU their sum.
+// What the second layer takes of a sample: both descriptors' values, or without an f their sum.
 template <typename A>
 CBAM_DEVICE int OuterBranches(const Call<A>& call) {
   return call.by_branch ? 2 : 1;
