@@ -46,9 +46,13 @@ bool AnySaturated(const A* gates, int64_t count) {
   return any;
 }
 // gradients[i] *= the sigmoid's derivative at its value gates[i], or derivatives[i] where that is
-// saturated.
+// saturated; null where none is.
 template <typename A>
 void MultiplyByDerivative(const A* gates, const A* derivatives, int64_t count, A* gradients) {
+  if (derivatives == nullptr) {
+    for (int64_t i = 0; i < count; ++i) gradients[i] *= gates[i] * (A{1} - gates[i]);
+    return;
+  }
   for (int64_t i = 0; i < count; ++i) {
     gradients[i] *= IsSaturated(gates[i]) ? derivatives[i] : gates[i] * (A{1} - gates[i]);
   }
@@ -76,7 +80,6 @@ class BackwardPipeline {
     sample_slots_ = g_.is_own ? 1 : Slots::Count(parallel, g_.wave * tap_slices_);
     if (HasChannelGate(problem)) {
       partial_ = arena_.Take<A>(w, PartialsPerSample(), 2, c);
-      channel_count_ = arena_.Take<A>(w, c);
       arena_.TakePair(hidden_, n, h);
       arena_.TakePair(d_hidden_, n, h);
       if (problem.mlp_activation != Activation::kNone) {
@@ -177,10 +180,10 @@ class BackwardPipeline {
     return dz_ + (problem_.batch_norm ? n : wave.Row(n)) * g_.positions;
   }
 
-  // [samples, C]: the gradient of the mean (0) or maximum (1) of a wave's channels, where its
-  // partial sums were, which are added up by then.
-  A* DChannel(const Wave& wave, int q) const {
-    return partial_ + (wave.row * PartialsPerSample() * 2 + q * wave.samples) * g_.channels;
+  // [C]: the gradient of the mean (0) or maximum (1) of a sample's channels, where its partial sums
+  // were, which are added up by then. Until it is known, that of the maximum is how many attain it.
+  A* DChannel(const Wave& wave, int64_t n, int q) const {
+    return partial_ + (wave.Row(n) * PartialsPerSample() * 2 + q) * g_.channels;
   }
   int64_t PartialsPerSample() const { return std::max<int64_t>(1, g_.units); }
 
@@ -194,11 +197,9 @@ class BackwardPipeline {
   }
   ChannelValues<A> ChannelsAt(const BackwardArgs& args, const Wave& wave, int64_t n) const {
     if (!HasChannelGate(problem_)) return {};
-    const int64_t c = g_.channels;
-    const int64_t i = (n - wave.first) * c;
-    return {ChannelGateOf(args, n), DChannel(wave, 0) + i,
-            static_cast<const A*>(args.channel_descriptors) + (g_.batch + n) * c,
-            DChannel(wave, 1) + i};
+    const A* maximum =
+        static_cast<const A*>(args.channel_descriptors) + (g_.batch + n) * g_.channels;
+    return {ChannelGateOf(args, n), DChannel(wave, n, 0), maximum, DChannel(wave, n, 1)};
   }
 
   // Passes A and B of a wave. `gate_only` (batch norm's first sweep) stops at the gradient of the
@@ -293,10 +294,8 @@ class BackwardPipeline {
           static_cast<const A*>(args.d_spatial_gate) + n * g_.positions + positions.begin;
       for (int64_t i = 0; i < positions.size(); ++i) dz[i] += more[i];
     }
-    if (!AnySaturated(gate, positions.size())) {
-      for (int64_t i = 0; i < positions.size(); ++i) dz[i] *= gate[i] * (A{1} - gate[i]);
-      return;
-    }
+    if (!AnySaturated(gate, positions.size()))
+      return MultiplyByDerivative<A>(gate, nullptr, positions.size(), dz);
     A* const logits = scratch;
     if (problem_.batch_norm) {
       const int64_t begin = n * g_.positions + positions.begin;
@@ -361,10 +360,9 @@ class BackwardPipeline {
                         ? nullptr
                         : static_cast<const A*>(args.d_channel_gate) + n * c;
     A* dz = dz_channel_[0] + n * c;
-    A* ties = channel_count_ + wave.Row(n) * c;
+    A* ties = DChannel(wave, n, 1);  // of columns whose partial sums have been read
     CombineUnits(
-        partial_ + wave.Row(n) * g_.units * 2 * c, g_.units, c, 0.0,
-        [](double a, double b) { return a + b; },
+        DChannel(wave, n, 0), g_.units, c, 0.0, [](double a, double b) { return a + b; },
         [&](int64_t i, double dot, double count) {
           if (more != nullptr) dot += static_cast<double>(more[i]);
           dz[i] = static_cast<A>(dot);
@@ -386,8 +384,6 @@ class BackwardPipeline {
     const A* mean = static_cast<const A*>(args.channel_descriptors) + first * c;
     const A* descriptors[2] = {mean, mean + g_.batch * c};
     A* hidden[2] = {hidden_[0] + first * h, hidden_[1] + first * h};
-    A* const d_channel[2] = {DChannel(wave, 0), DChannel(wave, 1)};
-    const A* const channel_count = channel_count_ + wave.row * c;
     A* dz[2] = {dz_channel_[0] + first * c, dz_channel_[1] + first * c};
     const bool relu = problem_.mlp_activation == Activation::kRelu;
     const bool sigmoid = problem_.mlp_activation == Activation::kSigmoid;
@@ -407,59 +403,54 @@ class BackwardPipeline {
 
     const A* gate = ChannelGateOf(args, first);
     const Blocks channel_blocks = mlp.ChannelBlocks(wave);
-    ForEach(wave.parallel, channel_blocks.count, [&](int64_t i) {
-      const Range columns = channel_blocks.At(i);
+    ForEachTile(wave, channel_blocks, [&](Range rows, Range columns) {
       bool saturated = false;
-      for (int64_t s = 0; s < samples; ++s)
+      for (int64_t s = rows.begin; s < rows.end; ++s)
         saturated |= AnySaturated(gate + s * c + columns.begin, columns.size());
-      // Both branches' logits, or their sum, go to d_channel, which is free until the end.
+      Tile logits[2];  // of both branches, or their sum
+      const auto output = [&](const A* units, int q) {
+        mlp.OutputBlock(units + rows.begin * h, rows.size(), columns, Activation::kNone, logits[q],
+                        kTileColumns);
+      };
       if (meet_early && saturated) {
-        mlp.OutputBlock(hidden_sum, samples, columns, Activation::kNone, d_channel[0]);
+        output(hidden_sum, 0);
       } else if (by_branch || saturated) {
         for (int q = 0; q < 2; ++q) {
-          if (mlp.IsUsed(q))
-            mlp.OutputBlock(hidden[q], samples, columns, Activation::kNone, d_channel[q]);
+          if (mlp.IsUsed(q)) output(hidden[q], q);
         }
       }
-      const auto logit = [&](int64_t row, int64_t column) {
-        const int64_t j = row + column;
-        if (meet_early) return d_channel[0][j] + (mlp.b1 == nullptr ? A{0} : mlp.b1[column]);
-        A sum{0};
-        for (int q = 0; q < 2; ++q) {
-          if (mlp.IsUsed(q)) sum += relu ? std::max(d_channel[q][j], A{0}) : d_channel[q][j];
-        }
-        return sum;
-      };
-      for (int64_t s = 0; s < samples; ++s) {
-        constexpr int64_t kColumns = 64;
-        // Of the sigmoid of the sum, where it has one.
-        for (int64_t begin = columns.begin; !sigmoid && begin < columns.end; begin += kColumns) {
-          const int64_t end = std::min(columns.end, begin + kColumns);
-          A derivatives[kColumns];
+      for (int64_t s = rows.begin; s < rows.end; ++s) {
+        const int64_t at = s * c + columns.begin;
+        A* const of[2] = {logits[0] + (s - rows.begin) * kTileColumns,
+                          logits[1] + (s - rows.begin) * kTileColumns};
+        const auto logit = [&](int64_t j) {
+          if (meet_early) return of[0][j] + (mlp.b1 == nullptr ? A{0} : mlp.b1[columns.begin + j]);
+          A sum{0};
+          for (int q = 0; q < 2; ++q) {
+            if (mlp.IsUsed(q)) sum += relu ? std::max(of[q][j], A{0}) : of[q][j];
+          }
+          return sum;
+        };
+        if (!sigmoid) {  // of the sum
+          A derivatives[kTileColumns];
           if (saturated) {
-            for (int64_t j = begin; j < end; ++j) derivatives[j - begin] = logit(s * c, j);
-            dense_.sigmoid_derivative(derivatives, end - begin, derivatives);
+            for (int64_t j = 0; j < columns.size(); ++j) derivatives[j] = logit(j);
+            dense_.sigmoid_derivative(derivatives, columns.size(), derivatives);
           }
-          for (int64_t j = begin; j < end; ++j) {
-            const A g = gate[s * c + j];
-            A& gradient = dz[0][s * c + j];
-            gradient = saturated && IsSaturated(g) ? gradient * derivatives[j - begin]
-                                                   : gradient * g * (A{1} - g);
-          }
+          MultiplyByDerivative(gate + at, saturated ? derivatives : nullptr, columns.size(),
+                               dz[0] + at);
         }
         if (!by_branch) continue;
         // The second activation's derivative differs between the mean's and the maximum's branch.
-        const int64_t begin = s * c + columns.begin, end = s * c + columns.end;
         for (int q = 0; q < 2; ++q) {
-          if (sigmoid && mlp.IsUsed(q))
-            dense_.sigmoid_derivative(d_channel[q] + begin, end - begin, d_channel[q] + begin);
+          if (sigmoid && mlp.IsUsed(q)) dense_.sigmoid_derivative(of[q], columns.size(), of[q]);
         }
-        for (int64_t j = begin; j < end; ++j) {
-          const A gradient = dz[0][j];
+        for (int64_t j = 0; j < columns.size(); ++j) {
+          const A gradient = dz[0][at + j];
           const auto through = [&](A d) {
             return gradient * (sigmoid ? d : static_cast<A>(d > 0));
           };
-          for (int q = 0; q < 2; ++q) dz[q][j] = mlp.IsUsed(q) ? through(d_channel[q][j]) : A{0};
+          for (int q = 0; q < 2; ++q) dz[q][at + j] = mlp.IsUsed(q) ? through(of[q][j]) : A{0};
         }
       }
     });
@@ -490,23 +481,44 @@ class BackwardPipeline {
       }
     });
 
-    ForEach(wave.parallel, channel_blocks.count, [&](int64_t i) {
-      const Range columns = channel_blocks.At(i);
+    ForEachTile(wave, channel_blocks, [&](Range rows, Range columns) {
+      Tile gradients[2];
       for (int q = 0; q < 2; ++q) {
         if (mlp.IsUsed(q)) {
-          dense_.dot_products({samples, columns.size(), h, d_hidden_[q] + first * h, h,
-                               mlp.w0 + columns.begin * h, h, d_channel[q] + columns.begin, c});
+          dense_.dot_products({rows.size(), columns.size(), h,
+                               d_hidden_[q] + (first + rows.begin) * h, h,
+                               mlp.w0 + columns.begin * h, h, gradients[q], kTileColumns});
         }
       }
-      for (int64_t s = 0; s < samples; ++s) {
-        for (int64_t j = s * c + columns.begin; j < s * c + columns.end; ++j) {
-          d_channel[0][j] = mlp.IsUsed(0) ? d_channel[0][j] / static_cast<A>(g_.positions) : A{0};
+      for (int64_t s = rows.begin; s < rows.end; ++s) {
+        const int64_t at = (s - rows.begin) * kTileColumns;
+        A* const of_all = DChannel(wave, first + s, 0) + columns.begin;
+        A* const of_maxima = DChannel(wave, first + s, 1) + columns.begin;
+        for (int64_t j = 0; j < columns.size(); ++j) {
+          of_all[j] = mlp.IsUsed(0) ? gradients[0][at + j] / static_cast<A>(g_.positions) : A{0};
           if (mlp.IsUsed(1)) {
-            ShareAmongMaxima(d_channel[1][j], channel_count[j], &d_channel[0][j], &d_channel[1][j]);
+            ShareAmongMaxima(gradients[1][at + j], of_maxima[j], &of_all[j], &of_maxima[j]);
           } else {
-            d_channel[1][j] = 0;
+            of_maxima[j] = 0;
           }
         }
+      }
+    });
+  }
+
+  // What the MLP's gradient is between two products: at most so many samples and channels.
+  static constexpr int64_t kTileRows = 16, kTileColumns = 96;
+  using Tile = A[kTileRows * kTileColumns];
+
+  // Calls body(samples of the wave, columns) for all tiles of all blocks.
+  template <typename Body>
+  static void ForEachTile(const Wave& wave, const Blocks& blocks, const Body& body) {
+    ForEach(wave.parallel, blocks.count, [&](int64_t i) {
+      const Range block = blocks.At(i);
+      for (int64_t column = block.begin; column < block.end; column += kTileColumns) {
+        const Range columns{column, std::min(block.end, column + kTileColumns)};
+        for (int64_t row = 0; row < wave.samples; row += kTileRows)
+          body(Range{row, std::min(wave.samples, row + kTileRows)}, columns);
       }
     });
   }
@@ -663,11 +675,10 @@ class BackwardPipeline {
   const void* dy_ = nullptr;
 
   // For the channel gate; [2] is for the mean and the maximum, whose arrays follow each other.
-  A* partial_ = nullptr;        // [g.slots * wave, units, 2, C]
-  A* channel_count_ = nullptr;  // [g.slots * wave, C]
-  A* hidden_[2] = {};           // [N, hidden]
-  A* d_hidden_[2] = {};         // [N, hidden]
-  A* dz_channel_[2] = {};       // [N, C], one tensor unless the MLP ends in an activation
+  A* partial_ = nullptr;   // [g.slots * wave, units, 2, C]
+  A* hidden_[2] = {};      // [N, hidden]
+  A* d_hidden_[2] = {};    // [N, hidden]
+  A* dz_channel_[2] = {};  // [N, C], one tensor unless the MLP ends in an activation
 
   // For the spatial gate.
   A* dz_ = nullptr;                // [g.slots * wave, P], with batch norm [N, P]

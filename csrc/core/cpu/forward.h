@@ -203,10 +203,12 @@ class ForwardPipeline {
       };
       const bool sigmoid = problem_.mlp_activation == Activation::kSigmoid;
       const Activation activation = sigmoid ? Activation::kNone : problem_.mlp_activation;
-      mlp.OutputBlock(meet_early ? hidden_sum : hidden[branch], samples, columns, activation,
-                      logits);
+      const auto output = [&](const A* units, Activation at_the_end, A* to) {
+        mlp.OutputBlock(units, samples, columns, at_the_end, to + columns.begin, c);
+      };
+      output(meet_early ? hidden_sum : hidden[branch], activation, logits);
       if (both && !meet_early) {
-        mlp.OutputBlock(hidden[1], samples, columns, activation, logits_of[1]);
+        output(hidden[1], activation, logits_of[1]);
         if (sigmoid) {
           sigmoids(logits, gate);
           sigmoids(logits_of[1], logits_of[1]);
@@ -227,8 +229,8 @@ class ForwardPipeline {
       if (!finite) {
         // An infinite weight times 0 is NaN, and its branches' sum need not be: what is not finite
         // is taken branch by branch after all.
-        mlp.OutputBlock(hidden[0], samples, columns, Activation::kNone, logits_of[1]);
-        mlp.OutputBlock(hidden[1], samples, columns, Activation::kNone, gate);
+        output(hidden[0], Activation::kNone, logits_of[1]);
+        output(hidden[1], Activation::kNone, gate);
         for (int64_t s = 0; s < samples; ++s) {
           for (int64_t j = s * c + columns.begin; j < s * c + columns.end; ++j) {
             if (!std::isfinite(logits[j])) logits[j] = logits_of[1][j] + gate[j];

@@ -613,13 +613,13 @@ struct Mlp {
                      hidden[q] + columns.begin, h});
     }
   }
-  // out[n, c] = activation(hidden.W1 + b1) over a block of columns c.
-  void OutputBlock(const A* hidden, int64_t samples, Range columns, Activation activation,
-                   A* out) const {
+  // out[n, c] = activation(hidden.W1 + b1) over a block of columns c, of which out has the first at
+  // its begin, and rows `stride` apart.
+  void OutputBlock(const A* hidden, int64_t samples, Range columns, Activation activation, A* out,
+                   int64_t stride) const {
     dense.product({samples, columns.size(), problem.hidden, hidden, problem.hidden, 1,
                    w1 + columns.begin, problem.hidden, problem.channels,
-                   b1 == nullptr ? nullptr : b1 + columns.begin, activation, out + columns.begin,
-                   problem.channels});
+                   b1 == nullptr ? nullptr : b1 + columns.begin, activation, out, stride});
   }
   Blocks HiddenBlocks(const Wave& wave) const {
     return {wave.parallel, problem.hidden, wave.samples * problem.channels * problem.hidden};
