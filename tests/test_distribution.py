@@ -105,11 +105,11 @@ def assert_same_weights(actual: dict[str, np.ndarray], expected: dict[str, np.nd
         assert_same_bits(actual[name], value, name)
 
 
-def workers(count: int, output: Path, *arguments: str) -> dict[str, np.ndarray]:
+def workers(count: int, output: Path, *arguments: str, saying: str = "") -> dict[str, np.ndarray]:
     """The weights of the first of so many workers, that the others have too."""
     with running({"worker": count}, output, *SHORT, *arguments) as processes:
         for process in processes.values():
-            end(process)
+            assert saying in end(process)
     of_chief = weights(output)
     trained = {name: value for name, value in of_chief.items() if not STATISTICS.search(name)}
     assert len(trained) < len(of_chief)
@@ -309,10 +309,8 @@ def test_a_killed_worker_goes_on(tmp_path):
             half_written = folder / f"ckpt-{number}_temp"
             half_written.mkdir(parents=True, exist_ok=True)
             (half_written / "part-00000-of-00001.index").write_bytes(b"half")
-    with running({"worker": 2}, killed, *SHORT, *many) as processes:
-        for process in processes.values():
-            assert "goes on after step " in end(process)
-    assert_same_weights(weights(killed), whole)
+    again = workers(2, killed, *many, saying="goes on after step ")
+    assert_same_weights(again, whole)
 
 
 def test_a_checkpoint_that_is_cut_off_is_passed_over(tmp_path):

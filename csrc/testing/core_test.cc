@@ -187,6 +187,18 @@ void TestWorkspace() {
       {16, 1, 5000, 64, 1, 401, true},
   };
   cpu::Parallel parallel;
+  {
+    // The last stage of ResNet-50, where a step's extra memory is largest beside the map.
+    Problem p;
+    p.batch = 16;
+    p.height = p.width = 7;
+    p.channels = 2048;
+    p.hidden = 128;
+    parallel.threads = 2;
+    const size_t bytes = cpu::WorkspaceBytes<BackwardArgs>(p, parallel);
+    Expect(static_cast<double>(bytes) <= 0.05 * static_cast<double>(4 * MapSize(p)),
+           "backward's workspace of " + Describe(p) + ": " + std::to_string(bytes) + " bytes");
+  }
   for (const int threads : {1, 4, 16}) {
     parallel.threads = threads;
     for (const Row& row : rows) {

@@ -360,7 +360,7 @@ class BackwardPipeline {
                         ? nullptr
                         : static_cast<const A*>(args.d_channel_gate) + n * c;
     A* dz = dz_channel_[0] + n * c;
-    A* ties = DChannel(wave, n, 1);  // of columns whose partial sums have been read
+    A* ties = DChannel(wave, n, 1);
     CombineUnits(
         DChannel(wave, n, 0), g_.units, c, 0.0, [](double a, double b) { return a + b; },
         [&](int64_t i, double dot, double count) {
@@ -421,13 +421,14 @@ class BackwardPipeline {
       }
       for (int64_t s = rows.begin; s < rows.end; ++s) {
         const int64_t at = s * c + columns.begin;
-        A* const of[2] = {logits[0] + (s - rows.begin) * kTileColumns,
-                          logits[1] + (s - rows.begin) * kTileColumns};
+        A* const branch[2] = {logits[0] + (s - rows.begin) * kTileColumns,
+                              logits[1] + (s - rows.begin) * kTileColumns};
         const auto logit = [&](int64_t j) {
-          if (meet_early) return of[0][j] + (mlp.b1 == nullptr ? A{0} : mlp.b1[columns.begin + j]);
+          if (meet_early)
+            return branch[0][j] + (mlp.b1 == nullptr ? A{0} : mlp.b1[columns.begin + j]);
           A sum{0};
           for (int q = 0; q < 2; ++q) {
-            if (mlp.IsUsed(q)) sum += relu ? std::max(of[q][j], A{0}) : of[q][j];
+            if (mlp.IsUsed(q)) sum += relu ? std::max(branch[q][j], A{0}) : branch[q][j];
           }
           return sum;
         };
@@ -443,14 +444,15 @@ class BackwardPipeline {
         if (!by_branch) continue;
         // The second activation's derivative differs between the mean's and the maximum's branch.
         for (int q = 0; q < 2; ++q) {
-          if (sigmoid && mlp.IsUsed(q)) dense_.sigmoid_derivative(of[q], columns.size(), of[q]);
+          if (sigmoid && mlp.IsUsed(q))
+            dense_.sigmoid_derivative(branch[q], columns.size(), branch[q]);
         }
         for (int64_t j = 0; j < columns.size(); ++j) {
           const A gradient = dz[0][at + j];
           const auto through = [&](A d) {
             return gradient * (sigmoid ? d : static_cast<A>(d > 0));
           };
-          for (int q = 0; q < 2; ++q) dz[q][at + j] = mlp.IsUsed(q) ? through(of[q][j]) : A{0};
+          for (int q = 0; q < 2; ++q) dz[q][at + j] = mlp.IsUsed(q) ? through(branch[q][j]) : A{0};
         }
       }
     });

@@ -430,7 +430,8 @@ A MaxOrNan(A a, A b) {
 
 // Adds up the partial results of a sample's units in double, column by column: calls
 // finish(column, sum of the first halves, `second` of the second halves) for partial [units, 2, C],
-// where `second` folds values into a double that starts at `start`.
+// where `second` folds values into a double that starts at `start`. By then nothing more of the
+// column is read: what finishes it may be written there.
 template <typename A, typename Fold, typename Finish>
 void CombineUnits(const A* partial, int64_t units, int64_t channels, double start,
                   const Fold& second, const Finish& finish) {
@@ -613,8 +614,8 @@ struct Mlp {
                      hidden[q] + columns.begin, h});
     }
   }
-  // out[n, c] = activation(hidden.W1 + b1) over a block of columns c, of which out has the first at
-  // its begin, and rows `stride` apart.
+  // out[n, c] = activation(hidden.W1 + b1) over a block of columns c: out begins at the block's
+  // first column, and its rows are `stride` apart.
   void OutputBlock(const A* hidden, int64_t samples, Range columns, Activation activation, A* out,
                    int64_t stride) const {
     dense.product({samples, columns.size(), problem.hidden, hidden, problem.hidden, 1,
