@@ -54,10 +54,10 @@ WORDS: dict[str, tuple[str | None, ...]] = {
     "mlp_activation": (None, "relu"),
     "activation": (None, "relu"),
     "order": ("channel_first", "spatial_first", "parallel"),
+    "mlp_merge": ("logits", "hidden", "gates"),
     # Those that the native ops do not know: see `is_fused`.
     "hidden_activation": ("relu", "swish", "gelu", "elu", "mish"),
     "gate_activation": ("sigmoid", "hard_sigmoid"),
-    "mlp_merge": ("logits", "hidden", "gates"),
     "ties": ("even", "first"),
 }
 
@@ -185,8 +185,6 @@ def by_definition(op: str, values: Mapping[str, Any]) -> Outputs:
             arguments[name] = None
         elif isinstance(value, list):  # an argument that may be absent
             arguments[name] = value[0] if value else None
-    if arguments.get("mlp_activation") == "sigmoid":
-        arguments.update(mlp_activation=None, mlp_merge="gates")
     if arguments.get("gamma") is not None:
         arguments["beta"] = arguments.pop("bias")
     return _definitions[op](Arguments(**arguments))
@@ -483,14 +481,7 @@ def is_fused(op: str, args: Arguments) -> bool:
         return False
     if op not in ("CbamOps>Cbam", "CbamOps>ChannelAttention"):
         return True
-    if args.hidden_activation != "relu" or args.w1 is None:
-        return False
-    return _merge(args) == "logits" or args.mlp_activation is None  # see `_fused`
-
-
-def _merge(args: Arguments) -> str:
-    """Where the MLP's branches meet; what is one branch meets nothing."""
-    return args.mlp_merge if args.pooling == "avg+max" else "logits"
+    return args.hidden_activation == "relu" and args.w1 is not None
 
 
 def halves(op: str, args: Arguments) -> tuple[str, ...]:
@@ -557,11 +548,6 @@ def _fused(native: ModuleType, op: str, args: Arguments) -> Outputs:
                 values[name] = tf.cast(value, compute_type)
     if args.gamma is not None:
         values.update(gamma=[values["gamma"]], bias=values["beta"])
-    if op != "CbamOps>SpatialAttention":
-        if _merge(args) == "gates":
-            values["mlp_activation"] = "sigmoid"  # the op's word
-        elif _merge(args) == "hidden" and args.b1 is not None:
-            values["b1"] = values["b1"] * 0.5  # the op adds one to each branch
     outputs = run(native, op, values)
     if args.gamma is not None and "batch_statistics" in outputs:
         outputs["batch_statistics"] = tf.split(tf.stop_gradient(outputs["batch_statistics"]), 2)

@@ -532,10 +532,9 @@ class CBAM(_Attention):
             of a layer called again with more outputs.
 
     Not fused is a part, channel or spatial, with another `hidden_activation` than `"relu"`, another
-    `gate_activation` than `"sigmoid"`, `hidden=0` or an `mlp_activation` beside another `mlp_merge`
-    than `"logits"`, and in the order `"parallel"` both parts if one has these or `pooling` is not
-    `"avg+max"`: there the layer is composed of the fused pools and stock TensorFlow. `ties="first"`
-    is stock TensorFlow alone.
+    `gate_activation` than `"sigmoid"` or `hidden=0`, and in the order `"parallel"` both parts if
+    one has these or `pooling` is not `"avg+max"`: there the layer is composed of the fused pools
+    and stock TensorFlow. `ties="first"` is stock TensorFlow alone.
 
     A mask on `inputs` is passed on unchanged and not used.
 

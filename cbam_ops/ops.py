@@ -16,10 +16,10 @@ split evenly, as ``tf.reduce_max`` splits them, but for ``ties="first"``. The fi
 fused kernel, the gradient of that goes through the reference.
 
 What the kernels do not fuse is composed of the fused pools and stock TensorFlow: a
-``hidden_activation`` that is not "relu", a ``gate_activation`` that is not "sigmoid", an MLP of one
-layer and an ``mlp_activation`` beside an ``mlp_merge`` that is not "logits", each for that part
-alone (of a "channel_first" or "spatial_first" :func:`cbam` the other part stays one fused op), and
-a "parallel" :func:`cbam` whose ``pooling`` is not "avg+max". ``ties="first"`` is stock TensorFlow.
+``hidden_activation`` that is not "relu", a ``gate_activation`` that is not "sigmoid" and an MLP of
+one layer, each for that part alone (of a "channel_first" or "spatial_first" :func:`cbam` the other
+part stays one fused op), and a "parallel" :func:`cbam` whose ``pooling`` is not "avg+max".
+``ties="first"`` is stock TensorFlow. There, and between two ops, descriptors and maps have type T.
 
 All functions raise ``ValueError`` for arguments that do not fit each other (where sizes are known
 only when a graph runs, ``tf.errors.InvalidArgumentError``); the message names the argument, what

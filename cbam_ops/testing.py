@@ -468,22 +468,23 @@ class Case:
     @property
     def hands_on_a_half(self) -> bool:
         """Whether several ops compute it and hand on maps or descriptors of a half type."""
-        composed = dict(self.options).get("order") == "spatial_first"
+        from cbam_ops import _call
+
+        op = _call.op_of(self.function)
+        args = _call.Arguments(**dict(self.options), w1=self.hidden or None)
+        composed = bool(_call.halves(op, args)) or not _call.is_fused(op, args)
         return composed and self.dtype in ("float16", "bfloat16")
 
     @property
     def is_one_call(self) -> bool:
         """Whether one call of a kernel, with weights of its type, is the whole case."""
-        composed = {("order", "spatial_first"), ("mlp_merge", "hidden")} & {*self.options}
+        composed = ("order", "spatial_first") in self.options
         return len(self.size) != 3 and not composed and not self.half_weights
 
     @property
     def kernel_options(self) -> dict[str, Any]:
         """The options in the kernels' words, with the layout."""
-        words = {"data_format": self.data_format, **dict(self.options)}
-        if words.pop("mlp_merge", None) == "gates":
-            words["mlp_activation"] = "sigmoid"
-        return words
+        return {"data_format": self.data_format, **dict(self.options)}
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """The shape of every argument that some function takes, maps as in NHWC."""

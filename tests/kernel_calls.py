@@ -6,6 +6,7 @@ cuda_on_cpu.py runs them. The definition is numpy_oracle's.
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,19 @@ MODULES = {
     "channel_only": Case("channel_attention"),
     "spatial_only": Case("spatial_attention"),
 }
+# Of the MLP. Where it has one branch nothing is merged, whatever the word.
+MLPS = [
+    dict(zip(("pooling", "mlp_activation", "mlp_merge"), row, strict=True))
+    for row in (
+        *itertools.product(("avg+max",), ("none", "relu"), ("logits", "hidden", "gates")),
+        ("avg", "none", "logits"),
+        ("avg", "none", "gates"),
+        ("avg", "relu", "hidden"),
+        ("max", "none", "hidden"),
+        ("max", "relu", "logits"),
+        ("max", "relu", "gates"),
+    )
+]
 
 
 class Problem:
@@ -177,3 +191,23 @@ class Problem:
 def check(case: Case, kernels: Any, *, gate_gradients: bool = True, **running: Any) -> Tensors:
     """Both passes of a case against the definition."""
     return Problem(case, gate_gradients=gate_gradients).check(kernels, **running)
+
+
+def check_infinity_in_the_mlp(kernels: Any, mlp: dict[str, str], infinity: float) -> None:
+    """Infinities of a weight and of a gradient reach what they reach in the definition."""
+    options = testing.options(**mlp)
+    case = Case("channel_attention", size=(9, 3, 3, 40), hidden=4, options=options)
+    for unit in range(case.hidden):
+        w1 = case.arrays()["w1"]
+        w1[unit, 5::7] = infinity
+        problem = Problem(case, w1=w1)
+        problem.check_forward(problem.forward(kernels))
+    problem = Problem(case)
+    samples = np.arange(9)
+    problem.gradients["d_channel_gate"][samples, 4 * samples] = infinity
+    outputs = problem.forward(kernels)
+    truth, ours = problem.define_backward(outputs, "float64"), problem.backward(kernels, outputs)
+    for name in ("dw0", "db0", "dw1", "db1"):
+        assert (np.isnan(truth[name]) == np.isnan(ours[name])).all(), name
+        infinite = np.isinf(truth[name])
+        assert (truth[name][infinite] == ours[name][infinite]).all(), name

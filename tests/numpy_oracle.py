@@ -424,6 +424,7 @@ def backward(
         for name, source in (("dw0", w0), ("db0", b0), ("dw1", w1), ("db1", b1)):
             if source is not None:
                 out[name] = np.zeros(np.shape(source), dtype)
+        units = 0.0
         for index, name in enumerate(("mean", "max")):
             if "_branch_" + name not in saved:
                 continue
@@ -439,10 +440,12 @@ def backward(
                 if magnitude:  # the hidden unit is a sum that cancels too
                     hidden = _affine(t, cast(w0), None if b0 is None else cast(b0))
                     hidden = hidden * absolute(slope)
-                out["dw1"] += hidden.T @ d_branch
-                merged = mlp_merge == "hidden" and name == "max" and "_branch_mean" in saved
-                if b1 is not None and not merged:
-                    out["db1"] += d_branch.sum(axis=0)
+                units = units + hidden
+                if mlp_merge != "hidden" or name == "max" or pooling == "avg":
+                    out["dw1"] += units.T @ d_branch
+                    if b1 is not None:
+                        out["db1"] += d_branch.sum(axis=0)
+                    units = 0.0
             out["dw0"] += t.T @ d_hidden
             if b0 is not None:
                 out["db0"] += d_hidden.sum(axis=0)
@@ -474,8 +477,6 @@ def channel_gate_magnitude(values: Tensors, results: Tensors, options: dict[str,
 def options_of(case: Any) -> dict[str, Any]:
     """The options of a case of `cbam_ops.testing`, in the words of :func:`forward`."""
     words = dict(case.options)
-    if words.get("mlp_activation") == "sigmoid":  # the kernels' word
-        words.update(mlp_activation="none", mlp_merge="gates")
     order = words.pop("order", "channel_first")
     kind = case.function.removesuffix("_with_batch_norm")
     gates = {"channel_attention": "channel_only", "spatial_attention": "spatial_only"}

@@ -16,7 +16,16 @@ import ml_dtypes
 import numpy as np
 import numpy_oracle as oracle
 import pytest
-from kernel_calls import DTYPES, LAYOUTS, MODULES, Problem, Tensors, check
+from kernel_calls import (
+    DTYPES,
+    LAYOUTS,
+    MLPS,
+    MODULES,
+    Problem,
+    Tensors,
+    check,
+    check_infinity_in_the_mlp,
+)
 
 from cbam_ops import _core, testing
 from cbam_ops.testing import Case, assert_accurate, assert_same_bits
@@ -63,26 +72,22 @@ def option_cases(dtype: str, layout: str, module: str) -> list[tuple[Case, bool]
     """Every combination of options, with whether gradients of the gates come back too."""
     has_channel, has_spatial = module != "spatial_only", module != "channel_only"
     cases = []
-    for number, (pooling, mlp_activation, activation, residual, batch_norm, biases) in enumerate(
+    for number, (mlp, activation, residual, batch_norm, biases) in enumerate(
         itertools.product(
-            ("avg+max", "avg", "max") if has_channel else (None,),
-            ("none", "relu", "sigmoid") if has_channel else (None,),
+            MLPS if has_channel else ({},),
             ("none", "relu"),
             (False, True),
             (False, True) if has_spatial else (False,),
             (True, False),
         )
     ):
-        options = {"activation": activation}
-        if has_channel:
-            options |= {"pooling": pooling, "mlp_activation": mlp_activation}
         case = make(
             module,
             # Odd and even sizes, whole vectors and tails, in turn.
             ((2, 5, 3, 19), (3, 4, 4, 8), (1, 7, 7, 5))[number % 3],
             dtype,
             layout,
-            options=options,
+            options={"activation": activation, **mlp},
             residual=residual,
             batch_norm=batch_norm,
             biases=biases,
@@ -247,17 +252,13 @@ def test_larger_than_the_caches(
         assert np.isfinite(value.astype(np.float64)).all(), name
 
 
-@pytest.mark.parametrize("mlp_activation", ["none", "relu", "sigmoid"])
-@pytest.mark.parametrize("pooling", ["avg+max", "avg", "max"])
+@pytest.mark.parametrize("mlp", MLPS, ids=lambda mlp: "-".join(mlp.values()))
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
-def test_batch_larger_than_a_sum(
-    instruction_set: str, dtype: str, pooling: str, mlp_activation: str
-) -> None:
+def test_batch_larger_than_a_sum(instruction_set: str, dtype: str, mlp: dict[str, str]) -> None:
     """Gradients of weights add up samples in pieces; the two branches may have rows in common.
     Fails: a piece starts at the wrong sample, or a branch is left out or counted twice.
     """
-    options = {"pooling": pooling, "mlp_activation": mlp_activation}
-    case = make("channel_first", (150, 2, 2, 21), dtype, options=options, hidden=9)
+    case = make("channel_first", (150, 2, 2, 21), dtype, options=mlp, hidden=9)
     check(case, CORE, threads=2)
 
 
@@ -542,6 +543,13 @@ def test_pools_of_not_a_number_and_infinity(
             assert same.all(), f"{function}_grad of {value}: {int((~same).sum())} differ"
 
 
+@pytest.mark.parametrize("infinity", [np.inf, -np.inf, np.nan])
+@pytest.mark.parametrize("mlp", MLPS, ids=lambda mlp: "-".join(mlp.values()))
+def test_infinity_in_the_mlp(instruction_set: str, mlp: dict[str, str], infinity: float) -> None:
+    """Fails where a hidden unit that one branch switches off hides 0 times infinity, a NaN."""
+    check_infinity_in_the_mlp(CORE, mlp, infinity)
+
+
 # --- the definition itself ------------------------------------------------------------------------
 
 
@@ -550,16 +558,13 @@ def test_pools_of_not_a_number_and_infinity(
 def test_definition_by_finite_differences(layout: str, order: str) -> None:
     """Fails: the definition's gradients are not those of its function, so it proves nothing."""
     module = "channel_first" if order == "spatial_first" else order
-    for pooling, mlp_activation, activation, batch_norm in itertools.product(
-        ("avg+max", "avg", "max"), ("none", "relu", "sigmoid"), ("none", "relu"), (False, True)
-    ):
+    for mlp, activation, batch_norm in itertools.product(MLPS, ("none", "relu"), (False, True)):
         if batch_norm and module == "channel_only":
             continue
-        options = {"pooling": pooling, "mlp_activation": mlp_activation, "activation": activation}
         problem = Problem(
             make(
                 module, (2, 3, 4, 5), "float64", layout,
-                options=options, batch_norm=batch_norm, residual=True,
+                options={"activation": activation, **mlp}, batch_norm=batch_norm, residual=True,
             )
         )  # fmt: skip
         words = oracle.options_of(problem.case)

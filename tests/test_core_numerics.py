@@ -28,8 +28,14 @@ pytestmark = pytest.mark.usefixtures("native")
 @pytest.mark.parametrize(
     "case",
     [
-        Case("channel_attention", size=(3, 4, 4, 40), hidden=4, options=options(pooling=pooling))
-        for pooling in ("avg+max", "avg", "max")
+        Case("channel_attention", size=(3, 4, 4, 40), hidden=4, options=options(**words))
+        for words in (
+            {},
+            {"pooling": "avg"},
+            {"pooling": "max"},
+            {"mlp_merge": "hidden"},
+            {"mlp_merge": "gates"},
+        )
     ]
     + [Case(size=(3, 4, 4, 40), hidden=4, biases=False, options=options(order="parallel"))],
     ids=str,
@@ -72,6 +78,8 @@ SATURATED = [
             {"mlp_activation": "relu", "pooling": "avg"},
             {"mlp_merge": "gates"},
             {"mlp_merge": "hidden"},
+            {"mlp_merge": "hidden", "mlp_activation": "relu"},
+            {"mlp_merge": "gates", "mlp_activation": "relu"},
         )
     ),
     Case("channel_attention", size=(4, 8, 8, 72), hidden=4, dtype="bfloat16"),

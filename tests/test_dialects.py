@@ -101,8 +101,7 @@ def test_the_composition_reads_the_map_by_fused_pools():
         assert ops_of(pooling="avg") == ["ChannelAttention", "SpatialAttention"]
         assert ops_of(hidden_activation="swish") == ["ChannelPool", "SpatialAttention"]
         assert ops_of(mlp_merge="hidden") == ops_of(mlp_merge="gates") == ["Cbam"]
-        merged = {"mlp_merge": "gates", "mlp_activation": "relu"}
-        assert ops_of(**merged) == ["ChannelPool", "SpatialAttention"]
+        assert ops_of(mlp_merge="gates", mlp_activation="relu") == ["Cbam"]
         assert ops_of(mlp_merge="gates", pooling="max") == ["ChannelAttention", "SpatialAttention"]
         assert ops_of(hidden=0, order="spatial_first") == ["SpatialAttention", "ChannelPool"]
         assert ops_of(hidden=0, pooling="avg") == ["SpatialAttention"]

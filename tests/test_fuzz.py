@@ -63,6 +63,7 @@ def cases(draw: st.DrawFn) -> Case:
         words["activation"] = draw(st.sampled_from([None, "relu"]))
     if "w0" in ARGUMENTS[function]:
         words["mlp_activation"] = draw(st.sampled_from([None, "relu"]))
+        words["mlp_merge"] = draw(st.sampled_from(["logits", "hidden", "gates"]))
     if function == "channel_attention":
         words["pooling"] = draw(st.sampled_from(["avg+max", "avg", "max"]))
     if function.startswith("cbam"):

@@ -104,7 +104,8 @@ OPTIONS = (
     {"pooling": "avg", "mlp_activation": "none", "activation": "relu"},
     {"pooling": "max", "activation": "none"},
     {"pooling": "avg+max", "activation": "relu", "mlp_activation": "relu"},
-    {"pooling": "avg+max", "activation": "none", "mlp_activation": "sigmoid"},
+    {"pooling": "avg+max", "mlp_merge": "gates"},
+    {"pooling": "avg+max", "mlp_merge": "hidden"},
 )
 
 

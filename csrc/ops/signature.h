@@ -249,7 +249,7 @@ struct Choice {
 namespace internal {
 inline constexpr const char* kLayouts[] = {"NHWC", "NCHW"};
 inline constexpr const char* kActivations[] = {"none", "relu"};
-inline constexpr const char* kMlpActivations[] = {"none", "relu", "sigmoid"};
+inline constexpr const char* kMerges[] = {"logits", "hidden", "gates"};
 inline constexpr const char* kPoolings[] = {"avg+max", "avg", "max"};
 inline constexpr const char* kOrders[] = {"channel_first", "parallel"};
 }  // namespace internal
@@ -257,8 +257,7 @@ inline constexpr const char* kOrders[] = {"channel_first", "parallel"};
 inline constexpr Choice kChoices[] = {
     {"data_format", internal::kLayouts, [](Module) { return true; },
      [](int word, Problem* problem) { problem->layout = static_cast<Layout>(word); }},
-    {"mlp_activation", internal::kMlpActivations,
-     [](Module module) { return HasChannelGate(module); },
+    {"mlp_activation", internal::kActivations, [](Module module) { return HasChannelGate(module); },
      [](int word, Problem* problem) { problem->mlp_activation = static_cast<Activation>(word); }},
     {"pooling", internal::kPoolings,
      [](Module module) { return module == Module::kChannelAttention; },
@@ -268,6 +267,8 @@ inline constexpr Choice kChoices[] = {
     {"activation", internal::kActivations,
      [](Module module) { return HasChannelGate(module) || HasSpatialGate(module); },
      [](int word, Problem* problem) { problem->activation = static_cast<Activation>(word); }},
+    {"mlp_merge", internal::kMerges, [](Module module) { return HasChannelGate(module); },
+     [](int word, Problem* problem) { problem->mlp_merge = static_cast<MlpMerge>(word); }},
 };
 
 // The option that is a number, of the ops with a spatial gate. Its default is Problem's, and every

@@ -1,7 +1,7 @@
 // Random calls (random_calls.h) of the CUDA kernels for float32 maps as they run on a CPU, for
 // AddressSanitizer and ThreadSanitizer, and for faults that are put into the sources.
 //
-//   cuda_on_cpu_check [count [first]]    default 40 1
+//   cuda_on_cpu_check [count [first [failures]]]    default 40 1 20: after so many it stops
 //
 // Each call runs twice, in other orders of blocks and threads: once with one block at a time, the
 // worst that can happen to who waits for others, once with several at once.
@@ -65,7 +65,8 @@ int main(int argc, char** argv) {
   });
   const uint64_t count = argc > 1 ? std::strtoull(argv[1], nullptr, 10) : 40;
   const uint64_t first = argc > 2 ? std::strtoull(argv[2], nullptr, 10) : 1;
-  for (uint64_t number = first; number < first + count && cbam_ops::failures < 20; ++number) {
+  const int most = argc > 3 ? std::atoi(argv[3]) : 20;
+  for (uint64_t number = first; number < first + count && cbam_ops::failures < most; ++number) {
     Call(number).Check();
   }
   std::printf("%lld gradients compared, errors up to %.2f of what is allowed\n%d failures\n",

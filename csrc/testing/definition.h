@@ -171,43 +171,45 @@ class Definition {
 
   void ChannelGate() {
     std::vector<Number>& descriptors = outputs_["channel_descriptors"];
-    std::vector<Sum> logits(Index(p_.batch * p_.channels));
+    std::vector<std::vector<Number>> branches;
     for (const bool is_mean : {true, false}) {
       std::vector<Number> pooled = is_mean ? channel_mean_ : channel_maximum_;
       const bool used = is_mean ? UsesMean(p_.pooling) : UsesMax(p_.pooling);
       if (!used) pooled.assign(pooled.size(), Number(0));
       descriptors.insert(descriptors.end(), pooled.begin(), pooled.end());
-      for (int64_t n = 0; used && n < p_.batch; ++n)
-        Branch(&pooled[Index(n * p_.channels)], n, &logits);
+      if (used) branches.push_back(Dense(pooled, p_.channels, "w0", "b0", p_.hidden, true));
     }
-    for (const Sum& logit : logits) {
-      const Number total = logit.Total();
-      const bool is_gate = p_.mlp_activation == Activation::kSigmoid;
-      outputs_["channel_gate"].push_back(is_gate ? total : Sigmoid(total));
+    const bool relu = p_.mlp_activation == Activation::kRelu;
+    if (p_.mlp_merge == MlpMerge::kHidden) Merge(&branches);
+    for (auto& branch : branches) branch = Dense(branch, p_.hidden, "w1", "b1", p_.channels, relu);
+    if (p_.mlp_merge == MlpMerge::kLogits) Merge(&branches);
+    for (auto& branch : branches) {
+      for (Number& v : branch) v = Sigmoid(v);
+    }
+    Merge(&branches);
+    outputs_["channel_gate"] = branches[0];
+  }
+  static void Merge(std::vector<std::vector<Number>>* branches) {
+    for (; branches->size() > 1; branches->pop_back()) {
+      for (size_t i = 0; i < branches->back().size(); ++i)
+        branches->front()[i] = branches->front()[i] + branches->back()[i];
     }
   }
-  void Branch(const Number* pooled, int64_t n, std::vector<Sum>* logits) {
-    std::vector<Sum> out(Index(p_.channels));
-    for (int64_t h = 0; h < p_.hidden; ++h) {
-      Sum sum;
-      if (Has("b0")) sum.Add(Input("b0", Index(h)));
-      for (int64_t c = 0; c < p_.channels; ++c)
-        sum.Add(pooled[c] * Input("w0", Index(c * p_.hidden + h)));
-      const Number hidden = Relu(sum.Total());
-      for (int64_t c = 0; c < p_.channels; ++c)
-        out[Index(c)].Add(hidden * Input("w1", Index(h * p_.channels + c)));
+  // [N, inputs] -> [N, outputs]
+  std::vector<Number> Dense(const std::vector<Number>& values, int64_t inputs, const char* weights,
+                            const char* biases, int64_t outputs, bool relu) {
+    std::vector<Number> results;
+    for (int64_t n = 0; n < p_.batch; ++n) {
+      for (int64_t j = 0; j < outputs; ++j) {
+        Sum sum;
+        if (Has(biases)) sum.Add(Input(biases, Index(j)));
+        for (int64_t i = 0; i < inputs; ++i)
+          sum.Add(values[Index(n * inputs + i)] * Input(weights, Index(i * outputs + j)));
+        results.push_back(relu ? Relu(sum.Total()) : sum.Total());
+      }
     }
-    for (int64_t c = 0; c < p_.channels; ++c) {
-      if (Has("b1")) out[Index(c)].Add(Input("b1", Index(c)));
-      const Number logit = out[Index(c)].Total();
-      const bool relu = p_.mlp_activation == Activation::kRelu;
-      const bool sigmoid = p_.mlp_activation == Activation::kSigmoid;
-      (*logits)[Index(n * p_.channels + c)].Add(relu      ? Relu(logit)
-                                                : sigmoid ? Sigmoid(logit)
-                                                          : logit);
-    }
+    return results;
   }
-
   void SpatialPool() {
     const bool gated = p_.module == Module::kChannelFirst;
     for (int64_t n = 0; n < p_.batch; ++n) {

@@ -82,7 +82,7 @@ class BackwardPipeline {
       partial_ = arena_.Take<A>(w, PartialsPerSample(), 2, c);
       arena_.TakePair(hidden_, n, h);
       arena_.TakePair(d_hidden_, n, h);
-      if (problem.mlp_activation != Activation::kNone) {
+      if (HasTwoLogits(problem)) {
         arena_.TakePair(dz_channel_, n, c);
       } else {
         dz_channel_[0] = dz_channel_[1] = arena_.Take<A>(n, c);
@@ -386,16 +386,18 @@ class BackwardPipeline {
     A* hidden[2] = {hidden_[0] + first * h, hidden_[1] + first * h};
     A* dz[2] = {dz_channel_[0] + first * c, dz_channel_[1] + first * c};
     const bool relu = problem_.mlp_activation == Activation::kRelu;
-    const bool sigmoid = problem_.mlp_activation == Activation::kSigmoid;
-    const bool by_branch = relu || sigmoid;  // each has a gradient of its logits
+    const bool by_branch = HasTwoLogits(problem_), adds_hidden = AddsHidden(problem_);
+    const bool gates = by_branch && problem_.mlp_merge == MlpMerge::kGates;
+    const bool is_merged = adds_hidden && problem_.mlp_merge == MlpMerge::kHidden;
+    const A* const twice = IsSumOfLogits(problem_) ? mlp.b1 : nullptr;
+    const int branch = mlp.IsUsed(0) ? 0 : 1;
 
-    const bool meet_early = mlp.IsUsed(0) && mlp.IsUsed(1) && !by_branch;
     A* const hidden_sum = d_hidden_[0] + first * h;  // as in the forward pass; free until later
     const Blocks hidden_blocks = mlp.HiddenBlocks(wave);
     ForEach(wave.parallel, hidden_blocks.count, [&](int64_t i) {
       const Range columns = hidden_blocks.At(i);
       mlp.HiddenBlock(descriptors, samples, columns, hidden);
-      for (int64_t s = 0; meet_early && s < samples; ++s) {
+      for (int64_t s = 0; adds_hidden && s < samples; ++s) {
         for (int64_t j = s * h + columns.begin; j < s * h + columns.end; ++j)
           hidden_sum[j] = hidden[0][j] + hidden[1][j];
       }
@@ -407,52 +409,38 @@ class BackwardPipeline {
       bool saturated = false;
       for (int64_t s = rows.begin; s < rows.end; ++s)
         saturated |= AnySaturated(gate + s * c + columns.begin, columns.size());
-      Tile logits[2];  // of both branches, or their sum
-      const auto output = [&](const A* units, int q) {
-        mlp.OutputBlock(units + rows.begin * h, rows.size(), columns, Activation::kNone, logits[q],
+      Tile logits[2];  // the only one, or those of both branches
+      const auto output = [&](const A* units, A* to) {
+        mlp.OutputBlock(units + rows.begin * h, rows.size(), columns, Activation::kNone, to,
                         kTileColumns);
       };
-      if (meet_early && saturated) {
-        output(hidden_sum, 0);
-      } else if (by_branch || saturated) {
-        for (int q = 0; q < 2; ++q) {
-          if (mlp.IsUsed(q)) output(hidden[q], q);
-        }
+      if (relu || by_branch || saturated) {
+        output(adds_hidden ? hidden_sum : hidden[branch], logits[0]);
+        if (by_branch) output(hidden[1], logits[1]);
       }
       for (int64_t s = rows.begin; s < rows.end; ++s) {
         const int64_t at = s * c + columns.begin;
-        A* const branch[2] = {logits[0] + (s - rows.begin) * kTileColumns,
-                              logits[1] + (s - rows.begin) * kTileColumns};
-        const auto logit = [&](int64_t j) {
-          if (meet_early)
-            return branch[0][j] + (mlp.b1 == nullptr ? A{0} : mlp.b1[columns.begin + j]);
-          A sum{0};
-          for (int q = 0; q < 2; ++q) {
-            if (mlp.IsUsed(q)) sum += relu ? std::max(branch[q][j], A{0}) : branch[q][j];
-          }
-          return sum;
-        };
-        if (!sigmoid) {  // of the sum
-          A derivatives[kTileColumns];
-          if (saturated) {
-            for (int64_t j = 0; j < columns.size(); ++j) derivatives[j] = logit(j);
-            dense_.sigmoid_derivative(derivatives, columns.size(), derivatives);
-          }
-          MultiplyByDerivative(gate + at, saturated ? derivatives : nullptr, columns.size(),
-                               dz[0] + at);
+        A* const logit[2] = {logits[0] + (s - rows.begin) * kTileColumns,
+                             logits[1] + (s - rows.begin) * kTileColumns};
+        A slopes[kTileColumns];  // of the sigmoid
+        for (int q = 1; gates && q >= 0; --q) {
+          dense_.sigmoid_derivative(logit[q], columns.size(), slopes);
+          for (int64_t j = 0; j < columns.size(); ++j) dz[q][at + j] = dz[0][at + j] * slopes[j];
         }
-        if (!by_branch) continue;
-        // The second activation's derivative differs between the mean's and the maximum's branch.
-        for (int q = 0; q < 2; ++q) {
-          if (sigmoid && mlp.IsUsed(q))
-            dense_.sigmoid_derivative(branch[q], columns.size(), branch[q]);
+        if (!gates) {
+          const auto f = [&](A value) { return relu ? std::max(value, A{0}) : value; };
+          for (int64_t j = 0; saturated && j < columns.size(); ++j) {
+            slopes[j] = f(logit[0][j]);
+            if (by_branch) slopes[j] += f(logit[1][j]);
+            if (twice != nullptr) slopes[j] += twice[columns.begin + j];
+          }
+          if (saturated) dense_.sigmoid_derivative(slopes, columns.size(), slopes);
+          MultiplyByDerivative(gate + at, saturated ? slopes : nullptr, columns.size(), dz[0] + at);
+          if (by_branch) std::copy_n(dz[0] + at, columns.size(), dz[1] + at);
         }
-        for (int64_t j = 0; j < columns.size(); ++j) {
-          const A gradient = dz[0][at + j];
-          const auto through = [&](A d) {
-            return gradient * (sigmoid ? d : static_cast<A>(d > 0));
-          };
-          for (int q = 0; q < 2; ++q) dz[q][at + j] = mlp.IsUsed(q) ? through(branch[q][j]) : A{0};
+        for (int q = by_branch ? 1 : 0; relu && q >= 0; --q) {
+          for (int64_t j = 0; j < columns.size(); ++j)
+            dz[q][at + j] *= static_cast<A>(logit[q][j] > 0);
         }
       }
     });
@@ -462,9 +450,7 @@ class BackwardPipeline {
       for (int q = 0; q < 2; ++q) {
         if (!mlp.IsUsed(q)) continue;
         A* d_hidden = d_hidden_[q] + first * h;
-        // Without a second activation both branches share the product.
-        const bool shared = q == 1 && !by_branch && mlp.IsUsed(0);
-        if (!shared) {
+        if (q == 0 || !adds_hidden) {  // else both share the product
           dense_.dot_products({samples, columns.size(), c, dz[q], c, mlp.w1 + columns.begin * c, c,
                                d_hidden + columns.begin, h});
         }
@@ -472,13 +458,12 @@ class BackwardPipeline {
       for (int64_t s = first; s < first + samples; ++s) {
         for (int64_t j = s * h + columns.begin; j < s * h + columns.end; ++j) {
           const A of_mean = mlp.IsUsed(0) ? d_hidden_[0][j] : A{0};
-          const A of_max = !mlp.IsUsed(1)                ? A{0}
-                           : by_branch || !mlp.IsUsed(0) ? d_hidden_[1][j]
-                                                         : of_mean;
+          const A of_max = adds_hidden ? of_mean : mlp.IsUsed(1) ? d_hidden_[1][j] : A{0};
           // Multiplied, not selected: as in TensorFlow, a gradient that is NaN or infinite stays
           // NaN.
           if (mlp.IsUsed(0)) d_hidden_[0][j] = of_mean * static_cast<A>(hidden_[0][j] > 0);
           if (mlp.IsUsed(1)) d_hidden_[1][j] = of_max * static_cast<A>(hidden_[1][j] > 0);
+          if (is_merged) hidden_[0][j] += hidden_[1][j];  // what dW1 takes
         }
       }
     });
@@ -637,13 +622,13 @@ class BackwardPipeline {
     if (!HasChannelGate(problem_)) return;
 
     // dW0 = descriptors^T . d_hidden and dW1 = hidden^T . dz, each one product: the maximum's rows
-    // follow the mean's. Without a second activation the branches have dz in common.
+    // follow the mean's. Where hidden units are added the branches have dz in common.
     const int64_t n = g_.batch, c = g_.channels, h = problem_.hidden;
     const bool both = problem_.pooling == Pooling::kAvgMax;
     const int branch = problem_.pooling == Pooling::kMax ? 1 : 0;  // the first of those in use
     const int64_t rows = both ? 2 * n : n;
-    const bool common = both && problem_.mlp_activation == Activation::kNone;
-    const int64_t dz_rows = common ? n : rows;
+    const int64_t dz_rows = HasTwoLogits(problem_) ? rows : n;
+    const int64_t hidden_rows = problem_.mlp_merge == MlpMerge::kHidden ? n : rows;
     const A* descriptors = static_cast<const A*>(args.channel_descriptors) + branch * n * c;
     A* dw0 = static_cast<A*>(args.dw0);
     A* dw1 = static_cast<A*>(args.dw1);
@@ -653,11 +638,10 @@ class BackwardPipeline {
       dense_.product({channels.size(), h, rows, descriptors + channels.begin, 1, c,
                       d_hidden_[branch], rows, h, nullptr, Activation::kNone,
                       dw0 + channels.begin * h, h});
-      dense_.product({h, channels.size(), rows, hidden_[branch], 1, h,
+      dense_.product({h, channels.size(), hidden_rows, hidden_[branch], 1, h,
                       dz_channel_[branch] + channels.begin, dz_rows, c, nullptr, Activation::kNone,
                       dw1 + channels.begin, c});
-      // The bias of a logit is added once per branch.
-      SumRows(dz_channel_[branch], dz_rows, c, common ? 2.0 : 1.0, channels,
+      SumRows(dz_channel_[branch], dz_rows, c, IsSumOfLogits(problem_) ? 2.0 : 1.0, channels,
               static_cast<A*>(args.db1));
     });
     SumRows(d_hidden_[branch], rows, h, 1.0, {0, h}, static_cast<A*>(args.db0));
@@ -680,7 +664,7 @@ class BackwardPipeline {
   A* partial_ = nullptr;   // [g.slots * wave, units, 2, C]
   A* hidden_[2] = {};      // [N, hidden]
   A* d_hidden_[2] = {};    // [N, hidden]
-  A* dz_channel_[2] = {};  // [N, C], one tensor unless the MLP ends in an activation
+  A* dz_channel_[2] = {};  // [N, C], one tensor unless there are two logits
 
   // For the spatial gate.
   A* dz_ = nullptr;                // [g.slots * wave, P], with batch norm [N, P]

@@ -109,7 +109,7 @@ class ForwardPipeline {
         hidden_[q] = arena_.Take<A>(samples, problem.hidden);
         logits_[q] = arena_.Take<A>(samples, g_.channels);
       }
-      if (MeetEarly()) hidden_sum_ = arena_.Take<A>(samples, problem.hidden);
+      if (AddsHidden(problem)) hidden_sum_ = arena_.Take<A>(samples, problem.hidden);
     }
     blocks_ = g_.BlocksPerSample(g_.wave);
     if (HasSpatialGate(problem) && !problem.batch_norm) {
@@ -154,12 +154,6 @@ class ForwardPipeline {
                                     : nullptr;
   }
 
-  // Without a second activation the branches of the mean and the maximum meet before W1 instead of
-  // after it.
-  bool MeetEarly() const {
-    return problem_.pooling == Pooling::kAvgMax && problem_.mlp_activation == Activation::kNone;
-  }
-
   void ChannelGate(const ForwardArgs& args, const Wave& wave) {
     const int64_t c = g_.channels, h = problem_.hidden, samples = wave.samples;
     A* mean = static_cast<A*>(args.channel_descriptors) + wave.first * c;
@@ -176,15 +170,14 @@ class ForwardPipeline {
                      static_cast<const A*>(args.w1),
                      static_cast<const A*>(args.b1)};
     const A* descriptors[2] = {mean, maximum};
-    const bool both = UsesMean(problem_.pooling) && UsesMax(problem_.pooling),
-               meet_early = MeetEarly();
+    const bool by_branch = HasTwoLogits(problem_), adds_hidden = AddsHidden(problem_);
     const int branch = UsesMean(problem_.pooling) ? 0 : 1;
 
     const Blocks hidden_blocks = mlp.HiddenBlocks(wave);
     ForEach(wave.parallel, hidden_blocks.count, [&](int64_t i) {
       const Range columns = hidden_blocks.At(i);
       mlp.HiddenBlock(descriptors, samples, columns, hidden);
-      for (int64_t s = 0; meet_early && s < samples; ++s) {
+      for (int64_t s = 0; adds_hidden && s < samples; ++s) {
         for (int64_t j = s * h + columns.begin; j < s * h + columns.end; ++j)
           hidden_sum[j] = hidden[0][j] + hidden[1][j];
       }
@@ -201,15 +194,13 @@ class ForwardPipeline {
           dense_.sigmoid(from + begin, columns.size(), to + begin);
         }
       };
-      const bool sigmoid = problem_.mlp_activation == Activation::kSigmoid;
-      const Activation activation = sigmoid ? Activation::kNone : problem_.mlp_activation;
-      const auto output = [&](const A* units, Activation at_the_end, A* to) {
-        mlp.OutputBlock(units, samples, columns, at_the_end, to + columns.begin, c);
+      const auto output = [&](const A* units, A* to) {
+        mlp.OutputBlock(units, samples, columns, problem_.mlp_activation, to + columns.begin, c);
       };
-      output(meet_early ? hidden_sum : hidden[branch], activation, logits);
-      if (both && !meet_early) {
-        output(hidden[1], activation, logits_of[1]);
-        if (sigmoid) {
+      output(adds_hidden ? hidden_sum : hidden[branch], logits);
+      if (by_branch) {
+        output(hidden[1], logits_of[1]);
+        if (problem_.mlp_merge == MlpMerge::kGates) {
           sigmoids(logits, gate);
           sigmoids(logits_of[1], logits_of[1]);
           return AddRows(logits_of[1], samples, c, columns, gate);
@@ -217,7 +208,7 @@ class ForwardPipeline {
         AddRows(logits_of[1], samples, c, columns, logits);
       }
       bool finite = true;
-      if (meet_early) {
+      if (IsSumOfLogits(problem_)) {
         for (int64_t s = 0; s < samples; ++s) {
           for (int64_t j = columns.begin; j < columns.end; ++j) {
             A& logit = logits[s * c + j];
@@ -229,8 +220,8 @@ class ForwardPipeline {
       if (!finite) {
         // An infinite weight times 0 is NaN, and its branches' sum need not be: what is not finite
         // is taken branch by branch after all.
-        output(hidden[0], Activation::kNone, logits_of[1]);
-        output(hidden[1], Activation::kNone, gate);
+        output(hidden[0], logits_of[1]);
+        output(hidden[1], gate);
         for (int64_t s = 0; s < samples; ++s) {
           for (int64_t j = s * c + columns.begin; j < s * c + columns.end; ++j) {
             if (!std::isfinite(logits[j])) logits[j] = logits_of[1][j] + gate[j];
@@ -388,7 +379,7 @@ class ForwardPipeline {
   ChannelDescriptors<A> channel_descriptors_;
   BatchNorm<A> batch_norm_;
   A* hidden_[2] = {};        // [g.slots * wave, hidden], for the mean and the maximum
-  A* hidden_sum_ = nullptr;  // [g.slots * wave, hidden], where the branches meet early
+  A* hidden_sum_ = nullptr;  // [g.slots * wave, hidden], where both are added
   A* logits_[2] = {};        // [g.slots * wave, C]
   int64_t blocks_ = 0, slots_ = 0;
   int64_t plane_size_ = 0, scratch_size_ = 0;

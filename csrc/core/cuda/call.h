@@ -77,10 +77,12 @@ struct Call {
   bool batch_norm;
   bool use_mean;
   bool use_max;
-  bool by_branch;     // the MLP ends in an activation: each branch has logits of its own
-  bool sum_of_gates;  // ... in a sigmoid: the gate is the sum of both
-  bool serial;        // spatial descriptors of x g_c (channel first), not of x
-  A floor;            // of the results: 0 for a ReLU, else -infinity
+  bool mlp_relu;       // the MLP ends in a ReLU
+  bool by_branch;      // each branch has logits of its own
+  bool sum_of_gates;   // ... and a gate, which are added
+  bool sum_of_logits;  // the one logit is the sum of both branches'
+  bool serial;         // spatial descriptors of x g_c (channel first), not of x
+  A floor;             // of the results: 0 for a ReLU, else -infinity
   A epsilon;
 
   const void* x;
@@ -125,8 +127,8 @@ struct Call {
   int64_t mlp_slice;         // channels of an item that sums over them
   Reduced<A> hidden_slices;  // what these give, where there are several
   A* hidden_values;          // [N, 2, hidden]
-  A* logits;                 // [N, 2, C]
-  A* d_logits;               // [N, 2, C], or without the MLP's last activation [N, C]
+  A* logits;                 // [N, 2, C], or where not by branch [N, C]; if gradients need them
+  A* d_logits;               // as logits
   A* d_hidden;               // [N, 2, hidden]
   A* z;                      // [N, P]: the convolution; in backward it normalised
   A* dz;                     // [N, P]

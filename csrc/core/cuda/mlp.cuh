@@ -2,11 +2,11 @@
 //
 //   forward   Hidden          hidden_t = relu(t W0 + b0), of long sums slices
 //             FoldHidden      those of a sample
-//             Gate            g_c = sigmoid(sum_t f(hidden_t W1 + b1)), the sum if f is a sigmoid
+//             Gate            g_c, as Problem has it (contract.h)
 //   backward  Hidden          again
-//             Gate            the logits again, if there is an f
-//             HiddenGrad      dl_t = (dg_c + d_channel_gate) g_c (1 - g_c) f'(...), or without
-//                                    g_c (1 - g_c)
+//             Gate            the logits again, where their gradients need them
+//             HiddenGrad      dl_t = (dg_c + d_channel_gate) g_c (1 - g_c) f'(...), or with the
+//                                    slope of t's own gate
 //                             dh_t = (dl_t W1^T) (hidden_t > 0), in slices as Hidden
 //             ChannelSides    dt = dh_t W0^T: what pass C needs of channels
 //             WeightGradient  dW1 = sum hidden_t^T dl_t, db1 = sum dl_t,
@@ -19,8 +19,8 @@
 // of weights and four of inputs. The inner dimension is spread over the threads and folded through
 // shared memory in a fixed order.
 //
-// Without f the second layer is the same for both descriptors: it has one branch, the sum of both,
-// and a thread four samples. The gradient dl is then one too.
+// Where hidden units are added (AddsHidden) the second layer has one branch, of their sum, and a
+// thread four samples. The gradient dl is then one too.
 #ifndef CBAM_OPS_CORE_CUDA_MLP_CUH_
 #define CBAM_OPS_CORE_CUDA_MLP_CUH_
 
@@ -44,7 +44,7 @@ struct Group {
         present(static_cast<int>(Smaller(call.schedule.group_samples, call.batch - first))) {}
 };
 
-// What the second layer takes of a sample: both descriptors' values, or without an f their sum.
+// What the second layer takes of a sample: both descriptors' values, or their sum.
 template <typename A>
 CBAM_DEVICE int OuterBranches(const Call<A>& call) {
   return call.by_branch ? 2 : 1;
@@ -295,13 +295,12 @@ CBAM_DEVICE void Hidden(const Call<A>& call, int64_t group_index, int64_t index)
       });
 }
 
-// A channel's logit, branch by branch.
+// The sum of a channel's logits, branch by branch.
 template <typename A>
 CBAM_DEVICE A LogitByBranches(const Call<A>& call, int64_t n, int64_t c, A bias) {
   A logit = A(0);
   CBAM_NO_UNROLL
   for (int t = 0; t < 2; ++t) {
-    if (!(t == 0 ? call.use_mean : call.use_max)) continue;
     const A* const hidden = call.hidden_values + (n * 2 + t) * call.hidden;
     A sum = bias;
     CBAM_NO_UNROLL
@@ -325,31 +324,27 @@ CBAM_DEVICE void Gate(const Call<A>& call, int64_t group_index, int64_t tile, bo
       [&](int s, int64_t c, A mean, A maximum) {
         const int64_t n = group.first + s;
         const A bias = call.b1 != nullptr ? call.b1[c] : A(0);
+        mean += bias;
+        maximum += bias;
         if (logits_only) {
-          A* const logits = call.logits + n * 2 * call.channels + c;
-          logits[0] = mean + bias;
-          logits[call.channels] = maximum + bias;
+          A* const logits = call.logits + n * OuterBranches(call) * call.channels + c;
+          logits[0] = mean;
+          if (call.by_branch) logits[call.channels] = maximum;
           return;
         }
-        A& gate = call.channel_gate[n * call.channels + c];
-        const auto sum = [&](auto activation) {
-          return (call.use_mean ? activation(mean + bias) : A(0)) +
-                 (call.use_max ? activation(maximum + bias) : A(0));
-        };
-        if (call.sum_of_gates) {
-          gate = sum([](A logit) { return Sigmoid(logit); });
-          return;
+        if (call.mlp_relu) {
+          mean = Relu(mean);
+          maximum = Relu(maximum);
         }
-        A logit = mean;
-        if (call.by_branch) {
-          logit = sum([](A logit) { return Relu(logit); });
-        } else {
-          if (call.use_mean) logit += bias;
-          if (call.use_max) logit += bias;
+        if (call.by_branch && !call.sum_of_gates) mean += maximum;
+        if (call.sum_of_logits) {
+          mean += bias;
           // An infinite weight times 0 is NaN, and with the branches' sum need not be.
-          if (!IsFinite(logit)) logit = LogitByBranches(call, n, c, bias);
+          if (!IsFinite(mean)) mean = LogitByBranches(call, n, c, bias);
         }
-        gate = Sigmoid(logit);
+        A gate = Sigmoid(mean);
+        if (call.sum_of_gates) gate += Sigmoid(maximum);
+        call.channel_gate[n * call.channels + c] = gate;
       });
 }
 
@@ -367,18 +362,16 @@ CBAM_DEVICE void HiddenGrad(const Call<A>& call, int64_t group_index, int64_t in
         Fold<false>(call.channel_pass, n, c, &d_gate, &count);
         if (call.d_channel_gate != nullptr) d_gate += call.d_channel_gate[at];
         const A gate = call.channel_gate[at];
-        const A d_logit = d_gate * gate * (A(1) - gate);
         const int64_t to = n * branches * call.channels + c;
-        *mean = d_logit;
-        if (call.by_branch) {
-          const auto through = [&](A logit) {
-            return call.sum_of_gates ? d_gate * Sigmoid(logit) * Sigmoid(-logit)
-                                     : Masked(d_logit, logit);
-          };
-          const A* const logits = call.logits + to;
-          *mean = call.use_mean ? through(logits[0]) : A(0);
-          *maximum = call.use_max ? through(logits[call.channels]) : A(0);
-        }
+        const auto through = [&](int64_t branch) {
+          A d_logit = d_gate * gate * (A(1) - gate);
+          if (call.logits == nullptr) return d_logit;
+          const A logit = call.logits[to + branch * call.channels];
+          if (call.sum_of_gates) d_logit = d_gate * Sigmoid(logit) * Sigmoid(-logit);
+          return call.mlp_relu ? Masked(d_logit, logit) : d_logit;
+        };
+        *mean = through(0);
+        if (call.by_branch) *maximum = through(1);
         if (part.tile != 0) return;
         call.d_logits[to] = *mean;
         if (call.by_branch) call.d_logits[to + call.channels] = *maximum;
@@ -438,8 +431,8 @@ CBAM_DEVICE void WeightGradient(const Call<A>& call, int64_t tile, bool of_w0) {
   A* const left = Shared<A>();
   A* const right = left + kTerms * kOuterLeft;
   const bool sums_bias = first_a == 0 && ThreadIndex() < kOuterRight && bias != nullptr;
-  // Where both descriptors have dl in common their hidden units are added, unless that gives what is
-  // not finite: an infinite dl times 0 is NaN.
+  // Where there is one dl, the hidden units are added. If it is of a sum of logits, unless that gives
+  // what is not finite: an infinite dl times 0 is NaN.
   CBAM_NO_UNROLL
   for (int branches = of_w0 ? 2 : OuterBranches(call);; branches = 2) {
     const int64_t terms = branches * call.batch;
@@ -480,8 +473,8 @@ CBAM_DEVICE void WeightGradient(const Call<A>& call, int64_t tile, bool of_w0) {
       }
       Barrier();
     }
-    const bool added = branches == 1 && call.use_mean && call.use_max;
-    if (added) {
+    const bool is_of_sum = branches == 1 && call.sum_of_logits;
+    if (is_of_sum) {
       A differences = A(0);  // 0, or NaN
       CBAM_UNROLL
       for (int i = 0; i < 4; ++i) {
@@ -499,7 +492,7 @@ CBAM_DEVICE void WeightGradient(const Call<A>& call, int64_t tile, bool of_w0) {
       }
     }
     if (sums_bias && first_b + ThreadIndex() < right_size)
-      bias[first_b + ThreadIndex()] = added ? 2 * bias_sum : bias_sum;
+      bias[first_b + ThreadIndex()] = is_of_sum ? 2 * bias_sum : bias_sum;
     return;
   }
 }

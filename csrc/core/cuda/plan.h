@@ -168,8 +168,10 @@ class Plan {
     call.batch_norm = problem.batch_norm;
     call.use_mean = UsesMean(problem.pooling);
     call.use_max = UsesMax(problem.pooling);
-    call.by_branch = problem.mlp_activation != Activation::kNone;
-    call.sum_of_gates = problem.mlp_activation == Activation::kSigmoid;
+    call.mlp_relu = problem.mlp_activation == Activation::kRelu;
+    call.by_branch = HasTwoLogits(problem);
+    call.sum_of_gates = call.by_branch && problem.mlp_merge == MlpMerge::kGates;
+    call.sum_of_logits = IsSumOfLogits(problem);
     call.serial = problem.module == Module::kChannelFirst;
     call.floor = problem.activation == Activation::kRelu ? A(0) : -static_cast<A>(INFINITY);
     call.epsilon = static_cast<A>(problem.epsilon);
@@ -270,8 +272,9 @@ class Plan {
       TakeHiddenSlices();
       call.hidden_values = Take(problem_.batch, 2, problem_.hidden);
       call.d_hidden = Take(problem_.batch, 2, problem_.hidden);
-      call.d_logits = Take(problem_.batch, call.by_branch ? 2 : 1, problem_.channels);
-      if (call.by_branch) call.logits = Take(problem_.batch, 2, problem_.channels);
+      const int branches = call.by_branch ? 2 : 1;
+      call.d_logits = Take(problem_.batch, branches, problem_.channels);
+      if (NeedsLogits()) call.logits = Take(problem_.batch, branches, problem_.channels);
     }
     if (HasSpatialGate(problem_)) {
       call.kernel = static_cast<const A*>(args.kernel);
@@ -308,7 +311,7 @@ class Plan {
     uint32_t hidden = 0, spatial = 0, hidden_grad = 0, channel = 0;
     if (HasChannelGate(problem_)) {
       hidden = AddHidden(builder, Task::kHidden, Task::kHiddenFold, 0);
-      if (call.by_branch) hidden |= builder->Add(Task::kLogits, channels, hidden);
+      if (NeedsLogits()) hidden |= builder->Add(Task::kLogits, channels, hidden);
     }
     if (HasSpatialGate(problem_)) {
       spatial = builder->AddBySample(Task::kSpatialGrad, call.spatial_tiles.count(), 0);
@@ -398,6 +401,8 @@ class Plan {
     return Second(const_cast<void*>(values), offset);
   }
 
+  // Whether backward computes the logits again.
+  bool NeedsLogits() const { return call.by_branch || call.mlp_relu; }
   void TakeHiddenSlices() {
     const int64_t slices = CeilDiv(call.channels, call.mlp_slice);
     if (slices > 1) call.hidden_slices = TakeReduced(call.hidden, slices, A(1));
