@@ -154,7 +154,8 @@ def _of_attention(op: Any) -> int:
         pools = 1
         if "pooling" not in op.node_def.attr or op.get_attr("pooling") == b"avg+max":
             pools = 2
-        count += x[0] * pools * (math.prod(shapes["w0"]) + math.prod(shapes["w1"]))
+        outer = 1 if op.get_attr("mlp_merge") == b"hidden" else pools
+        count += x[0] * (pools * math.prod(shapes["w0"]) + outer * math.prod(shapes["w1"]))
     if "kernel" in shapes:
         channels = x[1 if op.get_attr("data_format") == b"NCHW" else -1]
         count += math.prod(x) // channels * math.prod(shapes["kernel"])

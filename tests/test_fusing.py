@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import sys
 from collections.abc import Callable, Iterator
@@ -449,19 +450,30 @@ def test_style_is_found(style):
     assert_same_model(fused, model)
 
 
-def test_few_candidates_are_tried(monkeypatch):
-    """Fails when all sixty channel gates are tried on an activation before the real one."""
-    tried, of_candidate = [], fusing._Probe.of_candidate
+@pytest.mark.parametrize(
+    ("write", "found", "most"),
+    [
+        (lambda x: efficient_net(ops.silu(x)), "squeeze and excitation", 60),
+        (lambda x: kobiso(ops.relu(x)), "CBAM", 60),
+        # The ReLU that it may end with, out of sight, could be the one before it.
+        (lambda x: WithoutBias()(ops.relu(x)), "CBAM", 700),
+    ],
+    ids=["silu", "relu", "layer"],
+)
+def test_few_candidates_are_tried(monkeypatch, write, found, most):
+    """Fails when all gates are tried on an activation before the real ones."""
+    tried, attention = [], cbam_ops.CBAM.__base__
+    call = attention.call
 
-    def counted(self, candidate, *arguments, **how):
-        tried.append(candidate)
-        return of_candidate(self, candidate, *arguments, **how)
+    @functools.wraps(call)  # Keras reads what it takes
+    def counted(self, *arguments, **how):
+        tried.append(self)
+        return call(self, *arguments, **how)
 
-    monkeypatch.setattr(fusing._Probe, "of_candidate", counted)
-    model = model_of(lambda x: efficient_net(ops.silu(x)))
+    model = model_of(write)
+    monkeypatch.setattr(attention, "call", counted)
     _, (row,) = fusing.fuse(model, return_report=True)
-    assert row.dialect == "efficientnet" and len(row.replaced) == 5
-    assert len(tried) < 40
+    assert row.found == found and len(tried) < most
 
 
 # --- what follows attention, and where it is ------------------------------------------------------
@@ -481,6 +493,7 @@ def residual_block(x):
         (lambda x: kl.add([spatial_only(x), x]), "spatial gate + residual"),
         (lambda x: kl.ReLU()(channel_only(x)), "channel gate + ReLU"),
         (lambda x: kl.ReLU(6.0)(x + squeeze_excite(x)), "squeeze and excitation + residual"),
+        (lambda x: kl.ReLU(300.0)(channel_only(x)), "channel gate"),
         (lambda x: kl.Add()([x, kobiso(x), x]), "CBAM"),
         (lambda x: x - kobiso(x), "CBAM"),
         (lambda x: kobiso(x) + ops.mean(x, (1, 2), keepdims=True), "CBAM"),
@@ -491,6 +504,7 @@ def residual_block(x):
         "residual",
         "relu",
         "relu6",
+        "relu300",
         "sum_of_three",
         "difference",
         "broadcast",
@@ -988,6 +1002,7 @@ def norm_of_inference(x):
 NONE = [
     (lambda x: mlp_gate(x, second="softmax"), "softmax"),
     (lambda x: mlp_gate(x, first="tanh"), "tanh"),
+    (lambda x: mlp_gate(x, first="relu6"), "relu6"),
     (not_shared, "not shared"),
     (difference_of_pools, "differs"),
     (efficient_channels, "(3, 1, 1)"),
@@ -1005,7 +1020,7 @@ NONE = [
 
 @pytest.mark.parametrize(
     ("write", "reason"), NONE,
-    ids=["softmax", "tanh", "not_shared", "difference", "eca", "dropout",
+    ids=["softmax", "tanh", "relu6", "not_shared", "difference", "eca", "dropout",
          "one_bias", "leaks", "elsewhere", "activity", "loss", "norm", "types", "frozen"],
 )  # fmt: skip
 def test_what_is_no_cbam_stays(write, reason):

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import keras
+import matplotlib.figure
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -214,6 +215,16 @@ def test_explain_half_a_module_on_grey_images(tmp_path, capsys, monkeypatch, att
     assert (result.returncode, result.stderr) == (0, "")
     assert "explaining" in result.stdout and "100%" in result.stdout
     assert (tmp_path / "a_explained.png").stat().st_size > 10_000
+
+
+def test_columns_reach_every_channel_gate():
+    """Fails when sums of two gates, which are up to 2, are cut off."""
+    figure = matplotlib.figure.Figure()
+    explain._draw_channel(figure, {"one": np.array([0.5, 1.5]), "two": np.array([0.25, 0.5])})
+    assert figure.axes[0].get_ylim() == (0.0, 1.5)
+    figure = matplotlib.figure.Figure()
+    explain._draw_channel(figure, {"two": np.array([0.25, 0.5])})
+    assert figure.axes[0].get_ylim() == (0.0, 1.0)
 
 
 @pytest.mark.parametrize("channels_first", [False, True])

@@ -217,6 +217,18 @@ def test_summary_of_a_module_and_its_stock_form():
         assert models.summary(expected).multiply_adds == _multiply_adds(expected)
 
 
+@pytest.mark.parametrize("merge", ["logits", "hidden", "gates"])
+@pytest.mark.parametrize("pooling", ["avg+max", "max"])
+def test_summary_counts_a_fused_mlp_as_its_definition(pooling, merge):
+    """Fails when a layer is counted for both branches that both share, or once where it is not."""
+    x = keras.Input((8, 8, 16))
+    layer = cbam_ops.ChannelAttention(hidden=4, pooling=pooling, mlp_merge=merge)
+    model = keras.Model(x, layer(x))
+    fused = models.summary(model)
+    with cbam_ops.use_implementation("reference"):
+        assert fused == models.summary(model)
+
+
 @pytest.mark.parametrize(
     ("depth", "plain", "se", "cbam"),
     [

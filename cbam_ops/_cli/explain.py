@@ -309,6 +309,6 @@ def _draw_channel(figure: Any, gates: dict[str, np.ndarray]) -> None:
     slanted: dict[str, Any] = {"rotation": 30, "ha": "right"} if len(gates) > 6 else {}
     axes.set_xticks(range(len(gates)), [_short(name) for name in gates], fontsize=8, **slanted)
     axes.set_xlim(-0.5, len(gates) - 0.5)
-    axes.set_ylim(0, 1)
+    axes.set_ylim(0, max([1.0, *map(np.max, gates.values())]))  # sums of two gates are up to 2
     axes.tick_params(axis="y", labelsize=8)
     axes.grid(axis="y", alpha=0.3)
