@@ -428,13 +428,18 @@ class BackwardPipeline {
           for (int64_t j = 0; j < columns.size(); ++j) dz[q][at + j] = dz[0][at + j] * slopes[j];
         }
         if (!gates) {
-          const auto f = [&](A value) { return relu ? std::max(value, A{0}) : value; };
-          for (int64_t j = 0; saturated && j < columns.size(); ++j) {
-            slopes[j] = f(logit[0][j]);
-            if (by_branch) slopes[j] += f(logit[1][j]);
-            if (twice != nullptr) slopes[j] += twice[columns.begin + j];
+          const A* const one = logit[0];
+          const A* sum = one;
+          if (saturated && by_branch) {
+            for (int64_t j = 0; j < columns.size(); ++j)
+              slopes[j] = std::max(one[j], A{0}) + std::max(logit[1][j], A{0});
+            sum = slopes;
+          } else if (saturated && twice != nullptr) {
+            for (int64_t j = 0; j < columns.size(); ++j)
+              slopes[j] = one[j] + twice[columns.begin + j];
+            sum = slopes;
           }
-          if (saturated) dense_.sigmoid_derivative(slopes, columns.size(), slopes);
+          if (saturated) dense_.sigmoid_derivative(sum, columns.size(), slopes);
           MultiplyByDerivative(gate + at, saturated ? slopes : nullptr, columns.size(), dz[0] + at);
           if (by_branch) std::copy_n(dz[0] + at, columns.size(), dz[1] + at);
         }
