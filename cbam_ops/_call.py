@@ -178,11 +178,15 @@ def by_definition(op: str, values: Mapping[str, Any]) -> Outputs:
     Args:
         op: Its registered name.
         values: Its inputs and attributes by name, as the op has them.
+
+    Raises:
+        ValueError: An attribute is no word of this release's.
     """
     arguments = dict(values)
     for name, value in values.items():
-        if name in WORDS and value == "none":
-            arguments[name] = None
+        if name in WORDS:
+            arguments[name] = None if value == "none" else value
+            _check_word(op, name, arguments[name], WORDS[name])
         elif isinstance(value, list):  # an argument that may be absent
             arguments[name] = value[0] if value else None
     if arguments.get("gamma") is not None:

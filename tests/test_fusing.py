@@ -476,6 +476,29 @@ def test_few_candidates_are_tried(monkeypatch, write, found, most):
     assert row.found == found and len(tried) < most
 
 
+@pytest.mark.parametrize("residual", [False, True])
+def test_what_gates_can_give(residual):
+    """Fails when the few values that a ReLU left of a small map are taken for no gate's."""
+    region = fusing._Region((), None, "a tensor" if residual else None, None)
+    random = np.random.default_rng(0)
+
+    def possible(y, *inputs, **activation):
+        options = {"data_format": "channels_last", **activation}
+        candidate = fusing._Candidate(cbam_ops.CBAM, options, {})
+        return fusing._is_possible(region, candidate, [*map(tf.constant, inputs)], tf.constant(y))
+
+    for positions, channels in [(4, 4), (9, 2), (16, 3), (35, 12)] * 25:
+        x, more = random.standard_normal((2, 2, 1, positions, channels))
+        gate = 1 / (1 + np.exp(-3 * random.standard_normal((2, 1, positions, 1))))
+        gate = gate / (1 + np.exp(-3 * random.standard_normal((2, 1, 1, channels))))
+        inputs, add = ((x, more), more) if residual else ((x,), 0.0)
+        assert possible(x * gate + add, *inputs)
+        assert possible(np.maximum(x * gate + add, 0), *inputs, activation="relu")
+        if positions == 35:
+            assert not possible(np.maximum(x, 0) * gate + add, *inputs)
+            assert not possible(x / (1 + np.exp(-x)) * gate + add, *inputs)
+
+
 # --- what follows attention, and where it is ------------------------------------------------------
 
 

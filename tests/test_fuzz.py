@@ -87,10 +87,16 @@ def cases(draw: st.DrawFn) -> Case:
 
 
 @np.errstate(all="ignore")
-def a_relu_is_undecided(truth: dict[str, np.ndarray], values: dict[str, np.ndarray]) -> bool:
-    """Whether a ReLU of the MLP cuts, or does not, by what rounding leaves of a sum that is 0."""
+def a_relu_is_undecided(
+    truth: dict[str, np.ndarray], values: dict[str, np.ndarray], added: bool
+) -> bool:
+    """Whether a ReLU of the MLP cuts, or does not, by what rounding leaves of a sum that is 0.
+
+    `added`: hidden units of both branches are.
+    """
+    units = {name: np.abs(v) for name, v in truth.items() if name.startswith("_hidden_")}
     for branch, pooled in zip(("mean", "max"), truth["channel_descriptors"], strict=True):
-        hidden = truth.get(f"_hidden_{branch}")
+        hidden = sum(units.values()) if added else units.get(f"_hidden_{branch}")
         for name, left, n in ((f"_pre_{branch}", pooled, "0"), (f"_branch_{branch}", hidden, "1")):
             if name not in truth:
                 continue
@@ -108,7 +114,7 @@ def compare(case: Case) -> list[Finding]:
         results = case.evaluate(ops, tensors)
     between = None
     with np.errstate(all="ignore"):
-        if case.hands_on_a_half:
+        if case.hands_on_a_half:  # spatial first: nothing else is drawn that does
             x, gate = (np.asarray(v, np.float32) for v in (tensors["x"], results["spatial_gate"]))
             between = x * np.expand_dims(gate, -1 if case.data_format == "NHWC" else 1)
             between = between.astype(tensors["x"].dtype.as_numpy_dtype)
@@ -128,7 +134,9 @@ def compare(case: Case) -> list[Finding]:
             magnitudes[gradient_name(name)] = magnitudes[gradient_name(name)] * (1 + roundings)
     findings = case.compare(results, tensors, magnitudes=magnitudes, truth=truth)
     wide_tensors = {name: np.asarray(value).astype(wide) for name, value in tensors.items()}
-    if "w0" in tensors and a_relu_is_undecided(truth, wide_tensors):
+    if "w0" in tensors and a_relu_is_undecided(
+        truth, wide_tensors, ("mlp_merge", "hidden") in case.options
+    ):
         return [
             finding if finding.name in case.output_names() else Finding(finding.name)
             for finding in findings

@@ -145,6 +145,12 @@ def test_python_numbers_and_arrays_are_taken():
     assert_close(y, np.broadcast_to(gate / 2, (1, 2, 2, 2)), FLOAT32, "y")
 
 
+def test_a_word_that_the_definition_does_not_know_is_refused():
+    """Fails when a graph of another release is rewritten to another function without a word."""
+    with pytest.raises(ValueError, match="`mlp_activation` must be None or 'relu', got 'sigmoid'"):
+        _call.by_definition("CbamOps>Cbam", {"mlp_activation": "sigmoid"})
+
+
 @pytest.mark.parametrize("half", ["float16", "bfloat16"])
 @pytest.mark.parametrize(
     "words",

@@ -95,7 +95,7 @@ inline bool HasChannelGate(const Problem& problem) { return HasChannelGate(probl
 inline bool HasSpatialGate(const Problem& problem) { return HasSpatialGate(problem.module); }
 
 // Whether each branch of the MLP has logits and a gradient of its own. Else there is one logit, of
-// the sum of the hidden units.
+// the sum of the hidden units or of the only branch.
 inline bool HasTwoLogits(const Problem& problem) {
   return problem.pooling == Pooling::kAvgMax && problem.mlp_merge != MlpMerge::kHidden &&
          (problem.mlp_merge == MlpMerge::kGates || problem.mlp_activation != Activation::kNone);

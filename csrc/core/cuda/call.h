@@ -128,7 +128,7 @@ struct Call {
   Reduced<A> hidden_slices;  // what these give, where there are several
   A* hidden_values;          // [N, 2, hidden]
   A* logits;                 // [N, 2, C], or where not by branch [N, C]; if gradients need them
-  A* d_logits;               // as logits
+  A* d_logits;               // of the shape of logits
   A* d_hidden;               // [N, 2, hidden]
   A* z;                      // [N, P]: the convolution; in backward it normalised
   A* dz;                     // [N, P]
