@@ -410,8 +410,8 @@ class _Fill(NamedTuple):
     """What a probe holds: a map of `testing.FILLS`, its scale, and the sign of `w0`, 0 for either.
 
     Positive maps and one sign make hidden units live, or dead, however few there are. A `far` probe
-    shows what is cut off: hidden units are as large as the map, and gates are near 0 and 1 too.
-    Only its outputs are compared: gradients have few digits there.
+    shows what is cut off: hidden units are as large as the map, and gates are near 0 and 1 too, or
+    with one sign near 1. Only outputs are compared: gradients have few digits there.
     """
 
     map: str
@@ -431,6 +431,8 @@ _FILLS = (
     _Fill("normal", 1024.0, far=True),
     _Fill("relu", 1024.0, 1, far=True),
 )
+# Logits of far probes are so many times as large, and outputs may differ by so many times as much.
+_FAR, _STEEP = 16, 100
 # Of a first comparison, which only chooses the candidate.
 _NEAR = 1e-3
 _TOLERANCES = {
@@ -507,8 +509,8 @@ class _Probe:
                 values *= 2 / math.sqrt(values.size / values.shape[-1])
                 last = "w1" if fill.far and "w1" in candidate.weights else "w0"
                 if name in (last, "spatial_kernel"):  # gates stay away from 0 and 1, or do not
-                    values *= (8 if fill.far else 1) / fill.scale
-            if name == "w0" and fill.sign:
+                    values *= (_FAR if fill.far else 1) / fill.scale
+            if fill.sign and (name == "w0" or (name == "w1" and fill.far)):
                 values = fill.sign * np.abs(values)
             self.weights[name] = draw(values)
 
@@ -623,11 +625,11 @@ def _near(region: _Region, candidates: Iterable[_Candidate]) -> Iterator[_Candid
                 ) from error
             layer = candidate.make(region.map.shape, dtype=probe.dtype)
             possible = _is_possible(region, candidate, probe.inputs, expected["output"])
-            flipped = None
+            maximum_first = None  # in the layer's kernel
         elif not possible:
             continue  # the first stands for all with these weights
-        if candidate.maximum_first is not flipped:
-            flipped = candidate.maximum_first
+        if candidate.maximum_first is not maximum_first:
+            maximum_first = candidate.maximum_first
             for name, variable in candidate.weights_of(layer).items():
                 variable.assign(candidate.value(name, probe.weights, layer))
         for name in _call.WORDS.keys() & candidate.options.keys() - {"data_format"}:
@@ -670,21 +672,21 @@ def _is_possible(
         product = product - by_position(inputs[-1])
     product = product * (x != 0)
     of_channels = of_positions = np.ones(1)
-    # Least squares, of both alternately. Behind an activation a third of the map or more remains. A
-    # few values that a ReLU left come close slowly, but less than a tenth remains.
+    # Least squares, of both alternately. Behind an activation a quarter of the map remains, unless
+    # it is tiny. The few values that a ReLU left of a tiny one come close slowly: a tenth may.
     for _ in range(30 if candidate.layer is layers.CBAM else 1):
         if candidate.layer is not layers.SpatialAttention:
-            of_channels = _quotients(product, x * of_positions, 1)
+            of_channels = _fitted_gates(product, x * of_positions, 1)
         if candidate.layer is not layers.ChannelAttention:
-            of_positions = _quotients(product, x * of_channels, 2)
+            of_positions = _fitted_gates(product, x * of_channels, 2)
         error = x * of_channels * of_positions - product
         if np.linalg.norm(error) <= 0.1 * np.linalg.norm(product):
             return True
     return False
 
 
-def _quotients(product: np.ndarray, x: np.ndarray, axis: int) -> np.ndarray:
-    """The gates that multiply `x` for `product`, each along an axis, in least squares."""
+def _fitted_gates(product: np.ndarray, x: np.ndarray, axis: int) -> np.ndarray:
+    """The gates, each along an axis, by which `x` comes closest to `product`."""
     squares = (x * x).sum(axis, keepdims=True)
     gates = (product * x).sum(axis, keepdims=True) / np.where(squares > 0, squares, 1.0)
     return np.maximum(gates, 0.0)
@@ -697,7 +699,11 @@ _ACTIVATIONS = {
 
 
 def _check_activations(region: _Region) -> None:
-    """Says of a region that no candidate is which activations, by their names, no layer has."""
+    """Names the activations that no layer of this package has.
+
+    Raises:
+      _LeftError: the region has such.
+    """
     names = set()
     for operation in region.operations:
         for layer in sublayers_of(operation):
@@ -753,8 +759,8 @@ def _compare(
             expected = probe.of_region(candidate, **how)
             actual = probe.of_candidate(candidate, layer, **how)
             for name, difference in _differences(actual, expected, scales[fill.far]).items():
-                limit = backward if name != "output" else 100 * forward if fill.far else forward
-                if not difference <= limit:
+                limit = forward if name == "output" else backward
+                if not difference <= limit * (_STEEP if fill.far else 1):
                     if fill.far:
                         _check_activations(region)
                     mode = "training" if training else "inference"

@@ -19,8 +19,8 @@ What the kernels do not fuse is composed of the fused pools and stock TensorFlow
 ``hidden_activation`` that is not "relu", a ``gate_activation`` that is not "sigmoid" and an MLP of
 one layer, each for that part alone (of a "channel_first" or "spatial_first" :func:`cbam` the other
 part stays one fused op), and a "parallel" :func:`cbam` whose ``pooling`` is not "avg+max".
-``ties="first"`` is stock TensorFlow. In all of these descriptors, and between two ops maps, have
-type T.
+``ties="first"`` is stock TensorFlow. In all of these, descriptors have type T, and so has the map
+between two ops.
 
 All functions raise ``ValueError`` for arguments that do not fit each other (where sizes are known
 only when a graph runs, ``tf.errors.InvalidArgumentError``); the message names the argument, what

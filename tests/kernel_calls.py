@@ -193,7 +193,7 @@ def check(case: Case, kernels: Any, *, gate_gradients: bool = True, **running: A
     return Problem(case, gate_gradients=gate_gradients).check(kernels, **running)
 
 
-def check_infinity_in_the_mlp(kernels: Any, mlp: dict[str, str], infinity: float) -> None:
+def check_infinity(kernels: Any, mlp: dict[str, str], infinity: float) -> None:
     """Infinities of a weight and of a gradient reach what they reach in the definition."""
     options = testing.options(**mlp)
     case = Case("channel_attention", size=(9, 3, 3, 40), hidden=4, options=options)

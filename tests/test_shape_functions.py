@@ -226,7 +226,8 @@ MLP_ACTIVATION = "mlp_activation: string = none of none, relu; "
 POOLING = "pooling: string = avg+max of avg+max, avg, max; "
 ORDER = "order: string = channel_first of channel_first, parallel; "
 ACTIVATION = "activation: string = none of none, relu"
-MLP_END = ACTIVATION + "; mlp_merge: string = logits of logits, hidden, gates"
+# Behind the activation.
+MLP_MERGE = ACTIVATION + "; mlp_merge: string = logits of logits, hidden, gates"
 # What a graph meant when it left epsilon out; everywhere else the default is 1e-5.
 EPSILON = "; epsilon: float = 0.001"
 COUNT = "num_{}: int >= 0 = 0; "
@@ -238,7 +239,7 @@ DEFINITIONS = {
         f"x: T, {WEIGHTS}, kernel: U, bias: U, gamma: num_gamma * U, residual: num_residual * T",
         "y: T, channel_gate: U, spatial_gate: U, channel_descriptors: U, spatial_descriptors: U, "
         "batch_statistics: U",
-        NUM_GAMMA + NUM_RESIDUAL + GATED + MLP_ACTIVATION + ORDER + MLP_END + EPSILON,
+        NUM_GAMMA + NUM_RESIDUAL + GATED + MLP_ACTIVATION + ORDER + MLP_MERGE + EPSILON,
     ),
     "CbamGrad": (
         f"x: T, dy: T, y: num_y * T, {WEIGHTS}, kernel: U, bias: U, gamma: num_gamma * U, "
@@ -246,18 +247,18 @@ DEFINITIONS = {
         "batch_statistics: U, d_channel_gate: U, d_spatial_gate: U",
         "dx: T, dw0: U, db0: U, dw1: U, db1: U, dkernel: U, dbias: U, dgamma: num_gamma * U, "
         "d_residual: num_d_residual * T",
-        NUM_Y + NUM_GAMMA + NUM_D_RESIDUAL + GATED + MLP_ACTIVATION + ORDER + MLP_END + EPSILON,
+        NUM_Y + NUM_GAMMA + NUM_D_RESIDUAL + GATED + MLP_ACTIVATION + ORDER + MLP_MERGE + EPSILON,
     ),
     "ChannelAttention": (
         f"x: T, {WEIGHTS}, residual: num_residual * T",
         "y: T, channel_gate: U, channel_descriptors: U",
-        NUM_RESIDUAL + GATED + MLP_ACTIVATION + POOLING + MLP_END,
+        NUM_RESIDUAL + GATED + MLP_ACTIVATION + POOLING + MLP_MERGE,
     ),
     "ChannelAttentionGrad": (
         f"x: T, dy: T, y: num_y * T, {WEIGHTS}, channel_gate: U, channel_descriptors: U, "
         "d_channel_gate: U",
         "dx: T, dw0: U, db0: U, dw1: U, db1: U, d_residual: num_d_residual * T",
-        NUM_Y + NUM_D_RESIDUAL + GATED + MLP_ACTIVATION + POOLING + MLP_END,
+        NUM_Y + NUM_D_RESIDUAL + GATED + MLP_ACTIVATION + POOLING + MLP_MERGE,
     ),
     "SpatialAttention": (
         "x: T, kernel: U, bias: U, gamma: num_gamma * U, residual: num_residual * T",
